@@ -1,0 +1,3 @@
+//! keelson's node agent: runs the pods of one node through containerd.
+
+pub mod runtime;
