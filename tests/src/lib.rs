@@ -1,1 +1,3 @@
-//! (skeleton)
+//! What the tests and the tasks share: a node to try things on, images made from local files, a check for leaks.
+
+pub mod image;

@@ -1,1 +1,36 @@
-fn main() {}
+//! keelson's tasks.
+
+mod build;
+mod down;
+mod install;
+mod shell;
+mod test;
+mod up;
+
+use clap::{Parser, Subcommand};
+
+/// Build, try, test and measure keelson.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install what is missing, build, start a node on this machine and show a web site running on it
+    Up(up::UpArgs),
+    /// Stop the node and remove everything that it made
+    Down(down::DownArgs),
+    /// Install what the tests need and run every lane that this machine can run
+    Test(test::TestArgs),
+}
+
+fn main() -> anyhow::Result<()> {
+    match Cli::parse().task {
+        Task::Up(args) => up::run(&args),
+        Task::Down(args) => down::run(&args),
+        Task::Test(args) => test::run(&args),
+    }
+}

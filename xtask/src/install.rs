@@ -1,0 +1,78 @@
+//! Installs what a task needs and the machine lacks, from Debian.
+
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::shell;
+
+/// A program that a task calls, and the Debian package that has it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Need {
+    program: &'static str,
+    package: &'static str,
+}
+
+const fn need(program: &'static str, package: &'static str) -> Need {
+    Need { program, package }
+}
+
+/// For building: protoc compiles containerd's API.
+const BUILD: &[Need] = &[need("protoc", "protobuf-compiler"), need("gcc", "gcc")];
+
+/// For running a node and looking at it.
+const NODE: &[Need] = &[
+    need("containerd", "containerd"),
+    need("runc", "runc"),
+    need("ip", "iproute2"),
+    need("nft", "nftables"),
+    need("busybox", "busybox-static"),
+    need("kubectl", "kubernetes-client"),
+    need("nsenter", "util-linux"),
+];
+
+/// For the tests alone.
+const TEST: &[Need] = &[
+    need("docker-registry", "docker-registry"),
+    need("skopeo", "skopeo"),
+    need("conntrack", "conntrack"),
+];
+
+/// What `cargo xtask up` calls.
+pub(crate) fn for_up() -> Result<()> {
+    install(&[BUILD, NODE].concat())
+}
+
+/// What `cargo xtask test` calls.
+pub(crate) fn for_test() -> Result<()> {
+    install(&[BUILD, NODE, TEST].concat())
+}
+
+fn install(needs: &[Need]) -> Result<()> {
+    let missing: Vec<Need> = needs.iter().copied().filter(|n| !shell::has(n.program)).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let packages: Vec<&str> = missing.iter().map(|n| n.package).collect();
+    if !nix::unistd::geteuid().is_root() {
+        bail!("missing: {}. Install them or run this as root", packages.join(" "));
+    }
+    if !shell::has("apt-get") {
+        bail!("missing: {}. This machine has no apt-get: install them by hand", packages.join(" "));
+    }
+    println!("Installing {}", packages.join(" "));
+    shell::read(Command::new("apt-get").arg("update"))?;
+    let mut apt = Command::new("apt-get");
+    apt.env("DEBIAN_FRONTEND", "noninteractive")
+        // A package that starts a service would put containerd's bridges on the machine.
+        .env("RUNLEVEL", "1")
+        .args(["install", "-y", "--no-install-recommends"])
+        .args(&packages);
+    shell::read(&mut apt).context("installing packages failed")?;
+    match missing.iter().find(|n| !shell::has(n.program)) {
+        Some(n) => {
+            bail!("package {} was installed, but there is still no {}", n.package, n.program)
+        }
+        None => Ok(()),
+    }
+}
