@@ -1,0 +1,10 @@
+//! `keelson up`: a whole node with its own control plane in one process, and `keelson down`.
+
+mod containerd;
+mod down;
+mod layout;
+mod lock;
+mod process;
+
+pub use down::run as down;
+pub use layout::Layout;
