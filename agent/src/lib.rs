@@ -1,3 +1,5 @@
 //! keelson's node agent: runs the pods of one node through containerd.
 
+pub mod config;
 pub mod runtime;
+pub mod up;
