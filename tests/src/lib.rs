@@ -1,3 +1,5 @@
 //! What the tests and the tasks share: a node to try things on, images made from local files, a check for leaks.
 
 pub mod image;
+pub mod leak;
+pub mod node;

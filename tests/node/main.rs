@@ -1,0 +1,6 @@
+//! The node lane: whole nodes with real containerd, runc, kernel and kubectl, each in a network namespace of its own.
+#![allow(clippy::unwrap_used, reason = "a test ends where something that it needs does not hold")]
+
+mod pods;
+mod restart;
+mod services;

@@ -1,0 +1,73 @@
+//! Services as a user sees them, from a pod, from the node and from outside.
+
+use std::process::Command;
+
+use keelson_tests::node::{BUSYBOX, Node, read};
+
+#[test]
+fn a_cluster_ip_and_a_node_port_answer_from_everywhere() {
+    let node = Node::start().unwrap();
+    node.apply(&format!(
+        r#"
+apiVersion: apps/v1
+kind: Deployment
+metadata: {{ name: web }}
+spec:
+  replicas: 2
+  selector: {{ matchLabels: {{ app: web }} }}
+  template:
+    metadata: {{ labels: {{ app: web }} }}
+    spec:
+      terminationGracePeriodSeconds: 0
+      containers:
+        - name: httpd
+          image: {BUSYBOX}
+          command: ["sh", "-c", "hostname > /www/index.html; exec httpd -f -p 8080 -h /www"]
+          ports: [{{ name: http, containerPort: 8080 }}]
+          readinessProbe: {{ httpGet: {{ path: /, port: http }}, periodSeconds: 1 }}
+---
+apiVersion: v1
+kind: Service
+metadata: {{ name: web }}
+spec:
+  type: NodePort
+  ipFamilyPolicy: PreferDualStack
+  selector: {{ app: web }}
+  ports: [{{ port: 80, targetPort: http, nodePort: 30123 }}]
+---
+apiVersion: v1
+kind: Pod
+metadata: {{ name: client }}
+spec:
+  terminationGracePeriodSeconds: 0
+  containers: [{{ name: main, image: "{BUSYBOX}", command: ["sleep", "1000"] }}]
+"#
+    ))
+    .unwrap();
+    node.kubectl(&["rollout", "status", "deployment/web", "--timeout=90s"]).unwrap();
+    node.wait_for("pod/client", "condition=Ready").unwrap();
+    let cluster_ips =
+        node.kubectl(&["get", "service", "web", "-o", "jsonpath={.spec.clusterIPs[*]}"]).unwrap();
+    let addresses = r#"jsonpath={.items[0].status.addresses[?(@.type=="InternalIP")].address}"#;
+    let node_ips = node.kubectl(&["get", "nodes", "-o", addresses]).unwrap();
+    for ip in cluster_ips.split(' ') {
+        let url = format!("http://{}/", host(ip));
+        answers(&mut node.kubectl_command(&["exec", "client", "--", "wget", "-qO-", "-T5", &url]));
+        answers(node.on_node("busybox").args(["wget", "-qO-", "-T5", &url]));
+    }
+    for ip in node_ips.split(' ') {
+        let url = format!("http://{}:30123/", host(ip));
+        answers(&mut node.kubectl_command(&["exec", "client", "--", "wget", "-qO-", "-T5", &url]));
+        answers(node.on_node("busybox").args(["wget", "-qO-", "-T5", &url]));
+        answers(node.outside("busybox").args(["wget", "-qO-", "-T5", &url]));
+    }
+}
+
+fn answers(command: &mut Command) {
+    let page = read(command).unwrap();
+    assert!(page.starts_with("web-"), "{page}");
+}
+
+fn host(ip: &str) -> String {
+    if ip.contains(':') { format!("[{ip}]") } else { ip.to_owned() }
+}

@@ -1,0 +1,281 @@
+//! A whole keelson node for one test: its own network namespace, containerd, folders and cgroups; gone with the value.
+
+use std::fs;
+use std::net::TcpListener;
+use std::os::unix::net::UnixDatagram;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::image::{ImageSpec, write_busybox_archive};
+
+/// The image that every node of the tests has: the machine's busybox.
+pub const BUSYBOX: &str = "localhost/test/busybox:1";
+
+/// A hang is a failure, too: nothing that a test waits for may take longer.
+pub const PATIENCE: Duration = Duration::from_secs(90);
+
+static COUNTER: AtomicU32 = AtomicU32::new(0);
+
+/// A running node; dropping it removes it and everything that it made.
+pub struct Node {
+    name: String,
+    api_port: u16,
+    child: Option<Child>,
+    scratch: tempfile::TempDir,
+}
+
+impl Node {
+    /// Brings up a node and waits until it is Ready and has the busybox image.
+    ///
+    /// # Errors
+    /// When it does not come up; the error holds the end of its log.
+    pub fn start() -> Result<Node> {
+        let name = format!("kt{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
+        let api_port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let mut node = Node { name, api_port, child: None, scratch: tempfile::tempdir()? };
+        node.launch()?;
+        let archive = node.scratch.path().join("busybox.tar");
+        write_busybox_archive(
+            &ImageSpec { name: BUSYBOX.into(), ..ImageSpec::default() },
+            &archive,
+        )?;
+        node.keelson(&["image", "import", &archive.display().to_string()])?;
+        Ok(node)
+    }
+
+    /// Starts keelson's process and waits for its READY.
+    ///
+    /// # Errors
+    /// As [`Node::start`].
+    pub fn launch(&mut self) -> Result<()> {
+        let socket = self.scratch.path().join("notify.sock");
+        drop(fs::remove_file(&socket));
+        let notify = UnixDatagram::bind(&socket)?;
+        notify.set_read_timeout(Some(Duration::from_millis(100)))?;
+        let log = fs::OpenOptions::new().create(true).append(true).open(self.log_path())?;
+        let mut command = Command::new(program("keelson")?);
+        command.args([
+            "up",
+            "--name",
+            &self.name,
+            "--node-name",
+            "node",
+            "--api-port",
+            &self.api_port.to_string(),
+        ]);
+        command.env("NOTIFY_SOCKET", &socket).stdin(Stdio::null());
+        command.stdout(log.try_clone()?).stderr(log).process_group(0);
+        self.child = Some(command.spawn()?);
+        let deadline = Instant::now() + PATIENCE;
+        let mut buffer = [0; 4096];
+        loop {
+            if let Ok(length) = notify.recv(&mut buffer)
+                && String::from_utf8_lossy(&buffer[..length]).lines().any(|l| l == "READY=1")
+            {
+                return Ok(());
+            }
+            if let Some(status) = self.child.as_mut().and_then(|c| c.try_wait().transpose()) {
+                bail!("keelson ended with {}:\n{}", status?, self.log());
+            }
+            if Instant::now() > deadline {
+                bail!("keelson is not ready:\n{}", self.log());
+            }
+        }
+    }
+
+    /// Ends keelson's process with `signal` and waits for its end. Pods, containerd and the log writer stay.
+    ///
+    /// # Errors
+    /// When there is no such process.
+    pub fn end_keelson(&mut self, signal: Signal) -> Result<()> {
+        let mut child = self.child.take().context("keelson is not running")?;
+        kill(Pid::from_raw(child.id().cast_signed()), signal)?;
+        child.wait()?;
+        Ok(())
+    }
+
+    /// keelson's process id.
+    pub fn pid(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
+    }
+
+    /// The name by which everything of this node can be told from that of others.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The node's sockets, pins and locks.
+    pub fn run_dir(&self) -> PathBuf {
+        Path::new("/run").join(&self.name)
+    }
+
+    /// The node's durable state.
+    pub fn state_dir(&self) -> PathBuf {
+        Path::new("/var/lib").join(&self.name)
+    }
+
+    /// The socket of the node's containerd.
+    pub fn containerd_socket(&self) -> PathBuf {
+        self.run_dir().join("containerd/containerd.sock")
+    }
+
+    /// The administrator's kubeconfig.
+    pub fn kubeconfig(&self) -> PathBuf {
+        self.state_dir().join("kubeconfig/admin.yaml")
+    }
+
+    /// A folder of the test's own.
+    pub fn scratch(&self) -> &Path {
+        self.scratch.path()
+    }
+
+    /// Runs `keelson` with the node's name.
+    ///
+    /// # Errors
+    /// When it fails; with what it wrote.
+    pub fn keelson(&self, args: &[&str]) -> Result<String> {
+        read(Command::new(program("keelson")?).args(args).args(["--name", &self.name]))
+    }
+
+    /// `kubectl` against this node.
+    pub fn kubectl_command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new("kubectl");
+        command
+            .arg("--kubeconfig")
+            .arg(self.kubeconfig())
+            .args(args)
+            .current_dir(self.scratch.path());
+        // Discovery is cached below HOME by server address; ports are reused between tests.
+        command.env("HOME", self.scratch.path());
+        command
+    }
+
+    /// Runs kubectl and returns what it printed.
+    ///
+    /// # Errors
+    /// When it fails; with what it wrote.
+    pub fn kubectl(&self, args: &[&str]) -> Result<String> {
+        read(&mut self.kubectl_command(args))
+    }
+
+    /// `kubectl apply -f -` of `manifest`.
+    ///
+    /// # Errors
+    /// As kubectl.
+    pub fn apply(&self, manifest: &str) -> Result<String> {
+        let path = self
+            .scratch
+            .path()
+            .join(format!("manifest-{}.yaml", COUNTER.fetch_add(1, Ordering::Relaxed)));
+        fs::write(&path, manifest)?;
+        self.kubectl(&["apply", "-f", &path.display().to_string()])
+    }
+
+    /// Waits, through a watch, until `condition` (as `kubectl wait --for` takes it) holds.
+    ///
+    /// # Errors
+    /// When it does not come true; with the object and the node's log.
+    pub fn wait_for(&self, object: &str, condition: &str) -> Result<()> {
+        let timeout = format!("--timeout={}s", PATIENCE.as_secs());
+        self.kubectl(&["wait", object, &format!("--for={condition}"), &timeout])
+            .map(drop)
+            .with_context(|| {
+                let described = self.kubectl(&["describe", object]).unwrap_or_default();
+                format!(
+                    "{object} did not become {condition}:\n{described}\nkeelson's log:\n{}",
+                    self.log()
+                )
+            })
+    }
+
+    /// A command in the node's network namespace.
+    pub fn on_node(&self, program: &str) -> Command {
+        self.in_netns(&self.name, program)
+    }
+
+    /// A command in the namespace outside the cluster, at the other end of the node's cable.
+    pub fn outside(&self, program: &str) -> Command {
+        self.in_netns(&format!("{}-outside", self.name), program)
+    }
+
+    fn in_netns(&self, name: &str, program: &str) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net=/run/netns/{name}")).arg(program);
+        command
+    }
+
+    /// The end of keelson's log.
+    pub fn log(&self) -> String {
+        let text = fs::read_to_string(self.log_path()).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().collect();
+        lines[lines.len().saturating_sub(60)..].join("\n")
+    }
+
+    fn log_path(&self) -> PathBuf {
+        self.scratch.path().join("keelson.log")
+    }
+
+    fn down(&mut self) -> Result<()> {
+        if let Some(mut child) = self.child.take() {
+            // Killed, not asked: `keelson down` has to cope with that.
+            child.kill()?;
+            child.wait()?;
+        }
+        read(Command::new(program("keelson")?).args(["down", "--name", &self.name])).map(drop)
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("the end of keelson's log:\n{}", self.log());
+        }
+        let result = self.down().and_then(|()| crate::leak::nothing_left_of(&self.name));
+        match result {
+            Err(error) if std::thread::panicking() => eprintln!("while cleaning up: {error:#}"),
+            Err(error) => panic!("{error:#}"),
+            Ok(()) => {}
+        }
+    }
+}
+
+/// One of the programs under test.
+///
+/// # Errors
+/// When it was not built.
+pub fn program(name: &str) -> Result<PathBuf> {
+    let folder = match std::env::var_os("KEELSON_BIN_DIR") {
+        Some(folder) => PathBuf::from(folder),
+        // target/debug/deps/node-… -> target/debug
+        None => std::env::current_exe()?.ancestors().nth(2).context("no target folder")?.to_owned(),
+    };
+    let path = folder.join(name);
+    if !path.is_file() {
+        bail!(
+            "{} is not built: run the tests through `cargo xtask test --lane node`",
+            path.display()
+        );
+    }
+    Ok(path)
+}
+
+/// Runs `command` and returns its output.
+///
+/// # Errors
+/// When it cannot be run or ends with another status than 0; with all that it wrote.
+pub fn read(command: &mut Command) -> Result<String> {
+    let output = command.output().with_context(|| format!("cannot run {command:?}"))?;
+    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
+    if !output.status.success() {
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        bail!("{command:?} ended with {}:\n{}{}", output.status, stdout, stderr.trim());
+    }
+    Ok(stdout)
+}
