@@ -1,5 +1,6 @@
 //! keelson's node agent: runs the pods of one node through containerd.
 
+pub mod command;
 pub mod config;
 pub mod runtime;
 pub mod up;

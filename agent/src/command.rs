@@ -1,0 +1,3 @@
+//! The command line: one module per subcommand of `keelson`.
+
+pub mod agent;
