@@ -1,1 +1,7 @@
-//! (skeleton)
+//! Kernel interfaces for keelson: netlink sockets, rtnetlink, nftables, conntrack and network namespaces.
+//!
+//! Everything here blocks and nothing here knows Kubernetes. Callers on an async runtime use a thread of their own.
+#![warn(missing_docs)]
+
+pub mod message;
+pub mod socket;
