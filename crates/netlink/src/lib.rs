@@ -4,4 +4,5 @@
 #![warn(missing_docs)]
 
 pub mod message;
+pub mod nft;
 pub mod socket;
