@@ -52,10 +52,8 @@ pub fn apply_text(
     text: &str,
     path: &Path,
 ) -> Result<Vec<String>, FileError> {
-    let value: Value = serde_saphyr::from_str(text).map_err(|error| FileError::Syntax {
-        path: path.to_owned(),
-        reason: error.to_string(),
-    })?;
+    let value: Value = serde_saphyr::from_str(text)
+        .map_err(|error| FileError::Syntax { path: path.to_owned(), reason: error.to_string() })?;
     let Value::Object(fields) = value else {
         return Err(kind_error(path, "the file is not a mapping of fields"));
     };
@@ -131,7 +129,9 @@ fn read_node(config: &mut AgentConfig, file: &mut Section) -> Result<(), BadValu
         node.taints = taints
             .iter()
             .enumerate()
-            .map(|(i, taint)| read_taint(&format!("{}[{i}]", file.name("registerWithTaints")), taint))
+            .map(|(i, taint)| {
+                read_taint(&format!("{}[{i}]", file.name("registerWithTaints")), taint)
+            })
             .collect::<Result<_, _>>()?;
     }
     if let Some(mut hard) = file.section("evictionHard")? {
@@ -230,7 +230,11 @@ fn read_pods(config: &mut AgentConfig, file: &mut Section) -> Result<(), BadValu
         pods.pids_limit = (limit > 0).then_some(limit);
     }
     if let Some(mut backoff) = file.section("crashLoopBackOff")? {
-        backoff.set(&mut pods.max_restart_period, Section::duration, "maxContainerRestartPeriod")?;
+        backoff.set(
+            &mut pods.max_restart_period,
+            Section::duration,
+            "maxContainerRestartPeriod",
+        )?;
         file.finish(backoff);
     }
     if file.boolean("serializeImagePulls")? == Some(true) {

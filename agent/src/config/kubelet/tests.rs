@@ -55,7 +55,8 @@ fn kubeadms_file_is_read_as_it_is() {
 
 #[test]
 fn unsupported_and_unknown_fields_are_told_apart() {
-    let (_, warnings) = read("syncFrequency: 1m\nmaxPodz: 3\nauthentication: {oidc: {a: 1}}").unwrap();
+    let (_, warnings) =
+        read("syncFrequency: 1m\nmaxPodz: 3\nauthentication: {oidc: {a: 1}}").unwrap();
     assert_eq!(
         warnings,
         [
