@@ -1,6 +1,8 @@
 //! keelson's node agent: runs the pods of one node through containerd.
 
+pub mod cgroup;
 pub mod command;
 pub mod config;
+pub mod pod;
 pub mod runtime;
 pub mod up;

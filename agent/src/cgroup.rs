@@ -1,0 +1,6 @@
+//! cgroups of pods: which values follow from requests and limits, and the tree that holds them.
+
+pub mod resources;
+
+
+pub use resources::{QosClass, qos_class};

@@ -1,0 +1,17 @@
+//! Pods: from what the sources want to what the runtime does, and back as status.
+//!
+//! ```text
+//!  API watch ─┐                       ┌─> runtime (sandbox, containers)
+//!  manifests ─┴─> dispatcher ─> worker ├─> volumes, cgroups, files
+//!                 (one per pod)  │ ^   └─> status writer ─> API
+//!                                v │ woken by: spec, runtime event, probe, timer
+//!                       plan() / status()   pure
+//! ```
+//! A worker is level-triggered: it observes, asks [`plan::plan`] what differs, does that, and observes again until
+//! nothing differs. It trusts nothing that it remembers except back-off; after a restart of the agent the same loop adopts
+//! what runs.
+
+pub mod backoff;
+pub mod plan;
+pub mod spec;
+pub mod status;
