@@ -4,5 +4,8 @@
 #![warn(missing_docs)]
 
 pub mod message;
+pub mod netns;
 pub mod nft;
+pub mod route;
 pub mod socket;
+pub mod sysctl;
