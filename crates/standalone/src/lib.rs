@@ -1,11 +1,13 @@
 //! keelson's embedded control plane: a Kubernetes API server over one file, for one machine.
 #![warn(missing_docs)]
 
+pub mod controllers;
 mod decode;
 mod error;
 pub mod kinds;
 mod object;
 mod registry;
+mod scheduler;
 mod selectors;
 mod store;
 
