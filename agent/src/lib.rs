@@ -3,6 +3,10 @@
 pub mod cgroup;
 pub mod command;
 pub mod config;
+pub mod dns;
+pub mod env;
+pub mod events;
 pub mod pod;
 pub mod runtime;
 pub mod up;
+pub mod volume;

@@ -12,6 +12,11 @@
 //! what runs.
 
 pub mod backoff;
+mod config;
 pub mod plan;
+mod registry;
 pub mod spec;
 pub mod status;
+
+pub use config::PodsConfig;
+pub use registry::PodRegistry;

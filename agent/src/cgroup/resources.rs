@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use k8s_openapi::api::core::v1::{Container, Pod, ResourceRequirements};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
+use crate::config::quantity;
 use crate::pod::spec;
 use crate::runtime::types::Resources;
 
@@ -32,47 +33,9 @@ const MIN_SHARES: u64 = 2;
 const MAX_SHARES: u64 = 262_144;
 const MIN_QUOTA_US: i64 = 1000;
 
-/// Parses a quantity into thousandths, rounding up; `None` when it is not a quantity.
+/// A quantity in thousandths, rounded up; `None` when it is not a quantity.
 pub fn milli(quantity: &Quantity) -> Option<i128> {
-    let text = quantity.0.trim();
-    let split = text.find(|c: char| !c.is_ascii_digit() && !matches!(c, '.' | '-' | '+'));
-    let (number, suffix) = text.split_at(split.unwrap_or(text.len()));
-    let (mantissa, decimals) = match number.split_once('.') {
-        Some((whole, fraction)) => {
-            let digits: i128 = format!("{whole}{fraction}").parse().ok()?;
-            (digits, i32::try_from(fraction.len()).ok()?)
-        }
-        None => (number.parse().ok()?, 0),
-    };
-    let (base, exponent): (i128, i32) = match suffix {
-        "" => (10, 0),
-        "n" => (10, -9),
-        "u" => (10, -6),
-        "m" => (10, -3),
-        "k" => (10, 3),
-        "M" => (10, 6),
-        "G" => (10, 9),
-        "T" => (10, 12),
-        "P" => (10, 15),
-        "E" => (10, 18),
-        "Ki" => (2, 10),
-        "Mi" => (2, 20),
-        "Gi" => (2, 30),
-        "Ti" => (2, 40),
-        "Pi" => (2, 50),
-        "Ei" => (2, 60),
-        other => (10, other.strip_prefix(['e', 'E'])?.parse().ok()?),
-    };
-    let ten = |power: i32| 10_i128.checked_pow(u32::try_from(power).ok()?);
-    let mut numerator = mantissa.checked_mul(1000)?;
-    let mut denominator = ten(decimals)?;
-    match (base, exponent) {
-        (2, power) => numerator = numerator.checked_mul(1 << power)?,
-        (_, power) if power >= 0 => numerator = numerator.checked_mul(ten(power)?)?,
-        (_, power) => denominator = denominator.checked_mul(ten(-power)?)?,
-    }
-    let up = i128::from(numerator > 0 && numerator % denominator != 0);
-    Some(numerator / denominator + up)
+    quantity::parse_milli(quantity.0.trim()).and_then(|milli| i128::try_from(milli).ok())
 }
 
 /// The whole value, rounded up.
