@@ -141,10 +141,7 @@ async fn pump_out(
     }
 }
 
-async fn pump_sizes(
-    from: Option<mpsc::Receiver<Bytes>>,
-    to: Option<mpsc::Sender<TerminalSize>>,
-) {
+async fn pump_sizes(from: Option<mpsc::Receiver<Bytes>>, to: Option<mpsc::Sender<TerminalSize>>) {
     let (Some(mut from), Some(to)) = (from, to) else { return };
     while let Some(data) = from.recv().await {
         for size in terminal_sizes(&data) {
@@ -173,7 +170,8 @@ mod tests {
 
     #[test]
     fn sizes_of_a_terminal_are_read() {
-        let sizes = terminal_sizes(b"{\"Width\":80,\"Height\":24}\n{\"Width\":100,\"Height\":30}\n");
+        let sizes =
+            terminal_sizes(b"{\"Width\":80,\"Height\":24}\n{\"Width\":100,\"Height\":30}\n");
         let want = [(80, 24), (100, 30)].map(|(width, height)| TerminalSize { width, height });
         assert_eq!(sizes, want);
         assert!(terminal_sizes(b"{\"Width\":70000,\"Height\":1}{").is_empty());

@@ -58,11 +58,7 @@ pub enum Transport {
 ///
 /// # Errors
 /// Why there is no common language, in a sentence.
-pub fn negotiate(
-    headers: &HeaderMap,
-    spdy: &[&str],
-    websocket: &[&str],
-) -> Result<Agreed, String> {
+pub fn negotiate(headers: &HeaderMap, spdy: &[&str], websocket: &[&str]) -> Result<Agreed, String> {
     let upgrade = headers.get(header::UPGRADE).and_then(|value| value.to_str().ok());
     match upgrade.map(str::to_ascii_lowercase).as_deref() {
         Some("spdy/3.1") => {
@@ -220,7 +216,8 @@ async fn spdy_streams(
     request: &ExecRequest,
 ) -> Result<RemoteIo, &'static str> {
     // The first two versions know no terminal size.
-    let resizes = request.tty && !matches!(agreed.protocol.as_str(), "channel.k8s.io" | "v2.channel.k8s.io");
+    let resizes =
+        request.tty && !matches!(agreed.protocol.as_str(), "channel.k8s.io" | "v2.channel.k8s.io");
     let wanted = [
         ("error", true),
         ("stdin", request.stdin),
@@ -278,9 +275,8 @@ where
     };
     let (stdin, resize) = (input(0, request.stdin), input(4, request.tty));
     let connection = WebSocket::new(socket, encoding, inputs);
-    let output = |channel: u8, wanted: bool| {
-        wanted.then(|| Output::WebSocket(connection.channel(channel)))
-    };
+    let output =
+        |channel: u8, wanted: bool| wanted.then(|| Output::WebSocket(connection.channel(channel)));
     let io = RemoteIo {
         stdin,
         resize,
@@ -318,7 +314,10 @@ mod tests {
             ("x-stream-protocol-version", "channel.k8s.io"),
         ]))
         .unwrap();
-        assert_eq!((agreed.transport, agreed.protocol.as_str()), (Transport::Spdy, "v4.channel.k8s.io"));
+        assert_eq!(
+            (agreed.transport, agreed.protocol.as_str()),
+            (Transport::Spdy, "v4.channel.k8s.io")
+        );
         assert_eq!(agreed.answer["x-stream-protocol-version"], "v4.channel.k8s.io");
         let silent = negotiate_command(&headers(&[("upgrade", "SPDY/3.1")])).unwrap();
         assert_eq!(silent.protocol, "channel.k8s.io");

@@ -81,11 +81,8 @@ impl Connection {
             last_traffic: Arc::new(Mutex::new(Instant::now())),
         };
         let writer = tokio::spawn(write(writing, to_write, gone.clone()));
-        let reader = Reader {
-            shared: shared.clone(),
-            opened: Some(opened_send),
-            gone: gone.clone(),
-        };
+        let reader =
+            Reader { shared: shared.clone(), opened: Some(opened_send), gone: gone.clone() };
         tokio::spawn(reader.run(reading, idle));
         Self { shared, opened, gone, writer }
     }
@@ -172,11 +169,8 @@ impl StreamOutput {
     }
 }
 
-async fn write<W>(
-    mut io: WriteHalf<W>,
-    mut output: mpsc::Receiver<Output>,
-    gone: CancellationToken,
-) where
+async fn write<W>(mut io: WriteHalf<W>, mut output: mpsc::Receiver<Output>, gone: CancellationToken)
+where
     W: AsyncRead + AsyncWrite + Send + 'static,
 {
     let work = async {

@@ -28,13 +28,38 @@ pub type StreamId = u32;
 /// One frame, or a part of a data frame.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Frame {
-    SynStream { stream: StreamId, fin: bool, one_way: bool, headers: Vec<(String, String)> },
-    SynReply { stream: StreamId, fin: bool, headers: Vec<(String, String)> },
-    Reset { stream: StreamId, status: u32 },
-    Ping { id: u32 },
-    GoAway { last_stream: StreamId, status: u32 },
-    Headers { stream: StreamId, fin: bool, headers: Vec<(String, String)> },
-    Data { stream: StreamId, fin: bool, data: Bytes },
+    SynStream {
+        stream: StreamId,
+        fin: bool,
+        one_way: bool,
+        headers: Vec<(String, String)>,
+    },
+    SynReply {
+        stream: StreamId,
+        fin: bool,
+        headers: Vec<(String, String)>,
+    },
+    Reset {
+        stream: StreamId,
+        status: u32,
+    },
+    Ping {
+        id: u32,
+    },
+    GoAway {
+        last_stream: StreamId,
+        status: u32,
+    },
+    Headers {
+        stream: StreamId,
+        fin: bool,
+        headers: Vec<(String, String)>,
+    },
+    Data {
+        stream: StreamId,
+        fin: bool,
+        data: Bytes,
+    },
     /// Settings, window updates and kinds that nobody has defined: read and left alone.
     Ignored,
 }
@@ -124,8 +149,7 @@ impl Decoder {
         }
         let data = self.buffer.split_to(rest.missing.min(self.buffer.len())).freeze();
         rest.missing -= data.len();
-        let frame =
-            Frame::Data { stream: rest.stream, fin: rest.fin && rest.missing == 0, data };
+        let frame = Frame::Data { stream: rest.stream, fin: rest.fin && rest.missing == 0, data };
         if rest.missing > 0 {
             self.data = Some(rest);
         }
@@ -161,12 +185,8 @@ impl Decoder {
                 fin,
                 headers: self.unpacker.unpack(&body)?,
             },
-            RST_STREAM => {
-                Frame::Reset { stream: take_stream(&mut body), status: body.get_u32() }
-            }
-            GOAWAY => {
-                Frame::GoAway { last_stream: take_stream(&mut body), status: body.get_u32() }
-            }
+            RST_STREAM => Frame::Reset { stream: take_stream(&mut body), status: body.get_u32() },
+            GOAWAY => Frame::GoAway { last_stream: take_stream(&mut body), status: body.get_u32() },
             PING => Frame::Ping { id: body.get_u32() },
             SETTINGS | WINDOW_UPDATE => Frame::Ignored,
             _ => Frame::Ignored,
@@ -287,7 +307,12 @@ mod tests {
         let stream = 0_u32..1 << 31;
         prop_oneof![
             (stream.clone(), any::<bool>(), any::<bool>(), headers()).prop_map(
-                |(stream, fin, one_way, headers)| Frame::SynStream { stream, fin, one_way, headers }
+                |(stream, fin, one_way, headers)| Frame::SynStream {
+                    stream,
+                    fin,
+                    one_way,
+                    headers
+                }
             ),
             (stream.clone(), any::<bool>(), headers())
                 .prop_map(|(stream, fin, headers)| Frame::SynReply { stream, fin, headers }),

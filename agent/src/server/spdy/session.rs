@@ -18,12 +18,22 @@ const STATUS_CANCEL: u32 = 5;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
     /// A stream was opened; it has been accepted.
-    Opened { stream: StreamId, headers: Vec<(String, String)> },
-    Data { stream: StreamId, data: Bytes },
+    Opened {
+        stream: StreamId,
+        headers: Vec<(String, String)>,
+    },
+    Data {
+        stream: StreamId,
+        data: Bytes,
+    },
     /// No more data will come on this stream.
-    Finished { stream: StreamId },
+    Finished {
+        stream: StreamId,
+    },
     /// The stream is gone in both directions.
-    Reset { stream: StreamId },
+    Reset {
+        stream: StreamId,
+    },
     /// No more streams will come.
     GoAway,
 }
