@@ -2,7 +2,7 @@
 
 use super::attribute::{Reader, Writer, read_text};
 use super::expression::{Rule, Verdict, push_user_data};
-use super::set::{Element, Set, Value, Values, length_of, type_of};
+use super::set::{Element, Field, Set, Value, Values, length_of, type_of};
 
 pub(crate) const SUBSYSTEM: u16 = 10;
 pub(crate) const HEADER_LEN: usize = 20;
@@ -266,6 +266,7 @@ impl Batch {
                 }
             }
             w.u32(10, id);
+            w.bytes(13, &byte_orders(set));
             let ranges_of_parts = set.interval && set.key.len() > 1;
             if set.size.is_some() || ranges_of_parts {
                 w.nest(9, |desc| {
@@ -524,6 +525,22 @@ fn write_element(list: &mut Writer<'_>, element: &Element<'_>, with_value: bool)
     }
     list.close(start);
     size
+}
+
+/// Tells `nft list` in which byte order a lone number is (it takes them for network order otherwise).
+fn byte_orders(set: &Set<'_>) -> Vec<u8> {
+    const HOST_ENDIAN: u32 = 1;
+    const BIG_ENDIAN: u32 = 2;
+    let order = |fields: &[Field]| match fields {
+        [Field::Mark] => HOST_ENDIAN,
+        _ => BIG_ENDIAN,
+    };
+    let mut user_data = Vec::new();
+    push_user_data(&mut user_data, 0, &order(set.key).to_ne_bytes());
+    if let Values::Fields(fields) = set.values {
+        push_user_data(&mut user_data, 1, &order(fields).to_ne_bytes());
+    }
+    user_data
 }
 
 /// The next key in order, or none after the greatest.

@@ -116,6 +116,12 @@ impl<'a> Set<'a> {
         Set { values: Values::Verdict, ..Set::new(name, key) }
     }
 
+    /// The flags and the key length that a dump shows for such a set.
+    #[must_use]
+    pub fn expected(&self) -> (u32, u32) {
+        (self.flags(), u32::try_from(length_of(self.key)).unwrap_or(0))
+    }
+
     pub(crate) fn flags(&self) -> u32 {
         [
             (self.interval, 0x4),

@@ -1,0 +1,224 @@
+//! All Service semantics: which frontends a Service has, which endpoints they use and who is masqueraded.
+
+use std::collections::HashSet;
+use std::net::IpAddr;
+
+use ipnetwork::IpNetwork;
+
+use super::NodeFacts;
+use super::plan::{
+    At, Endpoint, Family, Frontend, FrontendKey, Masquerade, PortPlan, Protocol, Route, Scope,
+    ServicePlan, Target,
+};
+use super::service::{PortFacts, ServiceFacts};
+use super::slice::{EndpointState, SliceFacts, endpoints_of};
+
+/// Every frontend that the Service asks for, whether or not another Service has it already.
+pub(crate) fn frontend_keys(service: &ServiceFacts) -> impl Iterator<Item = FrontendKey> {
+    service.ports.iter().flat_map(move |port| {
+        let families = Family::BOTH.into_iter().filter(|f| service.cluster_ip(*f).is_some());
+        families.flat_map(move |family| {
+            asked_for(service, port, family).into_iter().map(|(key, _)| key)
+        })
+    })
+}
+
+/// Which policy a frontend follows.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    ClusterIp,
+    ExternalIp,
+    LoadBalancer,
+    NodePort,
+}
+
+fn asked_for(service: &ServiceFacts, port: &PortFacts, family: Family) -> Vec<(FrontendKey, Kind)> {
+    let at = |address: &IpAddr, kind| {
+        let key =
+            FrontendKey { at: At::Address(*address), protocol: port.protocol, port: port.port };
+        (Family::of(*address) == family).then_some((key, kind))
+    };
+    let mut asked = Vec::new();
+    // One address per family: a Service has no more.
+    asked.extend(service.cluster_ip(family).and_then(|ip| at(&ip, Kind::ClusterIp)));
+    asked.extend(service.external_ips.iter().filter_map(|ip| at(ip, Kind::ExternalIp)));
+    asked.extend(service.load_balancer_ips.iter().filter_map(|ip| at(ip, Kind::LoadBalancer)));
+    asked.extend(port.node_port.map(|number| {
+        let at = At::NodePort(family);
+        (FrontendKey { at, protocol: port.protocol, port: number }, Kind::NodePort)
+    }));
+    asked
+}
+
+/// The plan of one Service. `owns` says whether a frontend belongs to it (two may ask for the same).
+pub(crate) fn plan_service(
+    service: &ServiceFacts,
+    slices: &[SliceFacts],
+    node: &NodeFacts,
+    owns: impl Fn(&FrontendKey) -> bool,
+) -> ServicePlan {
+    let mut ports = Vec::new();
+    let mut seen = HashSet::new();
+    for port in &service.ports {
+        for family in Family::BOTH {
+            if service.cluster_ip(family).is_none() {
+                continue;
+            }
+            let mine: Vec<(FrontendKey, Kind)> = asked_for(service, port, family)
+                .into_iter()
+                .filter(|(key, _)| owns(key) && seen.insert(*key))
+                .collect();
+            ports.push(plan_port(service, port, family, &mine, slices, node));
+        }
+    }
+    ServicePlan { ports: ports.into() }
+}
+
+fn plan_port(
+    service: &ServiceFacts,
+    port: &PortFacts,
+    family: Family,
+    mine: &[(FrontendKey, Kind)],
+    slices: &[SliceFacts],
+    node: &NodeFacts,
+) -> PortPlan {
+    let endpoints = endpoints_of(slices, family, &port.name, port.protocol);
+    let cluster = usable(&endpoints, |_| true);
+    let local = usable(&endpoints, |state| state.local);
+    let lists = Lists { cluster: !cluster.is_empty(), local: !local.is_empty() };
+    let frontends: Box<[Frontend]> = mine
+        .iter()
+        .map(|(key, kind)| Frontend {
+            key: *key,
+            route: route(*kind, service, lists, node),
+            sources: allowed_sources(*kind, *key, service, node),
+        })
+        .collect();
+    let used = |scope| frontends.iter().any(|frontend| forwards_to(frontend.route, scope));
+    let (cluster, local) = (
+        if used(Scope::Cluster) { cluster } else { Vec::new() },
+        if used(Scope::Local) { local } else { Vec::new() },
+    );
+    PortPlan {
+        name: port.name.clone(),
+        protocol: port.protocol,
+        family,
+        affinity_secs: service.affinity_secs,
+        draining: draining(port.protocol, &endpoints, &cluster),
+        here: here(&endpoints, &cluster, &local),
+        cluster: cluster.into(),
+        local: local.into(),
+        frontends,
+    }
+}
+
+/// The ready ones; where there is none, those that terminate but still serve.
+fn usable(
+    endpoints: &[(Endpoint, EndpointState)],
+    counts: impl Fn(&EndpointState) -> bool,
+) -> Vec<Endpoint> {
+    let choose = |wanted: fn(&EndpointState) -> bool| {
+        let chosen = endpoints.iter().filter(|(_, state)| counts(state) && wanted(state));
+        chosen.map(|(endpoint, _)| *endpoint).collect::<Vec<_>>()
+    };
+    let ready = choose(|state| state.ready);
+    if ready.is_empty() { choose(|state| state.serving && state.terminating) } else { ready }
+}
+
+fn draining(
+    protocol: Protocol,
+    endpoints: &[(Endpoint, EndpointState)],
+    cluster: &[Endpoint],
+) -> Box<[Endpoint]> {
+    if protocol != Protocol::Udp {
+        return Box::default();
+    }
+    let serving =
+        endpoints.iter().filter(|(_, state)| state.ready || (state.serving && state.terminating));
+    serving
+        .map(|(endpoint, _)| *endpoint)
+        .filter(|endpoint| cluster.binary_search(endpoint).is_err())
+        .collect()
+}
+
+fn here(
+    endpoints: &[(Endpoint, EndpointState)],
+    cluster: &[Endpoint],
+    local: &[Endpoint],
+) -> Box<[IpAddr]> {
+    let used = |endpoint: &Endpoint| {
+        cluster.binary_search(endpoint).is_ok() || local.binary_search(endpoint).is_ok()
+    };
+    let mut addresses: Vec<IpAddr> = endpoints
+        .iter()
+        .filter(|(endpoint, state)| state.local && used(endpoint))
+        .map(|(endpoint, _)| endpoint.address)
+        .collect();
+    addresses.dedup();
+    addresses.into()
+}
+
+#[derive(Clone, Copy)]
+struct Lists {
+    cluster: bool,
+    local: bool,
+}
+
+/// The table of destination and masquerade by source and policy.
+fn route(kind: Kind, service: &ServiceFacts, lists: Lists, node: &NodeFacts) -> Route {
+    let cluster = if lists.cluster { Target::Forward(Scope::Cluster) } else { Target::Reject };
+    let local = match lists {
+        Lists { local: true, .. } => Target::Forward(Scope::Local),
+        Lists { cluster: true, .. } => Target::Drop,
+        Lists { .. } => Target::Reject,
+    };
+    if kind == Kind::ClusterIp {
+        let target = if service.internal_local { local } else { cluster };
+        let masquerade = match node {
+            NodeFacts { masquerade_all: true, .. } => Masquerade::Always,
+            NodeFacts { knows_pods: true, .. } => Masquerade::UnlessPod,
+            NodeFacts { .. } => Masquerade::Never,
+        };
+        return Route::Same { target, masquerade };
+    }
+    if !service.external_local {
+        return Route::Same { target: cluster, masquerade: Masquerade::Always };
+    }
+    if !lists.cluster && !lists.local {
+        return Route::Same { target: Target::Reject, masquerade: Masquerade::Never };
+    }
+    Route::BySource { inside: cluster, outside: local }
+}
+
+fn forwards_to(route: Route, scope: Scope) -> bool {
+    let wanted = Target::Forward(scope);
+    match route {
+        Route::Same { target, .. } => target == wanted,
+        Route::BySource { inside, outside } => inside == wanted || outside == wanted,
+    }
+}
+
+/// Source ranges hold for load balancer addresses only, never for node ports.
+fn allowed_sources(
+    kind: Kind,
+    key: FrontendKey,
+    service: &ServiceFacts,
+    node: &NodeFacts,
+) -> Option<Box<[IpNetwork]>> {
+    let At::Address(address) = key.at else { return None };
+    if kind != Kind::LoadBalancer {
+        return None;
+    }
+    let of_family = service.source_ranges.iter().filter(|r| r.is_ipv4() == address.is_ipv4());
+    let mut ranges: Vec<IpNetwork> = of_family.copied().collect();
+    if ranges.is_empty() || ranges.iter().any(|range| range.prefix() == 0) {
+        return None;
+    }
+    // The node's own connections to the address may carry the address itself as their source.
+    if node.addresses.iter().any(|own| ranges.iter().any(|range| range.contains(*own))) {
+        ranges.push(IpNetwork::from(address));
+    }
+    ranges.sort_unstable();
+    ranges.dedup();
+    Some(ranges.into())
+}

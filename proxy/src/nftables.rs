@@ -1,0 +1,391 @@
+//! The nftables backend: one table, shared maps, no rules per Service.
+//!
+//! ```text
+//! prerouting, output ─► find-service ─ address.protocol.port ─► @services ─┬► forwarding chain
+//!                          │                                               ├► reject-all, drop
+//!                          └ own address ► find-node-port ─► @node-ports ──┤
+//!                                                                          └► local-service
+//!                    (externalTrafficPolicy Local: @service-inside for pods and the node,
+//!                                                  @service-outside for everybody else)
+//!
+//! forwarding chain "service4-hide-of-3":   set the mark bit (hide = masquerade)
+//!     address.protocol.port ─ @service-pools ─► pool ┐
+//!                                 numgen mod 3 ─► slot ┴─ @endpoints4 ─► dnat to address.port
+//!
+//! postrouting ─ mark bit, or @hairpin ─► masquerade
+//! ```
+//!
+//! A Service is nothing but elements of these maps. Forwarding chains differ by pool size, masquerade
+//! and affinity only, so that a change never adds a rule (which costs the kernel a walk over all maps)
+//! unless it brings a pool size that no Service had before.
+//!
+//! A client that sticks is remembered in `@affinity`: pool.client to place, with a timeout. An endpoint
+//! keeps its place in the pool while it lives and takes it along when it goes, so that its clients find
+//! nothing there and choose anew. Pool numbers are never used again while somebody may remember them: a
+//! pool whose affinity changes gets a new number.
+//!
+//! Invariant: the kernel's elements are a function of the plans, the pool numbers and the order of
+//! slots; the latter two are read back from the kernel, so a restart changes nothing.
+
+mod adopt;
+mod item;
+mod layout;
+mod transaction;
+
+use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use ipnetwork::IpNetwork;
+use keelson_netlink::nft::{Batch, Monitor, Nft, NftError};
+
+use crate::backend::{Applied, Backend, BackendError};
+use crate::diff::{Change, Plans};
+use crate::model::{PortPlan, Scope, ServiceKey, ServicePlan};
+use item::{Item, Pool, Pools, items_of};
+use layout::{Chain, TABLE};
+use transaction::{Operations, encode};
+
+/// Small enough that nobody waits long for the kernel's lock, large enough to be quick.
+const OPERATIONS_PER_TRANSACTION: usize = 8192;
+/// Transactions up to this size are watched by our own monitor, larger ones are not.
+const ANNOUNCED_OPERATIONS: usize = 1024;
+
+/// What the backend needs to know beside the plans.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NftablesConfig {
+    /// Sources in these ranges are pods.
+    pub cluster_cidrs: Vec<IpNetwork>,
+    /// Node ports answer on addresses in these ranges, in a family without any on all addresses.
+    pub node_port_ranges: Vec<IpNetwork>,
+    /// Bit of the packet mark that asks for masquerading.
+    pub masquerade_bit: u8,
+}
+
+impl Default for NftablesConfig {
+    fn default() -> Self {
+        NftablesConfig {
+            cluster_cidrs: Vec::new(),
+            node_port_ranges: Vec::new(),
+            masquerade_bit: 14,
+        }
+    }
+}
+
+impl NftablesConfig {
+    fn mark(&self) -> u32 {
+        1u32.checked_shl(self.masquerade_bit.into()).unwrap_or(1 << 14)
+    }
+}
+
+/// An error of the nftables backend.
+#[derive(Debug, thiserror::Error)]
+pub enum NftablesError {
+    #[error("cannot read table inet keelson-proxy")]
+    Observe(#[source] NftError),
+    #[error("cannot change table inet keelson-proxy")]
+    Apply(#[source] NftError),
+    #[error("cannot watch the ruleset")]
+    Watch(#[source] NftError),
+    #[error("cannot connect to nf_tables")]
+    Open(#[source] NftError),
+}
+
+/// The error with its sources, for a log line.
+fn error_chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}
+
+/// A Service's change on its way into the kernel.
+struct Pending {
+    service: ServiceKey,
+    before: Option<Programmed>,
+    after: Option<Programmed>,
+    operations: Operations,
+}
+
+/// What is in force for one Service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Programmed {
+    plan: Arc<ServicePlan>,
+    /// One entry for each port of the plan.
+    pools: Box<[Pools]>,
+}
+
+/// The backend. Lives in the network namespace in which it was opened.
+pub struct Nftables {
+    nft: Nft,
+    monitor: Monitor,
+    config: NftablesConfig,
+    programmed: HashMap<ServiceKey, Programmed>,
+    chains: HashSet<Chain>,
+    /// How many pools have an endpoint with that address on this node.
+    hairpin: HashMap<IpAddr, u32>,
+    next_pool: u32,
+    suspicious: bool,
+}
+
+impl Nftables {
+    pub fn open(config: NftablesConfig) -> Result<Self, NftablesError> {
+        let mut nft = Nft::open().map_err(NftablesError::Open)?;
+        // Fails on a kernel without nf_tables, before anything else is tried.
+        nft.generation().map_err(NftablesError::Open)?;
+        let monitor = Monitor::open().map_err(NftablesError::Watch)?;
+        Ok(Nftables {
+            nft,
+            monitor,
+            config,
+            programmed: HashMap::new(),
+            chains: HashSet::new(),
+            hairpin: HashMap::new(),
+            next_pool: 1,
+            suspicious: false,
+        })
+    }
+
+    /// Changes the configuration; the next [`Backend::adopt`] puts it in force.
+    pub fn configure(&mut self, config: NftablesConfig) {
+        self.config = config;
+    }
+
+    /// Gives the pools of a new plan their numbers and slots, keeping those of the old one.
+    fn assign_pools(&mut self, before: Option<&Programmed>, plan: &ServicePlan) -> Box<[Pools]> {
+        plan.ports
+            .iter()
+            .map(|port| {
+                let old = before.and_then(|before| {
+                    let same = |p: &PortPlan| {
+                        (&p.name, p.protocol, p.family) == (&port.name, port.protocol, port.family)
+                    };
+                    let index = before.plan.ports.iter().position(same)?;
+                    let unchanged = before.plan.ports[index].affinity_secs == port.affinity_secs;
+                    unchanged.then(|| &before.pools[index])
+                });
+                Pools {
+                    cluster: self.assign_pool(old, port, Scope::Cluster),
+                    local: self.assign_pool(old, port, Scope::Local),
+                }
+            })
+            .collect()
+    }
+
+    fn assign_pool(&mut self, old: Option<&Pools>, port: &PortPlan, scope: Scope) -> Option<Pool> {
+        let wanted = port.pool(scope);
+        if wanted.is_empty() {
+            return None;
+        }
+        Some(match old.and_then(|old| old.get(scope)) {
+            Some(old) => old.with(wanted),
+            None => self.new_pool(port).with(wanted),
+        })
+    }
+
+    fn new_pool(&mut self, port: &PortPlan) -> Pool {
+        let number = self.next_pool;
+        self.next_pool = self.next_pool.checked_add(1).unwrap_or(1);
+        Pool::empty(number, port.affinity_secs.is_some())
+    }
+
+    /// Puts changes in force without looking at the kernel first.
+    fn apply_known(&mut self, changes: &[Change]) -> Result<Applied, NftablesError> {
+        let mut applied = Applied::default();
+        let mut waiting = Vec::new();
+        for change in changes {
+            let before = self.programmed.remove(&change.service);
+            let after = change.plan.as_ref().map(|plan| Programmed {
+                plan: Arc::clone(plan),
+                pools: self.assign_pools(before.as_ref(), plan),
+            });
+            let mut operations =
+                Operations::replace(&all_items(before.as_ref()), &all_items(after.as_ref()));
+            self.count_hairpins(before.as_ref(), after.as_ref(), &mut operations);
+            let service = change.service.clone();
+            waiting.push(Pending { service, before, after, operations });
+            self.commit_if_full(&mut waiting, &mut applied)?;
+        }
+        self.commit_all(&mut waiting, &mut applied)?;
+        Ok(applied)
+    }
+
+    /// Several pools may have an endpoint on the same pod, but the element exists once.
+    fn count_hairpins(
+        &mut self,
+        before: Option<&Programmed>,
+        after: Option<&Programmed>,
+        operations: &mut Operations,
+    ) {
+        let addresses = |programmed: &Programmed| -> Vec<IpAddr> {
+            programmed.plan.ports.iter().flat_map(|port| port.here.iter().copied()).collect()
+        };
+        for address in after.map(addresses).unwrap_or_default() {
+            let count = self.hairpin.entry(address).or_default();
+            *count += 1;
+            if *count == 1 {
+                operations.adds.push(hairpin_item(address));
+            }
+        }
+        for address in before.map(addresses).unwrap_or_default() {
+            let Some(count) = self.hairpin.get_mut(&address) else { continue };
+            *count -= 1;
+            if *count == 0 {
+                self.hairpin.remove(&address);
+                operations.deletes.push(hairpin_item(address));
+            }
+        }
+    }
+
+    fn commit_if_full(
+        &mut self,
+        waiting: &mut Vec<Pending>,
+        applied: &mut Applied,
+    ) -> Result<(), NftablesError> {
+        let operations: usize = waiting.iter().map(|pending| pending.operations.len()).sum();
+        if operations < OPERATIONS_PER_TRANSACTION {
+            return Ok(());
+        }
+        self.commit_all(waiting, applied)
+    }
+
+    /// Sends one transaction; only then its Services count as programmed. When the kernel refuses it,
+    /// each Service is tried alone, so that one that cannot be programmed does not hold up the others.
+    fn commit_all(
+        &mut self,
+        waiting: &mut Vec<Pending>,
+        applied: &mut Applied,
+    ) -> Result<(), NftablesError> {
+        let waiting: Vec<Pending> = std::mem::take(waiting);
+        match self.commit(waiting.iter().map(|pending| &pending.operations)) {
+            Ok(operations) => {
+                applied.operations += operations;
+                waiting.into_iter().for_each(|pending| self.settle(pending.service, pending.after));
+            }
+            Err(error) if is_out_of_step(&error) => return Err(error),
+            Err(error) if waiting.len() == 1 => {
+                for pending in waiting {
+                    self.settle(pending.service.clone(), pending.before);
+                    applied.refused.push((pending.service, error.into()));
+                    break;
+                }
+            }
+            Err(_) => {
+                for pending in waiting {
+                    self.commit_all(&mut vec![pending], applied)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn commit<'o>(
+        &mut self,
+        parts: impl IntoIterator<Item = &'o Operations>,
+    ) -> Result<usize, NftablesError> {
+        let (batch, new_chains) = encode(parts, &self.chains, self.config.mark());
+        let operations = batch.operations();
+        self.send(batch)?;
+        self.chains.extend(new_chains);
+        Ok(operations)
+    }
+
+    fn settle(&mut self, service: ServiceKey, programmed: Option<Programmed>) {
+        if let Some(programmed) = programmed {
+            self.programmed.insert(service, programmed);
+        }
+    }
+
+    /// Commits. Our own monitor need not hear of a big transaction: the kernel would have to describe
+    /// every element of it; instead the generation tells whether somebody else came in between.
+    fn send(&mut self, batch: Batch) -> Result<(), NftablesError> {
+        if batch.operations() <= ANNOUNCED_OPERATIONS {
+            return self.nft.commit(batch).map_err(NftablesError::Apply);
+        }
+        let before = self.nft.generation().map_err(NftablesError::Observe)?;
+        self.monitor.pause().map_err(NftablesError::Watch)?;
+        let result = self.nft.commit(batch).map_err(NftablesError::Apply);
+        self.monitor.resume().map_err(NftablesError::Watch)?;
+        let after = self.nft.generation().map_err(NftablesError::Observe)?;
+        self.suspicious |= result.is_ok() && after != before.wrapping_add(1);
+        result
+    }
+}
+
+/// All elements of a Service, in order.
+fn all_items(programmed: Option<&Programmed>) -> Vec<Item> {
+    let mut items = Vec::new();
+    if let Some(programmed) = programmed {
+        for (port, pools) in programmed.plan.ports.iter().zip(&programmed.pools) {
+            items_of(port, pools, &mut items);
+        }
+    }
+    items.sort_unstable();
+    items
+}
+
+/// True when the kernel has something else than we think: absent what we change, or present already.
+fn is_out_of_step(error: &NftablesError) -> bool {
+    let NftablesError::Apply(source) = error else { return false };
+    matches!(source.errno(), Some(libc::ENOENT | libc::EEXIST | libc::EBUSY))
+}
+
+fn hairpin_item(address: IpAddr) -> item::Item {
+    item::Item {
+        family: crate::model::Family::of(address),
+        map: layout::Map::Hairpin,
+        key: item::Key::new().address(address).address(address),
+        last: None,
+        val: item::Val::None,
+    }
+}
+
+impl Backend for Nftables {
+    fn adopt(&mut self, plans: &Plans) -> Result<Applied, BackendError> {
+        const ATTEMPTS: u32 = 5;
+        self.suspicious = false;
+        let mut attempt = 1;
+        loop {
+            match self.adopt_once(plans) {
+                // Somebody changes the table while it is being repaired.
+                Err(error) if is_out_of_step(&error) && attempt < ATTEMPTS => attempt += 1,
+                result => return Ok(result?),
+            }
+        }
+    }
+
+    fn apply(&mut self, changes: &[Change], plans: &Plans) -> Result<Applied, BackendError> {
+        match self.apply_known(changes) {
+            Ok(applied) => Ok(applied),
+            Err(error) => {
+                tracing::warn!(error = %error_chain(&error), "Reading the table again after a refused change");
+                self.adopt(plans)
+            }
+        }
+    }
+
+    fn alarm(&self) -> BorrowedFd<'_> {
+        self.monitor.as_fd()
+    }
+
+    fn disturbed(&mut self) -> Result<bool, BackendError> {
+        let seen = self.monitor.read(TABLE, self.nft.port()).map_err(NftablesError::Watch)?;
+        Ok(std::mem::take(&mut self.suspicious) || seen.table_changed)
+    }
+
+    fn cleanup(&mut self) -> Result<(), BackendError> {
+        let mut batch = Batch::new();
+        // Deleting what may not be there: make it first, in the same transaction.
+        batch.add_table(TABLE);
+        batch.delete_table(TABLE);
+        self.nft.commit(batch).map_err(NftablesError::Apply)?;
+        self.programmed.clear();
+        self.chains.clear();
+        self.hairpin.clear();
+        Ok(())
+    }
+}

@@ -1,0 +1,266 @@
+//! Elements of the maps, and how a Service's plan becomes such elements. Pure.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+
+use ipnetwork::IpNetwork;
+
+use super::layout::{Chain, Forward, Kind, Map, View};
+use crate::diff::place;
+use crate::model::{
+    At, Endpoint, Family, Frontend, FrontendKey, Masquerade, PortPlan, Route, Scope, Target,
+};
+
+const KEY_CAPACITY: usize = 40;
+
+/// A key in the kernel's form: parts padded to four bytes each.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct Key {
+    bytes: [u8; KEY_CAPACITY],
+    len: u8,
+}
+
+impl Key {
+    pub(crate) fn new() -> Self {
+        Key { bytes: [0; KEY_CAPACITY], len: 0 }
+    }
+
+    /// A key as the kernel gave it.
+    pub(crate) fn from_kernel(bytes: &[u8]) -> Self {
+        Key::new().and(bytes)
+    }
+
+    pub(crate) fn as_bytes(&self) -> &[u8] {
+        &self.bytes[..usize::from(self.len)]
+    }
+
+    /// Appends a part. A longer key than any map has is cut and so never matches.
+    pub(crate) fn and(mut self, part: &[u8]) -> Self {
+        let start = usize::from(self.len);
+        let part = &part[..part.len().min(KEY_CAPACITY - start)];
+        self.bytes[start..start + part.len()].copy_from_slice(part);
+        self.len = u8::try_from((start + part.len()).next_multiple_of(4)).unwrap_or(0);
+        self
+    }
+
+    pub(crate) fn address(self, address: IpAddr) -> Self {
+        match address {
+            IpAddr::V4(v4) => self.and(&v4.octets()),
+            IpAddr::V6(v6) => self.and(&v6.octets()),
+        }
+    }
+
+    pub(crate) fn number(self, number: u32) -> Self {
+        self.and(&number.to_ne_bytes())
+    }
+
+    fn frontend(key: &FrontendKey) -> Self {
+        let start = match key.at {
+            At::Address(address) => Key::new().address(address),
+            At::NodePort(_) => Key::new(),
+        };
+        start.and(&[key.protocol as u8]).and(&key.port.to_be_bytes())
+    }
+
+    pub(crate) fn endpoint(self, endpoint: Endpoint) -> Self {
+        self.address(endpoint.address).and(&endpoint.port.to_be_bytes())
+    }
+}
+
+impl std::fmt::Debug for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.as_bytes().fmt(f)
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum Val {
+    None,
+    /// A pool number or a place.
+    Number(u32),
+    Endpoint(Endpoint),
+    Goto(Chain),
+    Drop,
+    /// In the kernel, but nothing that we would put there.
+    Foreign,
+}
+
+/// An element of a map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct Item {
+    pub(crate) family: Family,
+    pub(crate) map: Map,
+    pub(crate) key: Key,
+    /// Last key of a range.
+    pub(crate) last: Option<Key>,
+    pub(crate) val: Val,
+}
+
+/// A list of endpoints in the kernel: its number and what is in its slots.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Pool {
+    pub(crate) number: u32,
+    pub(crate) slots: Box<[Endpoint]>,
+    /// Where clients stick: the place of each slot's endpoint. An endpoint keeps its place as long as it
+    /// lives, and a place is not given to another one.
+    pub(crate) places: Option<Places>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Places {
+    pub(crate) of_slots: Box<[u32]>,
+    pub(crate) next: u32,
+}
+
+impl Pool {
+    /// The pool with other endpoints; those that stay keep their slots and places.
+    pub(crate) fn with(&self, wanted: &[Endpoint]) -> Pool {
+        let before: Vec<_> = self.slots.iter().copied().map(Some).collect();
+        let slots = place(&before, wanted);
+        let places = self.places.as_ref().map(|old| {
+            let known: HashMap<&Endpoint, u32> =
+                self.slots.iter().zip(old.of_slots.iter().copied()).collect();
+            let mut next = old.next;
+            let mut place_of = |endpoint| {
+                known.get(endpoint).copied().unwrap_or_else(|| {
+                    next = next.wrapping_add(1);
+                    next.wrapping_sub(1)
+                })
+            };
+            let of_slots = slots.iter().map(&mut place_of).collect();
+            Places { of_slots, next }
+        });
+        Pool { number: self.number, slots: slots.into(), places }
+    }
+
+    pub(crate) fn empty(number: u32, sticky: bool) -> Pool {
+        Pool { number, slots: Box::default(), places: sticky.then(Places::default) }
+    }
+}
+
+/// The pools of one Service port, by [`Scope`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Pools {
+    pub(crate) cluster: Option<Pool>,
+    pub(crate) local: Option<Pool>,
+}
+
+impl Pools {
+    pub(crate) fn get(&self, scope: Scope) -> Option<&Pool> {
+        match scope {
+            Scope::Cluster => self.cluster.as_ref(),
+            Scope::Local => self.local.as_ref(),
+        }
+    }
+}
+
+/// All elements of a Service port.
+pub(crate) fn items_of(plan: &PortPlan, pools: &Pools, out: &mut Vec<Item>) {
+    for frontend in &plan.frontends {
+        frontend_items(plan, frontend, pools, out);
+    }
+    for pool in [&pools.cluster, &pools.local].into_iter().flatten() {
+        let mut push = |map, second, val| {
+            let key = Key::new().number(pool.number).number(second);
+            out.push(Item { family: plan.family, map, key, last: None, val });
+        };
+        for (slot, endpoint) in (0u32..).zip(&pool.slots) {
+            let place = match &pool.places {
+                None => slot,
+                Some(places) => places.of_slots[slot as usize],
+            };
+            push(Map::Endpoints, place, Val::Endpoint(*endpoint));
+            if pool.places.is_some() {
+                push(Map::Places, slot, Val::Number(place));
+            }
+        }
+    }
+}
+
+fn frontend_items(plan: &PortPlan, frontend: &Frontend, pools: &Pools, out: &mut Vec<Item>) {
+    let (family, key) = (plan.family, Key::frontend(&frontend.key));
+    let kind = kind_of(&frontend.key);
+    let mut push = |map, val| out.push(Item { family, map, key, last: None, val });
+    let verdict = |target, view, masquerade| match target {
+        Target::Reject => Val::Goto(Chain::Reject),
+        Target::Drop => Val::Drop,
+        Target::Forward(scope) => match pools.get(scope) {
+            None => Val::Goto(Chain::Reject),
+            Some(pool) => Val::Goto(Chain::Forward(Forward {
+                family,
+                kind,
+                view,
+                masquerade,
+                sticky_secs: plan.affinity_secs,
+                size: u32::try_from(pool.slots.len()).unwrap_or(u32::MAX),
+            })),
+        },
+    };
+    let pool = |target| match target {
+        Target::Forward(scope) => pools.get(scope).map(|pool| pool.number),
+        Target::Reject | Target::Drop => None,
+    };
+    match frontend.route {
+        Route::Same { target, masquerade } => {
+            push(Map::Frontends(kind), verdict(target, View::Direct, masquerade));
+            if let Some(number) = pool(target) {
+                push(Map::Pools(kind, View::Direct), Val::Number(number));
+            }
+        }
+        Route::BySource { inside, outside } => {
+            push(Map::Frontends(kind), Val::Goto(Chain::BySource(family, kind)));
+            push(Map::Inside(kind), verdict(inside, View::Inside, Masquerade::Never));
+            push(Map::Outside(kind), verdict(outside, View::Direct, Masquerade::Never));
+            if let Some(number) = pool(inside) {
+                push(Map::Pools(kind, View::Inside), Val::Number(number));
+            }
+            if let Some(number) = pool(outside) {
+                push(Map::Pools(kind, View::Direct), Val::Number(number));
+            }
+        }
+    }
+    if let Some(sources) = &frontend.sources {
+        push(Map::Restricted, Val::None);
+        for range in sources {
+            let (first, end) = ends(*range);
+            let item = Item {
+                family,
+                map: Map::Allowed,
+                key: key.address(first),
+                last: Some(Key::frontend(&frontend.key).address(end)),
+                val: Val::None,
+            };
+            out.push(item);
+        }
+    }
+}
+
+pub(crate) fn kind_of(key: &FrontendKey) -> Kind {
+    match key.at {
+        At::Address(_) => Kind::Address,
+        At::NodePort(_) => Kind::NodePort,
+    }
+}
+
+/// Where a frontend's pool of that scope is looked up: these maps tell its number after a restart.
+pub(crate) fn pool_items(plan: &PortPlan, scope: Scope) -> impl Iterator<Item = (Map, Key)> {
+    plan.frontends.iter().flat_map(move |frontend| {
+        let (kind, key) = (kind_of(&frontend.key), Key::frontend(&frontend.key));
+        let wanted = Target::Forward(scope);
+        let (direct, inside) = match frontend.route {
+            Route::Same { target, .. } => (target == wanted, false),
+            Route::BySource { inside, outside } => (outside == wanted, inside == wanted),
+        };
+        let direct = direct.then_some((Map::Pools(kind, View::Direct), key));
+        let inside = inside.then_some((Map::Pools(kind, View::Inside), key));
+        direct.into_iter().chain(inside)
+    })
+}
+
+/// First and last address of a range.
+pub(crate) fn ends(range: IpNetwork) -> (IpAddr, IpAddr) {
+    match range {
+        IpNetwork::V4(v4) => (v4.network().into(), v4.broadcast().into()),
+        IpNetwork::V6(v6) => (v6.network().into(), v6.broadcast().into()),
+    }
+}
