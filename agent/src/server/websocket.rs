@@ -13,7 +13,8 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream
 use tokio::sync::mpsc;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
-use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
+use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
+use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
@@ -107,7 +108,9 @@ impl Connection {
 
     /// Sends what is still to be sent, says goodbye and hangs up.
     pub async fn close(self) {
-        drop(self.output.send(Message::Close(None)).await);
+        // Clients take a goodbye without a code for an error.
+        let goodbye = CloseFrame { code: CloseCode::Normal, reason: "".into() };
+        drop(self.output.send(Message::Close(Some(goodbye))).await);
         drop(self.writer.await);
         drop(tokio::time::timeout(LINGER, self.gone.cancelled()).await);
         self.gone.cancel();

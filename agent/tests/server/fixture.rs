@@ -1,0 +1,212 @@
+//! A node's HTTPS API whose containers are processes of this machine, and a stand-in for the API
+//! server that passes kubectl's requests on to it.
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part of the fixture")]
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use k8s_openapi::api::core::v1::Pod;
+use keelson_agent::config::{Authorization, ServerConfig};
+use keelson_agent::server::auth::Access;
+use keelson_agent::server::containers::{Containers, ExecRequest, Process, TerminalSize};
+use keelson_agent::server::routes::{Routes, Settings};
+use keelson_agent::server::{self, tls};
+use serde_json::json;
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+pub struct Node {
+    pub address: SocketAddr,
+    pub healthz: SocketAddr,
+    pub dir: tempfile::TempDir,
+    /// The container runs as long as this is true.
+    pub running: watch::Sender<bool>,
+    cancel: CancellationToken,
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.cancel.cancel();
+    }
+}
+
+impl Node {
+    pub async fn start(change: impl FnOnce(&mut ServerConfig)) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("0.log"), "").unwrap();
+        let mut config = ServerConfig {
+            anonymous: true,
+            authorization: Authorization::AlwaysAllow,
+            ..ServerConfig::default()
+        };
+        change(&mut config);
+        let tls = tls::server_config(&config, dir.path(), "n1", &[]).unwrap();
+        let running = watch::Sender::new(true);
+        let cancel = CancellationToken::new();
+        let containers =
+            Arc::new(Local { log: dir.path().join("0.log"), running: running.subscribe() });
+        let routes = Arc::new(Routes {
+            access: Access::new(config, "n1".to_owned(), None),
+            containers,
+            settings: Settings {
+                streaming_idle_timeout: Duration::from_secs(60),
+                debugging_handlers: true,
+                configz: json!({}),
+            },
+            health: Box::new(|| None),
+            metrics: Box::new(|_| None),
+            sessions: TaskTracker::new(),
+            cancel: cancel.clone(),
+        });
+        let listener = server::bind(Ipv4Addr::LOCALHOST.into(), 0).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let healthz = server::bind(Ipv4Addr::LOCALHOST.into(), 0).await.unwrap();
+        let healthz_address = healthz.local_addr().unwrap();
+        tokio::spawn(server::serve(listener, tls, routes.clone(), cancel.clone()));
+        tokio::spawn(server::serve_healthz(healthz, routes, cancel.clone()));
+        Self { address, healthz: healthz_address, dir, running, cancel }
+    }
+
+    pub fn log(&self, line: &str) {
+        use std::io::Write;
+        let path = self.dir.path().join("0.log");
+        let mut file = std::fs::OpenOptions::new().append(true).open(path).unwrap();
+        writeln!(file, "2026-01-02T15:04:05.000000001Z stdout F {line}").unwrap();
+    }
+
+    /// Starts a stand-in for the API server: pods by name, and raw upgrades to this node.
+    pub async fn api_server(&self) -> SocketAddr {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let kubelet = self.address;
+        tokio::spawn(super::proxy::serve(listener, kubelet));
+        address
+    }
+}
+
+/// The one pod of the node, with a container that is waiting beside the one that runs.
+pub fn pod() -> Pod {
+    let status = |name: &str, state: serde_json::Value, id: &str| {
+        json!({"name": name, "state": state, "containerID": id, "ready": true, "started": true,
+            "restartCount": 0, "image": "local", "imageID": "local"})
+    };
+    serde_json::from_value(json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "web", "namespace": "default", "uid": "u-1",
+            "creationTimestamp": "2026-01-01T00:00:00Z"},
+        "spec": {"nodeName": "n1", "containers": [
+            {"name": "main", "image": "local", "stdin": true, "tty": true},
+            {"name": "slow", "image": "local"},
+        ]},
+        "status": {"phase": "Running", "containerStatuses": [
+            status("main", json!({"running": {"startedAt": "2026-01-01T00:00:00Z"}}), "containerd://c-1"),
+            status("slow", json!({"waiting": {"reason": "ContainerCreating"}}), ""),
+        ]},
+    }))
+    .unwrap()
+}
+
+struct Local {
+    log: PathBuf,
+    running: watch::Receiver<bool>,
+}
+
+impl Containers for Local {
+    fn pods(&self) -> Vec<Arc<Pod>> {
+        vec![Arc::new(pod())]
+    }
+
+    fn log_path(&self, uid: &str, id: &str) -> BoxFuture<'static, Result<PathBuf, String>> {
+        assert_eq!((uid, id), ("u-1", "c-1"));
+        let log = self.log.clone();
+        async move { Ok(log) }.boxed()
+    }
+
+    fn ended(&self, _: &str, _: &str) -> BoxFuture<'static, ()> {
+        let mut running = self.running.clone();
+        async move { drop(running.wait_for(|running| !running).await) }.boxed()
+    }
+
+    fn exec(&self, id: &str, request: ExecRequest) -> BoxFuture<'static, Result<Process, String>> {
+        assert_eq!(id, "c-1");
+        async move { if request.tty { on_terminal(&request) } else { on_pipes(&request) } }.boxed()
+    }
+
+    fn attach(
+        &self,
+        id: &str,
+        request: ExecRequest,
+    ) -> BoxFuture<'static, Result<Process, String>> {
+        self.exec(id, ExecRequest { command: vec!["cat".to_owned()], ..request })
+    }
+
+    fn network(&self, _: &str) -> BoxFuture<'static, Result<Option<PathBuf>, String>> {
+        async { Ok(None) }.boxed()
+    }
+}
+
+fn command(request: &ExecRequest) -> tokio::process::Command {
+    let mut command = tokio::process::Command::new(&request.command[0]);
+    command.args(&request.command[1..]).kill_on_drop(true);
+    command
+}
+
+fn on_pipes(request: &ExecRequest) -> Result<Process, String> {
+    let pipe = |wanted| if wanted { Stdio::piped() } else { Stdio::null() };
+    let mut child = command(request)
+        .stdin(pipe(request.stdin))
+        .stdout(pipe(request.stdout))
+        .stderr(pipe(request.stderr))
+        .spawn()
+        .map_err(|error| format!("cannot start {}: {error}", request.command[0]))?;
+    Ok(Process {
+        stdin: child.stdin.take().map(|stdin| Box::new(stdin) as _),
+        stdout: child.stdout.take().map(|stdout| Box::new(stdout) as _),
+        stderr: child.stderr.take().map(|stderr| Box::new(stderr) as _),
+        resize: None,
+        exit: async move { Ok(child.wait().await.unwrap().code().unwrap_or(137)) }.boxed(),
+    })
+}
+
+/// A terminal whose size can be asked for with `stty size`.
+fn on_terminal(request: &ExecRequest) -> Result<Process, String> {
+    let terminal = nix::pty::openpty(None, None).map_err(|error| error.to_string())?;
+    let slave = || Stdio::from(terminal.slave.try_clone().unwrap());
+    let mut child = command(request)
+        .stdin(slave())
+        .stdout(slave())
+        .stderr(slave())
+        .spawn()
+        .map_err(|error| error.to_string())?;
+    drop(terminal.slave);
+    let master = std::fs::File::from(terminal.master);
+    let sizes_of = master.try_clone().unwrap();
+    let (resize, mut sizes) = mpsc::channel::<TerminalSize>(4);
+    tokio::spawn(async move {
+        while let Some(size) = sizes.recv().await {
+            let fd = std::os::fd::AsFd::as_fd(&sizes_of);
+            let stty = tokio::process::Command::new("stty")
+                .args(["rows", &size.height.to_string(), "cols", &size.width.to_string()])
+                .stdin(fd.try_clone_to_owned().unwrap())
+                .status();
+            stty.await.unwrap();
+        }
+    });
+    let stdin = tokio::fs::File::from_std(master.try_clone().unwrap());
+    let stdout = tokio::fs::File::from_std(master);
+    Ok(Process {
+        stdin: request.stdin.then(|| Box::new(stdin) as _),
+        stdout: Some(Box::new(stdout) as _),
+        stderr: None,
+        resize: Some(resize),
+        exit: async move { Ok(child.wait().await.unwrap().code().unwrap_or(137)) }.boxed(),
+    })
+}
