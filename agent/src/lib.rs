@@ -1,5 +1,6 @@
 //! keelson's node agent: runs the pods of one node through containerd.
 
+pub mod agent;
 pub mod cgroup;
 pub mod command;
 pub mod config;

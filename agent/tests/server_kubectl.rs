@@ -4,6 +4,13 @@
 //! Which kubectl: `KEELSON_TEST_KUBECTL` names programs, separated by colons; `kubectl` otherwise. A
 //! kubectl that speaks WebSocket is made to speak SPDY as well.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    unreachable_pub,
+    reason = "a failure in a test may panic, and its modules are its own"
+)]
+
 #[path = "server/fixture.rs"]
 mod fixture;
 #[path = "server/proxy.rs"]

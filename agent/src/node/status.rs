@@ -176,7 +176,11 @@ fn allocatable(
 }
 
 fn milli(milli: u64) -> Quantity {
-    Quantity(if milli % 1000 == 0 { (milli / 1000).to_string() } else { format!("{milli}m") })
+    Quantity(if milli.is_multiple_of(1000) {
+        (milli / 1000).to_string()
+    } else {
+        format!("{milli}m")
+    })
 }
 
 fn kibibytes(bytes: u64) -> Quantity {
@@ -186,7 +190,7 @@ fn kibibytes(bytes: u64) -> Quantity {
 /// Bytes in the largest binary unit that divides them, as Kubernetes itself writes quantities.
 fn bytes_quantity(bytes: u64) -> Quantity {
     let units = [(60, "Ei"), (50, "Pi"), (40, "Ti"), (30, "Gi"), (20, "Mi"), (10, "Ki")];
-    let unit = units.into_iter().find(|(shift, _)| bytes > 0 && bytes % (1 << shift) == 0);
+    let unit = units.into_iter().find(|(shift, _)| bytes > 0 && bytes.is_multiple_of(1 << shift));
     Quantity(match unit {
         Some((shift, suffix)) => format!("{}{suffix}", bytes >> shift),
         None => bytes.to_string(),

@@ -23,6 +23,7 @@ use tracing::{debug, warn};
 use super::auth::Access;
 use super::containers::{Containers, ExecRequest};
 use super::find::{self, Refusal};
+use super::metrics::Metrics;
 use super::remote::{self, Agreed, Transport};
 use super::spdy::connection::Connection;
 use super::spdy::session::Role;
@@ -49,8 +50,7 @@ pub struct Routes {
     pub settings: Settings,
     /// `None`, or why the agent does not work as it should.
     pub health: Box<dyn Fn() -> Option<String> + Send + Sync>,
-    /// The text of `/metrics` and `/metrics/resource`.
-    pub metrics: Box<dyn Fn(&str) -> Option<String> + Send + Sync>,
+    pub metrics: Metrics,
     /// Sessions that outlive their request.
     pub sessions: TaskTracker,
     /// Ends the sessions.
@@ -147,11 +147,11 @@ impl Routes {
     }
 
     fn metrics(&self, path: &str) -> Result<Answer, Refusal> {
-        let body = (self.metrics)(path).ok_or_else(not_found)?;
+        let body = self.metrics.text(path).ok_or_else(not_found)?;
         let kind = if path.starts_with("stats") {
             "application/json"
         } else {
-            "application/openmetrics-text; version=1.0.0; charset=utf-8"
+            "text/plain; version=0.0.4; charset=utf-8"
         };
         Ok(with_type(text(StatusCode::OK, body), kind))
     }

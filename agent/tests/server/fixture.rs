@@ -1,6 +1,6 @@
 //! A node's HTTPS API whose containers are processes of this machine, and a stand-in for the API
 //! server that passes kubectl's requests on to it.
-#![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part of the fixture")]
+#![allow(dead_code, reason = "each test binary uses its own part of the fixture")]
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -14,6 +14,7 @@ use k8s_openapi::api::core::v1::Pod;
 use keelson_agent::config::{Authorization, ServerConfig};
 use keelson_agent::server::auth::Access;
 use keelson_agent::server::containers::{Containers, ExecRequest, Process, TerminalSize};
+use keelson_agent::server::metrics::Metrics;
 use keelson_agent::server::routes::{Routes, Settings};
 use keelson_agent::server::{self, tls};
 use serde_json::json;
@@ -50,18 +51,18 @@ impl Node {
         let tls = tls::server_config(&config, dir.path(), "n1", &[]).unwrap();
         let running = watch::Sender::new(true);
         let cancel = CancellationToken::new();
-        let containers =
+        let containers: Arc<dyn Containers> =
             Arc::new(Local { log: dir.path().join("0.log"), running: running.subscribe() });
         let routes = Arc::new(Routes {
             access: Access::new(config, "n1".to_owned(), None),
-            containers,
+            containers: containers.clone(),
             settings: Settings {
                 streaming_idle_timeout: Duration::from_secs(60),
                 debugging_handlers: true,
                 configz: json!({}),
             },
             health: Box::new(|| None),
-            metrics: Box::new(|_| None),
+            metrics: Metrics::new("n1".to_owned(), containers),
             sessions: TaskTracker::new(),
             cancel: cancel.clone(),
         });

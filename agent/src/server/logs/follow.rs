@@ -78,7 +78,7 @@ struct Log {
 
 enum Source {
     Plain(File),
-    Packed { reader: GzDecoder<File>, path: PathBuf },
+    Packed { reader: Box<GzDecoder<File>>, path: PathBuf },
 }
 
 impl Log {
@@ -181,7 +181,7 @@ impl Log {
         let next = successor(&own, &self.path, &rotated(&self.path)?);
         let file = File::open(&next)?;
         self.source = if next.extension().is_some_and(|extension| extension == "gz") {
-            Source::Packed { reader: GzDecoder::new(file), path: next }
+            Source::Packed { reader: Box::new(GzDecoder::new(file)), path: next }
         } else {
             Source::Plain(file)
         };

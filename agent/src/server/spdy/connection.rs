@@ -184,12 +184,9 @@ where
         io.flush().await?;
         io.shutdown().await
     };
-    match gone.run_until_cancelled(work).await {
-        Some(Err(error)) => {
-            debug!(%error, "SPDY connection broke while sending");
-            gone.cancel();
-        }
-        Some(Ok(())) | None => {}
+    if let Some(Err(error)) = gone.run_until_cancelled(work).await {
+        debug!(%error, "SPDY connection broke while sending");
+        gone.cancel();
     }
 }
 

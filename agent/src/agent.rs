@@ -1,0 +1,193 @@
+//! The node agent, from its configuration to a node that runs pods.
+//!
+//! ```text
+//! run ─ folders ─ containerd ─ API client ─┬─ pods        (adopts what runs)
+//!                                          └─ serve_node ─┬─ Node, Lease
+//!                                                         ├─ HTTPS API, /healthz
+//!                                                         └─ READY to systemd
+//! ```
+//! Stopping the agent stops none of the pods: the next one adopts them.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Context;
+use kube::Client;
+use serde_json::json;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{debug, info, warn};
+
+use crate::config::AgentConfig;
+use crate::node::addresses::node_addresses;
+use crate::node::{self, NodeShared, RuntimeProbe};
+use crate::server::auth::Access;
+use crate::server::containers::Containers;
+use crate::server::metrics::Metrics;
+use crate::server::routes::{Routes, Settings};
+use crate::server::{self, tls};
+
+mod bootstrap;
+
+/// What the node's API and status show of the machinery that runs pods.
+#[derive(Clone)]
+pub struct NodeParts {
+    pub probe: Arc<dyn RuntimeProbe>,
+    pub containers: Arc<dyn Containers>,
+    pub shared: NodeShared,
+}
+
+/// Makes the folders that the agent writes to.
+///
+/// # Errors
+/// When one cannot be made; it is named.
+pub fn ensure_folders(config: &AgentConfig) -> anyhow::Result<()> {
+    let logs = &config.pod_logs_dir;
+    for folder in [&config.root_dir, &config.run_dir, logs, &config.runtime.cni_conf_dir] {
+        std::fs::create_dir_all(folder).with_context(|| {
+            format!("cannot create {}; hint: keelson agent needs root", folder.display())
+        })?;
+    }
+    Ok(())
+}
+
+/// A client for the API server, or `None` when the agent works without one.
+///
+/// # Errors
+/// When the kubeconfig cannot be used, or no certificate can be had with the bootstrap one.
+pub async fn api_client(config: &AgentConfig) -> anyhow::Result<Option<Client>> {
+    // Whoever hosts the agent may have chosen a provider already: either is good.
+    drop(rustls::crypto::ring::default_provider().install_default());
+    let Some(path) = &config.kubeconfig else { return Ok(None) };
+    if !path.exists()
+        && let Some(bootstrap) = &config.bootstrap_kubeconfig
+    {
+        bootstrap::request_kubeconfig(config, bootstrap, path).await?;
+    }
+    client_from(path).await.map(Some)
+}
+
+async fn client_from(path: &Path) -> anyhow::Result<Client> {
+    let bad = || format!("cannot use the kubeconfig {}", path.display());
+    let kubeconfig = kube::config::Kubeconfig::read_from(path).with_context(bad)?;
+    let options = kube::config::KubeConfigOptions::default();
+    let config =
+        kube::Config::from_custom_kubeconfig(kubeconfig, &options).await.with_context(bad)?;
+    Client::try_from(config).with_context(bad)
+}
+
+/// Keeps the node's object, its HTTPS API and its health checks up until `shutdown`. Everything that
+/// must be able to start is started before systemd hears that the agent is ready.
+///
+/// # Errors
+/// When a port cannot be opened or a certificate cannot be used.
+pub async fn serve_node(
+    config: Arc<AgentConfig>,
+    client: Option<Client>,
+    parts: NodeParts,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()> {
+    let tasks = TaskTracker::new();
+    let addresses = node_addresses(&config.node_ips);
+    let tls =
+        tls::server_config(&config.server, &config.cert_dir(), &config.node_name, &addresses)?;
+    let listener = server::bind(config.server.address, config.server.port).await?;
+    let routes = Arc::new(routes(&config, client.clone(), &parts, &tasks, &shutdown));
+    if let Some(address) = config.healthz {
+        let healthz = server::bind(address.ip(), address.port()).await?;
+        tasks.spawn(server::serve_healthz(healthz, routes.clone(), shutdown.clone()));
+    }
+    tasks.spawn(server::serve(listener, tls, routes, shutdown.clone()));
+    match client {
+        Some(client) => {
+            let NodeParts { probe, shared, .. } = parts;
+            tasks.spawn(node::run(config.clone(), client, probe, shared, shutdown.clone()));
+        }
+        None => warn!("No --kubeconfig: only static pods run here, and no Node is registered"),
+    }
+    info!(node = config.node_name, port = config.server.port, "Agent is ready");
+    tell_systemd(&tasks, &shutdown);
+    shutdown.cancelled().await;
+    info!(node = config.node_name, "Agent stops; its pods run on");
+    tasks.close();
+    tasks.wait().await;
+    Ok(())
+}
+
+fn routes(
+    config: &Arc<AgentConfig>,
+    client: Option<Client>,
+    parts: &NodeParts,
+    tasks: &TaskTracker,
+    shutdown: &CancellationToken,
+) -> Routes {
+    Routes {
+        access: Access::new(config.server.clone(), config.node_name.clone(), client),
+        containers: parts.containers.clone(),
+        settings: Settings {
+            streaming_idle_timeout: config.server.streaming_idle_timeout,
+            debugging_handlers: config.server.debugging_handlers,
+            configz: configz(config),
+        },
+        health: Box::new(|| None),
+        metrics: Metrics::new(config.node_name.clone(), parts.containers.clone()),
+        sessions: tasks.clone(),
+        cancel: shutdown.clone(),
+    }
+}
+
+/// What is in force, in the words of the file that it may have come from.
+fn configz(config: &AgentConfig) -> serde_json::Value {
+    let seconds = |duration: std::time::Duration| format!("{}s", duration.as_secs());
+    json!({"kubeletconfig": {
+        "address": config.server.address,
+        "port": config.server.port,
+        "authentication": {
+            "anonymous": {"enabled": config.server.anonymous},
+            "webhook": {"enabled": config.server.token_review,
+                "cacheTTL": seconds(config.server.token_review_ttl)},
+            "x509": {"clientCAFile": config.server.client_ca_file},
+        },
+        "cgroupDriver": config.runtime.cgroup_driver.as_str(),
+        "cgroupRoot": config.runtime.cgroup_root,
+        "clusterDNS": config.pods.cluster_dns,
+        "clusterDomain": config.pods.cluster_domain,
+        "containerLogMaxFiles": config.pods.log_max_files,
+        "containerLogMaxSize": config.pods.log_max_size.to_string(),
+        "containerRuntimeEndpoint": format!("unix://{}", config.runtime.socket.display()),
+        "maxPods": config.node.max_pods,
+        "nodeLeaseDurationSeconds": config.node.lease_duration.as_secs(),
+        "nodeStatusReportFrequency": seconds(config.node.status_report_frequency),
+        "nodeStatusUpdateFrequency": seconds(config.node.status_update_frequency),
+        "registerNode": config.node.register,
+        "resolvConf": config.pods.resolv_conf,
+        "staticPodPath": config.static_pod_path,
+    }})
+}
+
+/// Says READY, and goes on to say that the agent lives where systemd asked for that.
+fn tell_systemd(tasks: &TaskTracker, shutdown: &CancellationToken) {
+    use sd_notify::NotifyState;
+    if let Err(error) = sd_notify::notify(&[NotifyState::Ready]) {
+        debug!(%error, "Cannot notify systemd");
+    }
+    let Some(limit) = sd_notify::watchdog_enabled() else { return };
+    let shutdown = shutdown.clone();
+    tasks.spawn(async move {
+        let beat = async {
+            let mut ticks = tokio::time::interval(limit / 2);
+            loop {
+                ticks.tick().await;
+                if let Err(error) = sd_notify::notify(&[NotifyState::Watchdog]) {
+                    debug!(%error, "Cannot notify systemd's watchdog");
+                }
+            }
+        };
+        shutdown.run_until_cancelled(beat).await;
+    });
+}
+
+/// Where the agent keeps the key of a certificate that it asked the API server for.
+fn client_key_path(config: &AgentConfig) -> PathBuf {
+    config.cert_dir().join("kubelet-client.key")
+}
