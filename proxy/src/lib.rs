@@ -1,9 +1,20 @@
 //! keelson's service proxy: one Service model, interchangeable kernel backends.
 //!
 //! [`model`] turns Services and EndpointSlices into plans, [`diff`] finds what changed, a
-//! [`backend`] puts it in force.
+//! [`backend`] puts it in force; [`run`] connects them to an API server.
 
 pub mod backend;
+pub mod config;
+mod conntrack;
 pub mod diff;
+mod engine;
+pub mod flags;
+mod metrics;
 pub mod model;
 pub mod nftables;
+mod run;
+mod server;
+mod watch;
+
+pub use config::{LocalSources, NodePortAddresses, ProxyConfig};
+pub use run::{run, run_with};

@@ -150,9 +150,12 @@ impl Nftables {
         })
     }
 
-    /// Changes the configuration; the next [`Backend::adopt`] puts it in force.
-    pub fn configure(&mut self, config: NftablesConfig) {
+    /// Changes the configuration; the next [`Backend::adopt`] puts it in force. False when it is the
+    /// same as before.
+    pub fn configure(&mut self, config: NftablesConfig) -> bool {
+        let changed = self.config != config;
         self.config = config;
+        changed
     }
 
     /// Gives the pools of a new plan their numbers and slots, keeping those of the old one.

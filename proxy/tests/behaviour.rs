@@ -15,6 +15,7 @@ fn a_cluster_ip_reaches_its_endpoints_from_everywhere() {
         node.service(&name, cluster_ip(last, protocol, 80));
         node.ready(&name, protocol, 8080, &[2]);
         node.apply();
+        for to in [format!("10.96.0.{last}:80"), format!("[fd96::{last}]:80")] {
             // From a pod: the client's own address is seen.
             let answer = client.namespace.ask(protocol, &to).unwrap();
             assert_eq!(answer.server, "one");

@@ -1,0 +1,179 @@
+//! The whole proxy against an API server that only knows lists and watches.
+
+mod support;
+
+use std::sync::mpsc;
+
+use keelson_proxy::{LocalSources, ProxyConfig, run_with};
+use serde_json::{Value, json};
+use support::*;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::broadcast;
+use tokio_util::sync::CancellationToken;
+
+/// Answers lists with fixed objects and watches with the events that come through `events`.
+async fn api_server(
+    listener: TcpListener,
+    lists: Value,
+    events: broadcast::Sender<(String, Value)>,
+) {
+    loop {
+        let (stream, _) = listener.accept().await.unwrap();
+        let (lists, events) = (lists.clone(), events.subscribe());
+        tokio::task::spawn_local(async move { drop(answer(stream, lists, events).await) });
+    }
+}
+
+async fn answer(
+    stream: TcpStream,
+    lists: Value,
+    mut events: broadcast::Receiver<(String, Value)>,
+) -> std::io::Result<()> {
+    let mut stream = BufReader::new(stream);
+    loop {
+        let mut request = String::new();
+        if stream.read_line(&mut request).await? == 0 {
+            return Ok(());
+        }
+        let mut header = String::new();
+        while stream.read_line(&mut header).await? > 2 {
+            header.clear();
+        }
+        let path = request.split_whitespace().nth(1).unwrap();
+        let kind = path.split('?').next().unwrap().rsplit('/').next().unwrap().to_owned();
+        if !path.contains("watch=true") {
+            let items = lists.get(&kind).cloned().unwrap_or(json!([]));
+            let body = json!({
+                "apiVersion": "v1", "kind": "List", "metadata": {"resourceVersion": "1"}, "items": items,
+            });
+            let body = body.to_string();
+            let head = format!(
+                "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+                body.len()
+            );
+            stream.write_all((head + &body).as_bytes()).await?;
+            continue;
+        }
+        let head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n";
+        stream.write_all(head.as_bytes()).await?;
+        while let Ok((wanted, event)) = events.recv().await {
+            if wanted == kind {
+                let text = format!("{event}\n");
+                stream.write_all(format!("{:x}\r\n{text}\r\n", text.len()).as_bytes()).await?;
+            }
+        }
+        return Ok(());
+    }
+}
+
+fn service(name: &str, spec: Value) -> Value {
+    json!({"metadata": {"namespace": "default", "name": name, "resourceVersion": "2"}, "spec": spec})
+}
+
+fn slice(service: &str, address: &str) -> Value {
+    json!({
+        "metadata": {
+            "namespace": "default", "name": format!("{service}-x"), "resourceVersion": "2",
+            "labels": {"kubernetes.io/service-name": service},
+        },
+        "addressType": "IPv4",
+        "endpoints": [{"addresses": [address], "conditions": {"ready": true}, "nodeName": "here"}],
+        "ports": [{"name": "", "protocol": "TCP", "port": 8080}],
+    })
+}
+
+fn spec(address: &str, node_port: u16) -> Value {
+    json!({
+        "type": "NodePort", "clusterIP": address, "clusterIPs": [address],
+        "ports": [{"port": 80, "nodePort": node_port}],
+    })
+}
+
+/// Asks until the answer comes; refusals come at once, so the number bounds the time.
+fn eventually(from: &Namespace, to: &str) -> Answer {
+    for _ in 0..200 {
+        if let Ok(answer) = from.tcp(to) {
+            return answer;
+        }
+    }
+    panic!("{to} never answered");
+}
+
+#[test]
+fn services_of_an_api_server_answer_and_follow_its_events() {
+    let mut node = Node::new();
+    node.backend = None;
+    let client = node.pod("client", 10);
+    let _server = node.pod("one", 2).serving("TCP", 8080);
+    let directory = tempfile::tempdir().unwrap();
+    let lists = json!({
+        "services": [service("web", spec("10.96.0.1", 30080))],
+        "endpointslices": [slice("web", "10.66.0.2")],
+        "nodes": [{
+            "metadata": {"name": "here", "resourceVersion": "1"},
+            "status": {"addresses": [{"type": "InternalIP", "address": NODE4}]},
+        }],
+    });
+    let (events, _) = broadcast::channel(16);
+    let shutdown = CancellationToken::new();
+    let (synced, wait_synced) = mpsc::channel();
+    std::thread::scope(|scope| {
+        let (shutdown_inside, events_inside) = (shutdown.clone(), events.clone());
+        let (node_namespace, directory) = (&node.namespace, directory.path());
+        scope.spawn(move || {
+            node_namespace.run(|| {
+                let runtime =
+                    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+                tokio::task::LocalSet::new().block_on(&runtime, async {
+                    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+                    let port = listener.local_addr().unwrap().port();
+                    let kubeconfig = directory.join("kubeconfig");
+                    let text = json!({
+                        "apiVersion": "v1", "kind": "Config", "current-context": "c",
+                        "clusters": [{"name": "c", "cluster": {"server": format!("http://127.0.0.1:{port}")}}],
+                        "users": [{"name": "u", "user": {}}],
+                        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+                    });
+                    std::fs::write(&kubeconfig, text.to_string()).unwrap();
+                    tokio::task::spawn_local(api_server(listener, lists, events_inside));
+                    let config = ProxyConfig {
+                        kubeconfig: Some(kubeconfig),
+                        node_name: "here".to_owned(),
+                        local_sources: LocalSources::Cidrs(vec!["10.66.0.0/16".parse().unwrap()]),
+                        ..ProxyConfig::default()
+                    };
+                    run_with(config, shutdown_inside, move || synced.send(()).unwrap()).await.unwrap();
+                });
+            });
+        });
+        let stop = shutdown.clone().drop_guard();
+        wait_synced.recv_timeout(std::time::Duration::from_secs(10)).unwrap();
+        assert_eq!(client.namespace.tcp("10.96.0.1:80").unwrap().client, client.v4);
+        assert_eq!(node.outside.tcp(&format!("{NODE4}:30080")).unwrap().server, "one");
+
+        // A new Service, then its endpoint.
+        let added = |object| json!({"type": "ADDED", "object": object});
+        events
+            .send(("services".to_owned(), added(service("two", spec("10.96.0.2", 30081)))))
+            .unwrap();
+        events.send(("endpointslices".to_owned(), added(slice("two", "10.66.0.2")))).unwrap();
+        assert_eq!(eventually(&client.namespace, "10.96.0.2:80").server, "one");
+
+        // Somebody flushes the ruleset.
+        node.namespace.output("nft", &["flush", "ruleset"]);
+        assert_eq!(eventually(&client.namespace, "10.96.0.1:80").server, "one");
+
+        let health = node.namespace.output("curl", &["-sS", "http://127.0.0.1:10256/healthz"]);
+        assert!(health.contains("\"nodeEligible\":true"), "{health}");
+        let metrics = node.namespace.output("curl", &["-sS", "http://127.0.0.1:10249/metrics"]);
+        for name in
+            ["kubeproxy_sync_proxy_rules_duration_seconds_count", "keelson_proxy_repairs_total 1"]
+        {
+            assert!(metrics.contains(name), "{name} is not in {metrics}");
+        }
+        drop(stop);
+    });
+    // The proxy is gone, the Services are not.
+    assert_eq!(client.namespace.tcp("10.96.0.2:80").unwrap().server, "one");
+}
