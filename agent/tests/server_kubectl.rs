@@ -81,7 +81,7 @@ async fn each_kubectl(test: impl AsyncFn(&Node, &Kubectl)) {
     for program in programs.split(':') {
         for websockets in [true, false] {
             let node = Node::start(|_| ()).await;
-            let server = node.api_server().await;
+            let server = node.api_server(proxy::serve).await;
             test(&node, &Kubectl { program: program.to_owned(), websockets, server }).await;
         }
     }

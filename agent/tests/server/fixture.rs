@@ -83,11 +83,17 @@ impl Node {
     }
 
     /// Starts a stand-in for the API server: pods by name, and raw upgrades to this node.
-    pub async fn api_server(&self) -> SocketAddr {
+    pub async fn api_server<F>(
+        &self,
+        serve: impl FnOnce(TcpListener, SocketAddr) -> F,
+    ) -> SocketAddr
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
         let kubelet = self.address;
-        tokio::spawn(super::proxy::serve(listener, kubelet));
+        tokio::spawn(serve(listener, kubelet));
         address
     }
 }
@@ -113,6 +119,12 @@ pub fn pod() -> Pod {
         ]},
     }))
     .unwrap()
+}
+
+/// Containers whose log is at `log` and which run for ever.
+pub fn containers(log: &std::path::Path) -> Arc<dyn Containers> {
+    let (_, running) = watch::channel(true);
+    Arc::new(Local { log: log.to_owned(), running })
 }
 
 struct Local {
