@@ -7,6 +7,8 @@ pub mod config;
 pub mod dns;
 pub mod env;
 pub mod events;
+pub mod image;
+pub mod logd;
 pub mod node;
 pub mod pod;
 pub mod runtime;

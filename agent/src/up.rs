@@ -4,6 +4,7 @@ mod containerd;
 mod down;
 mod layout;
 mod lock;
+mod network;
 mod process;
 
 pub use down::run as down;

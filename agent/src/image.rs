@@ -1,0 +1,235 @@
+//! Images: finding them in containerd, fetching them from registries, taking them over from archives.
+//!
+//! Works with containerd 1.6, which cannot pull by itself: blobs go into its content store, layers are unpacked by its
+//! diff service, all under a lease until an image name holds them.
+
+mod content;
+mod import;
+mod pull;
+mod reference;
+mod unpack;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use containerd_client::services::v1::{
+    CreateImageRequest, Image, ListImagesRequest, UpdateImageRequest,
+};
+use containerd_client::types::Descriptor;
+use serde::Deserialize;
+use tonic::Code;
+
+use crate::runtime::connection::Connection;
+use crate::runtime::types::ImageRef;
+use crate::runtime::{RuntimeError, RuntimeOptions};
+
+pub use pull::RegistryCredentials;
+pub use reference::Reference;
+
+/// The images of one node.
+#[derive(Clone)]
+pub(crate) struct ImageStore {
+    connection: Connection,
+    certs_dir: PathBuf,
+    pull_netns: Option<PathBuf>,
+    /// Configurations by digest: content never changes.
+    configs: Arc<Mutex<HashMap<String, Arc<ResolvedImage>>>>,
+    /// Fetches under way, by normalised name: who asks for the same image waits for the same fetch.
+    pulls: Arc<Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>>,
+}
+
+/// An image, ready to make containers from.
+#[derive(Debug, Clone)]
+pub(crate) struct ResolvedImage {
+    /// `sha256:…` of the configuration: what Kubernetes calls the image's id.
+    pub(crate) id: String,
+    pub(crate) repo_digest: String,
+    /// The snapshot that containers' root file systems are based on.
+    pub(crate) chain_id: String,
+    pub(crate) config: ImageConfig,
+}
+
+impl ResolvedImage {
+    pub(crate) fn reference(&self) -> ImageRef {
+        ImageRef { id: self.id.clone(), repo_digest: self.repo_digest.clone() }
+    }
+}
+
+/// What an image says about its containers.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub(crate) struct ImageConfig {
+    pub(crate) user: Option<String>,
+    #[serde(deserialize_with = "null_as_default")]
+    pub(crate) env: Vec<String>,
+    #[serde(deserialize_with = "null_as_default")]
+    pub(crate) entrypoint: Vec<String>,
+    #[serde(deserialize_with = "null_as_default")]
+    pub(crate) cmd: Vec<String>,
+    pub(crate) working_dir: Option<String>,
+    pub(crate) stop_signal: Option<String>,
+}
+
+fn null_as_default<'de, D: serde::Deserializer<'de>, T: Deserialize<'de> + Default>(
+    deserializer: D,
+) -> Result<T, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
+
+/// One image in a list.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ListedImage {
+    /// All names of it.
+    pub names: Vec<String>,
+    pub digest: String,
+    /// Bytes of its manifest's configuration and layers.
+    pub size: u64,
+}
+
+impl ImageStore {
+    pub(crate) fn new(connection: Connection, options: &RuntimeOptions) -> ImageStore {
+        ImageStore {
+            connection,
+            certs_dir: options.registry_config_dir.clone(),
+            pull_netns: options.pull_netns.clone(),
+            configs: Arc::default(),
+            pulls: Arc::default(),
+        }
+    }
+
+    /// The image of this name, if it is here and whole.
+    pub(crate) async fn status(&self, image: &str) -> Result<Option<ImageRef>, RuntimeError> {
+        let name = if image.starts_with("sha256:") { image.to_owned() } else { Reference::parse(image)?.to_string() };
+        let Some(target) = self.target(&name).await? else { return Ok(None) };
+        Ok(Some(self.load(&name, &target).await?.reference()))
+    }
+
+    /// An image by the id that [`ImageStore::status`] gave.
+    pub(crate) async fn resolve(&self, id: &str) -> Result<Arc<ResolvedImage>, RuntimeError> {
+        let cached = self.configs.lock().ok().and_then(|configs| configs.get(id).cloned());
+        if let Some(image) = cached {
+            return Ok(image);
+        }
+        let target = self.target(id).await?.ok_or_else(|| RuntimeError::NotFound { what: "image", id: id.into() })?;
+        self.load(id, &target).await
+    }
+
+    pub(crate) async fn list(&self) -> Result<Vec<ListedImage>, RuntimeError> {
+        let reply = self.connection.images().list(ListImagesRequest::default()).await;
+        let images = reply.map_err(RuntimeError::call("list", "images"))?.into_inner().images;
+        let mut by_digest: HashMap<String, ListedImage> = HashMap::new();
+        for image in images {
+            let Some(target) = image.target else { continue };
+            let size = match by_digest.get(&target.digest) {
+                Some(known) => known.size,
+                None => content::size_of(&self.connection, &target).await.unwrap_or(0),
+            };
+            let entry = by_digest.entry(target.digest.clone()).or_insert_with(|| ListedImage {
+                names: Vec::new(),
+                digest: target.digest,
+                size,
+            });
+            if !image.name.starts_with("sha256:") {
+                entry.names.push(image.name);
+            }
+        }
+        let mut list: Vec<ListedImage> = by_digest.into_values().collect();
+        list.sort_by(|a, b| b.size.cmp(&a.size).then(a.names.cmp(&b.names)));
+        Ok(list)
+    }
+
+    /// Takes over every image of an OCI archive.
+    pub(crate) async fn import(&self, archive: &Path) -> Result<Vec<String>, RuntimeError> {
+        import::archive(self, archive).await
+    }
+
+    pub(crate) async fn pull(
+        &self,
+        image: &str,
+        credentials: &[RegistryCredentials],
+    ) -> Result<ImageRef, RuntimeError> {
+        let reference = Reference::parse(image)?;
+        let turn = self.pulls.lock().map(|mut pulls| {
+            Arc::clone(pulls.entry(reference.to_string()).or_default())
+        });
+        let turn = turn.map_err(|_| RuntimeError::invalid("a pull panicked"))?;
+        let waited = turn.try_lock().is_err();
+        let guard = turn.lock().await;
+        let result = match waited {
+            true => self.status(image).await,
+            false => Ok(None),
+        };
+        let result = match result {
+            Ok(Some(there)) => Ok(there),
+            Ok(None) => pull::image(self, &reference, credentials).await,
+            Err(error) => Err(error),
+        };
+        drop(guard);
+        if let Ok(mut pulls) = self.pulls.lock() {
+            pulls.remove(&reference.to_string());
+        }
+        result
+    }
+
+    /// Names `manifest`, whose blobs are in the content store, and unpacks it.
+    async fn adopt(
+        &self,
+        names: &[String],
+        manifest: &Descriptor,
+        repo_digest: Option<&str>,
+    ) -> Result<ImageRef, RuntimeError> {
+        let image = unpack::unpack(&self.connection, manifest).await?;
+        let mut all = names.to_vec();
+        all.extend(repo_digest.map(str::to_owned));
+        all.push(image.id.clone());
+        for name in &all {
+            self.name(name, manifest).await?;
+        }
+        if let Ok(mut configs) = self.configs.lock() {
+            configs.remove(&image.id);
+        }
+        let repo_digest = repo_digest.unwrap_or(&image.id).to_owned();
+        Ok(ImageRef { id: image.id, repo_digest })
+    }
+
+    async fn name(&self, name: &str, target: &Descriptor) -> Result<(), RuntimeError> {
+        let image =
+            Image { name: name.to_owned(), target: Some(target.clone()), ..Image::default() };
+        let create = CreateImageRequest { image: Some(image.clone()), ..CreateImageRequest::default() };
+        match self.connection.images().create(create).await {
+            Ok(_) => Ok(()),
+            Err(status) if status.code() == Code::AlreadyExists => {
+                let update = UpdateImageRequest { image: Some(image), ..UpdateImageRequest::default() };
+                let result = self.connection.images().update(update).await;
+                result.map(drop).map_err(RuntimeError::call("name image", name))
+            }
+            Err(status) => Err(RuntimeError::call("name image", name)(status)),
+        }
+    }
+
+    async fn target(&self, name: &str) -> Result<Option<Descriptor>, RuntimeError> {
+        let request = containerd_client::services::v1::GetImageRequest { name: name.to_owned() };
+        match self.connection.images().get(request).await {
+            Ok(reply) => Ok(reply.into_inner().image.and_then(|image| image.target)),
+            Err(status) if status.code() == Code::NotFound => Ok(None),
+            Err(status) => Err(RuntimeError::call("look up image", name)(status)),
+        }
+    }
+
+    async fn load(&self, name: &str, target: &Descriptor) -> Result<Arc<ResolvedImage>, RuntimeError> {
+        let mut image = unpack::read(&self.connection, target).await?;
+        image.repo_digest = match Reference::parse(name) {
+            Ok(reference) if !name.starts_with("sha256:") => {
+                let digest = format!("{}@{}", reference.repository(), target.digest);
+                if self.target(&digest).await?.is_some() { digest } else { image.id.clone() }
+            }
+            _ => image.id.clone(),
+        };
+        let image = Arc::new(image);
+        if let Ok(mut configs) = self.configs.lock() {
+            configs.insert(image.id.clone(), Arc::clone(&image));
+        }
+        Ok(image)
+    }
+}

@@ -1,0 +1,148 @@
+//! The agent's side: makes a container's pipes and has the log writer read them.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
+
+use super::{LogSpec, Order, folder, socket};
+use crate::runtime::RuntimeError;
+
+/// After a container's end its pipes are empty at once, unless a process that it left behind still holds them.
+const DRAIN_LIMIT: Duration = Duration::from_secs(2);
+
+/// The way to the log writer of a node, which is started when it is not there.
+#[derive(Debug, Clone)]
+pub struct Client {
+    run_dir: PathBuf,
+}
+
+/// Paths for containerd; empty where there is no such stream.
+#[derive(Debug, Clone, Default)]
+pub struct Pipes {
+    pub stdin: String,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Client {
+    /// Starts the log writer unless it runs already.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start(run_dir: &Path) -> Result<Client, RuntimeError> {
+        let client = Client { run_dir: run_dir.to_owned() };
+        client.connect()?;
+        Ok(client)
+    }
+
+    /// Makes the pipes of container `id`; when this returns, they are being read.
+    ///
+    /// # Errors
+    /// When the pipes cannot be made or the log writer does not answer.
+    pub(crate) async fn open(&self, id: &str, spec: LogSpec, tty: bool, stdin: bool) -> Result<Pipes, RuntimeError> {
+        let (client, id) = (self.clone(), id.to_owned());
+        crate::runtime::blocking(move || {
+            let folder = folder(&client.run_dir, &id);
+            fs::create_dir_all(&folder).map_err(RuntimeError::system("create", &folder))?;
+            let mut pipes = Pipes::default();
+            if stdin {
+                pipes.stdin = fifo(&folder, "stdin")?;
+            }
+            pipes.stdout = fifo(&folder, "stdout")?;
+            if !tty {
+                pipes.stderr = fifo(&folder, "stderr")?;
+            }
+            let text = serde_json::to_vec(&spec).map_err(|e| RuntimeError::invalid(e.to_string()))?;
+            let path = folder.join("log.json");
+            fs::write(&path, text).map_err(RuntimeError::system("write", &path))?;
+            client.order(&Order::Open(id), None)?;
+            Ok(pipes)
+        })
+        .await
+    }
+
+    /// Waits until everything that container `id` printed is in its log, and removes its pipes.
+    pub(crate) async fn close(&self, id: &str) {
+        let (client, id) = (self.clone(), id.to_owned());
+        let result = crate::runtime::blocking(move || {
+            let folder = folder(&client.run_dir, &id);
+            if !folder.exists() {
+                return Ok(());
+            }
+            client.order(&Order::Drain(id), Some(DRAIN_LIMIT))?;
+            fs::remove_dir_all(&folder).map_err(RuntimeError::system("remove", &folder))
+        })
+        .await;
+        if let Err(error) = result {
+            tracing::warn!(%error, "The end of a container's log may be missing");
+        }
+    }
+
+    fn order(&self, order: &Order, limit: Option<Duration>) -> Result<(), RuntimeError> {
+        let path = socket(&self.run_dir);
+        let mut stream = self.connect()?;
+        let talk = |stream: &mut UnixStream| {
+            stream.set_read_timeout(limit)?;
+            let mut line = serde_json::to_vec(order)?;
+            line.push(b'\n');
+            stream.write_all(&line)?;
+            BufReader::new(stream).read_line(&mut String::new())
+        };
+        match talk(&mut stream) {
+            Ok(_) => Ok(()),
+            // A drain that takes too long is given up: the log has what there was.
+            Err(e) if limit.is_some() && e.kind() == std::io::ErrorKind::WouldBlock => Ok(()),
+            Err(e) => Err(RuntimeError::system("talk to the log writer on", path)(e)),
+        }
+    }
+
+    fn connect(&self) -> Result<UnixStream, RuntimeError> {
+        let path = socket(&self.run_dir);
+        if let Ok(stream) = UnixStream::connect(&path) {
+            return Ok(stream);
+        }
+        self.spawn().map_err(RuntimeError::system("start the log writer for", &self.run_dir))?;
+        UnixStream::connect(&path).map_err(RuntimeError::system("connect to the log writer on", &path))
+    }
+
+    /// Starts `keelson logd`, which says that it listens by closing its standard output.
+    fn spawn(&self) -> std::io::Result<()> {
+        fs::create_dir_all(&self.run_dir)?;
+        let log = fs::OpenOptions::new().create(true).append(true).open(self.run_dir.join("logd.log"))?;
+        let mut command = Command::new(program()?);
+        command.arg("logd").arg("--run-dir").arg(&self.run_dir);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).process_group(0).current_dir("/");
+        let mut child = command.spawn()?;
+        if let Some(stdout) = child.stdout.take() {
+            let mut line = String::new();
+            BufReader::new(stdout).read_line(&mut line)?;
+        }
+        // It outlives us; while we live, somebody must take its exit status when it ends.
+        std::thread::Builder::new().name("logd-reaper".into()).spawn(move || child.wait())?;
+        Ok(())
+    }
+}
+
+/// Ourselves, even when the file was replaced by an upgrade. `KEELSON_PROGRAM` names it where "ourselves" is a test.
+fn program() -> std::io::Result<PathBuf> {
+    if let Some(program) = std::env::var_os("KEELSON_PROGRAM") {
+        return Ok(PathBuf::from(program));
+    }
+    let own = std::env::current_exe()?;
+    Ok(if own.exists() { own } else { PathBuf::from("/proc/self/exe") })
+}
+
+fn fifo(folder: &Path, name: &str) -> Result<String, RuntimeError> {
+    let path = folder.join(name);
+    match mkfifo(&path, Mode::S_IRUSR | Mode::S_IWUSR) {
+        Ok(()) | Err(nix::errno::Errno::EEXIST) => Ok(path.display().to_string()),
+        Err(errno) => Err(RuntimeError::system("create", &path)(errno.into())),
+    }
+}

@@ -1,0 +1,146 @@
+//! The log writer itself: one thread, asleep unless a container prints.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use anyhow::{Context, Result};
+use jiff::Timestamp;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::unix::pipe;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio::task::{JoinHandle, LocalSet, spawn_local};
+
+use super::format::LineCutter;
+use super::log_file::LogFile;
+use super::{DONE, LogSpec, Order, folder, socket};
+
+/// A pipe holds 64 KiB.
+const READ_SIZE: usize = 64 << 10;
+
+/// The streams that are being read, by container.
+type Open = Rc<RefCell<HashMap<String, Container>>>;
+
+struct Container {
+    /// How many of its streams have not ended.
+    streams: watch::Receiver<usize>,
+}
+
+/// Reads and writes logs for the node of `run_dir` until SIGTERM.
+///
+/// # Errors
+/// When the socket cannot be made.
+pub fn serve(run_dir: &Path) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    LocalSet::new().block_on(&runtime, run(run_dir))
+}
+
+async fn run(run_dir: &Path) -> Result<()> {
+    let path = socket(run_dir);
+    if UnixStream::connect(&path).await.is_ok() {
+        println!("running already");
+        return Ok(());
+    }
+    drop(fs::remove_file(&path));
+    let listener = UnixListener::bind(&path).with_context(|| format!("cannot listen on {}", path.display()))?;
+    let open: Open = Rc::default();
+    for entry in fs::read_dir(run_dir.join("io")).into_iter().flatten().flatten() {
+        let id = entry.file_name().to_string_lossy().into_owned();
+        if let Err(error) = read_container(run_dir, &id, &open) {
+            tracing::warn!(container = id, %error, "A container's output cannot be read");
+        }
+    }
+    println!("ready");
+    let mut stop = signal(SignalKind::terminate())?;
+    loop {
+        tokio::select! {
+            _ = stop.recv() => break,
+            accepted = listener.accept() => {
+                let (stream, _) = accepted?;
+                spawn_local(serve_client(run_dir.to_owned(), stream, Rc::clone(&open)));
+            }
+        }
+    }
+    Ok(fs::remove_file(&path)?)
+}
+
+async fn serve_client(run_dir: PathBuf, stream: UnixStream, open: Open) {
+    let (reader, mut writer) = stream.into_split();
+    let mut lines = BufReader::new(reader).lines();
+    while let Ok(Some(line)) = lines.next_line().await {
+        match serde_json::from_str(&line) {
+            Ok(Order::Open(id)) => {
+                if let Err(error) = read_container(&run_dir, &id, &open) {
+                    tracing::warn!(container = id, %error, "A container's output cannot be read");
+                }
+            }
+            Ok(Order::Drain(id)) => {
+                let streams = open.borrow().get(&id).map(|container| container.streams.clone());
+                if let Some(mut streams) = streams {
+                    // The sender goes with the last stream: that is the end, too.
+                    drop(streams.wait_for(|left| *left == 0).await);
+                    open.borrow_mut().remove(&id);
+                }
+            }
+            Err(error) => tracing::warn!(%error, "An order was not understood"),
+        }
+        if writer.write_all(DONE.as_bytes()).await.is_err() {
+            return;
+        }
+    }
+}
+
+fn read_container(run_dir: &Path, id: &str, open: &Open) -> io::Result<()> {
+    if open.borrow().contains_key(id) {
+        return Ok(());
+    }
+    let folder = folder(run_dir, id);
+    let spec: LogSpec = serde_json::from_slice(&fs::read(folder.join("log.json"))?)?;
+    let log = Rc::new(RefCell::new(LogFile::new(spec)));
+    let mut pipes = Vec::new();
+    for stream in ["stdout", "stderr"] {
+        let path = folder.join(stream);
+        if path.exists() {
+            pipes.push((stream, pipe::OpenOptions::new().open_receiver(&path)?));
+        }
+    }
+    let (left, streams) = watch::channel(pipes.len());
+    let left = Rc::new(left);
+    for (stream, pipe) in pipes {
+        let _: JoinHandle<()> = spawn_local(copy(stream, pipe, Rc::clone(&log), Rc::clone(&left)));
+    }
+    open.borrow_mut().insert(id.to_owned(), Container { streams });
+    Ok(())
+}
+
+/// Copies one stream to the log until every writer has closed it.
+async fn copy(
+    stream: &'static str,
+    mut pipe: pipe::Receiver,
+    log: Rc<RefCell<LogFile>>,
+    left: Rc<watch::Sender<usize>>,
+) {
+    let mut cutter = LineCutter::default();
+    let mut out = Vec::new();
+    loop {
+        // A buffer only while there is something to read: hundreds of containers are silent most of the time.
+        if pipe.readable().await.is_err() {
+            break;
+        }
+        let mut buffer = vec![0; READ_SIZE];
+        match pipe.read(&mut buffer).await {
+            Ok(0) | Err(_) => break,
+            Ok(length) => cutter.feed(stream, &buffer[..length], Timestamp::now(), &mut out),
+        }
+        log.borrow_mut().append(&out);
+        out = Vec::new();
+    }
+    cutter.finish(stream, Timestamp::now(), &mut out);
+    log.borrow_mut().append(&out);
+    left.send_modify(|left| *left -= 1);
+}

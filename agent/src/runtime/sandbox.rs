@@ -1,0 +1,369 @@
+//! Sandboxes: namespaces that the agent makes and pins itself, the pod's network in them, a pause process that holds
+//! them, and the files that all containers of the pod share.
+//!
+//! Containers join the namespaces by path, so nothing waits for pause: it starts beside the first containers.
+
+use std::fs;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use containerd_client::services::v1::container::Runtime as OciRuntime;
+use containerd_client::services::v1::{
+    Container, CreateContainerRequest, CreateTaskRequest, DeleteContainerRequest, GetContainerRequest,
+    StartRequest,
+};
+use jiff::Timestamp;
+use keelson_cni::conflist::Conflist;
+use keelson_cni::invoke::{Attachment, Invoker};
+use keelson_netlink::netns::{self, Kind};
+use keelson_netlink::route::Rtnl;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+use super::error::gone_is_fine;
+use super::record::{Record, SandboxRecord};
+use super::types::{HostPort, ObservedSandbox, PodNetwork, SandboxConfig};
+use super::{Inner, RuntimeError, container, spec};
+
+/// A pod's `/dev/shm`, as the CRI sizes it.
+const SHM_OPTIONS: &str = "mode=1777,size=64m";
+
+/// How long one CNI plugin may take.
+const CNI_LIMIT: std::time::Duration = std::time::Duration::from_secs(60);
+
+/// What the files say that all containers of a pod share.
+#[derive(Clone, Default)]
+pub struct SandboxFiles {
+    /// `/etc/hosts` for a pod with these addresses, which are known only when the network is up.
+    pub hosts: Option<HostsText>,
+    /// `/etc/resolv.conf`.
+    pub resolv_conf: String,
+}
+
+/// Composes `/etc/hosts` from the pod's addresses.
+pub type HostsText = Arc<dyn Fn(&[IpAddr]) -> String + Send + Sync>;
+
+/// The folder of one sandbox and what is in it.
+pub(crate) struct SandboxDir(PathBuf);
+
+impl SandboxDir {
+    pub(crate) fn of(inner: &Inner, id: &str) -> SandboxDir {
+        SandboxDir(inner.options.run_dir.join("sandboxes").join(id))
+    }
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+    pub(crate) fn namespace(&self, name: &str) -> PathBuf {
+        self.0.join("ns").join(name)
+    }
+    pub(crate) fn file(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+    pub(crate) fn shm(&self) -> PathBuf {
+        self.0.join("shm")
+    }
+}
+
+pub(crate) async fn run(
+    inner: &Arc<Inner>,
+    config: &SandboxConfig,
+    files: SandboxFiles,
+) -> Result<ObservedSandbox, RuntimeError> {
+    let id = container::new_id(&[&config.pod.uid, "POD", &config.attempt.to_string()]);
+    match make(inner, &id, config, files).await {
+        Ok(sandbox) => Ok(sandbox),
+        Err(error) => {
+            undo(inner, &id, config).await;
+            Err(error)
+        }
+    }
+}
+
+async fn make(
+    inner: &Arc<Inner>,
+    id: &str,
+    config: &SandboxConfig,
+    files: SandboxFiles,
+) -> Result<ObservedSandbox, RuntimeError> {
+    let ips = {
+        let (inner, id, config) = (Arc::clone(inner), id.to_owned(), config.clone());
+        blocking(move || prepare(&inner, &id, &config, &files)).await?
+    };
+    let record = SandboxRecord::new(config, ips, port_mappings(config));
+    let oci = spec::pause(inner, id, config, &record);
+    let request = Container {
+        id: id.to_owned(),
+        labels: Record::Sandbox(record.clone()).labels(),
+        runtime: Some(runtime_of(inner, &config.runtime_handler)),
+        spec: Some(spec::to_any(&oci)?),
+        extensions: Record::Sandbox(record.clone()).extensions(),
+        ..Container::default()
+    };
+    let create = CreateContainerRequest { container: Some(request) };
+    inner.connection.containers().create(create).await.map_err(RuntimeError::call("create sandbox", id))?;
+    let started = {
+        let (inner, id) = (Arc::clone(inner), id.to_owned());
+        tokio::spawn(async move { start_pause(&inner, &id).await })
+    };
+    if config.share_pid {
+        // Containers join pause's PID namespace, which exists only once pause does.
+        started.await.map_err(|e| RuntimeError::invalid(format!("starting pause was cancelled: {e}")))??;
+    }
+    Ok(ObservedSandbox {
+        id: id.to_owned(),
+        attempt: config.attempt,
+        ready: true,
+        created_at: Timestamp::now(),
+        ips: record.ips,
+        host_network: record.host_network,
+    })
+}
+
+/// Everything that needs the kernel and the file system but not containerd. Blocking.
+fn prepare(
+    inner: &Inner,
+    id: &str,
+    config: &SandboxConfig,
+    files: &SandboxFiles,
+) -> Result<Vec<IpAddr>, RuntimeError> {
+    let dir = SandboxDir::of(inner, id);
+    let namespaces = dir.file("ns");
+    fs::create_dir_all(&namespaces).map_err(RuntimeError::system("create", &namespaces))?;
+    pin_namespaces(&dir, config)?;
+    let ips = match &config.network {
+        PodNetwork::Host => Vec::new(),
+        PodNetwork::Cni { .. } => add_network(inner, id, &dir, config)?,
+    };
+    let write = |name: &str, text: &str| {
+        fs::write(dir.file(name), text).map_err(RuntimeError::system("write", dir.file(name)))
+    };
+    write("hostname", &format!("{}\n", config.hostname))?;
+    write("resolv.conf", &files.resolv_conf)?;
+    if let Some(hosts) = &files.hosts {
+        write("hosts", &hosts(&ips))?;
+    }
+    if !config.host_ipc {
+        let shm = dir.shm();
+        fs::create_dir_all(&shm).map_err(RuntimeError::system("create", &shm))?;
+        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+        mount(Some("shm"), &shm, Some("tmpfs"), flags, Some(SHM_OPTIONS))
+            .map_err(|e| RuntimeError::system("mount a tmpfs on", &shm)(e.into()))?;
+    }
+    Ok(ips)
+}
+
+fn pin_namespaces(dir: &SandboxDir, config: &SandboxConfig) -> Result<(), RuntimeError> {
+    let (net, ipc, uts) = (dir.namespace("net"), dir.namespace("ipc"), dir.namespace("uts"));
+    let host_network = config.network == PodNetwork::Host;
+    let mut wanted: Vec<(Kind, &Path)> = Vec::new();
+    if !host_network {
+        wanted.push((Kind::Net, &net));
+        wanted.push((Kind::Uts, &uts));
+    }
+    if !config.host_ipc {
+        wanted.push((Kind::Ipc, &ipc));
+    }
+    let pinned = if wanted.is_empty() {
+        Ok(())
+    } else {
+        netns::pin(&wanted, || {
+            if host_network {
+                return Ok(());
+            }
+            nix::unistd::sethostname(&config.hostname)?;
+            Rtnl::open().and_then(|mut rtnl| rtnl.set_up("lo")).map_err(std::io::Error::other)
+        })
+    };
+    pinned.map_err(|error| RuntimeError::Network { pod: pod_name(config), message: chain(&error) })?;
+    if host_network {
+        // containerd may live in another network namespace than the node does.
+        fs::write(&net, "").map_err(RuntimeError::system("create", &net))?;
+        mount(Some("/proc/self/ns/net"), &net, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+            .map_err(|e| RuntimeError::system("pin the node's network namespace to", &net)(e.into()))?;
+    }
+    Ok(())
+}
+
+fn add_network(
+    inner: &Inner,
+    id: &str,
+    dir: &SandboxDir,
+    config: &SandboxConfig,
+) -> Result<Vec<IpAddr>, RuntimeError> {
+    let fail = |message| RuntimeError::Network { pod: pod_name(config), message };
+    let list = Conflist::load_dir(&inner.options.cni_conf_dir).map_err(|e| fail(chain(&e)))?;
+    let attachment = attachment(id, Some(dir.namespace("net")), config);
+    let added = invoker(inner).add(&list, &attachment).map_err(|e| fail(chain(&e)))?;
+    let ips = added.result.container_ips();
+    if ips.is_empty() { Err(fail(format!("the CNI network {} gave it no address", list.name))) } else { Ok(ips) }
+}
+
+fn attachment(id: &str, netns: Option<PathBuf>, config: &SandboxConfig) -> Attachment {
+    let args = [
+        ("K8S_POD_NAMESPACE", &config.pod.namespace),
+        ("K8S_POD_NAME", &config.pod.name),
+        ("K8S_POD_INFRA_CONTAINER_ID", &id.to_owned()),
+        ("K8S_POD_UID", &config.pod.uid),
+    ]
+    .map(|(key, value)| (key.to_owned(), value.clone()));
+    let mut capabilities = serde_json::Map::new();
+    capabilities.insert("portMappings".into(), port_mappings(config));
+    Attachment { container_id: id.to_owned(), netns, ifname: "eth0".into(), args: args.into(), capabilities }
+}
+
+fn port_mappings(config: &SandboxConfig) -> serde_json::Value {
+    let PodNetwork::Cni { host_ports } = &config.network else { return serde_json::Value::Array(Vec::new()) };
+    let mapping = |port: &HostPort| {
+        let mut mapping = serde_json::json!({
+            "hostPort": port.host_port, "containerPort": port.container_port, "protocol": port.protocol,
+        });
+        if let Some(ip) = port.host_ip {
+            mapping["hostIP"] = ip.to_string().into();
+        }
+        mapping
+    };
+    host_ports.iter().map(mapping).collect()
+}
+
+fn invoker(inner: &Inner) -> Invoker {
+    Invoker {
+        bin_dirs: inner.options.cni_bin_dirs.clone(),
+        // Not in the run directory: an address stays taken over a reboot until DEL or GC.
+        state_dir: inner.options.root_dir.join("cni-results"),
+        timeout: CNI_LIMIT,
+    }
+}
+
+async fn start_pause(inner: &Inner, id: &str) -> Result<(), RuntimeError> {
+    let _starting = inner.starting.enter(id);
+    let create = CreateTaskRequest { container_id: id.to_owned(), ..CreateTaskRequest::default() };
+    let result = async {
+        inner.connection.tasks().create(create).await?;
+        inner.connection.tasks().start(StartRequest { container_id: id.to_owned(), ..StartRequest::default() }).await
+    }
+    .await;
+    match result {
+        Ok(_) => Ok(()),
+        Err(status) => {
+            tracing::warn!(sandbox = id, error = status.message(), "The sandbox's pause process does not start");
+            Err(RuntimeError::call("start sandbox", id)(status))
+        }
+    }
+}
+
+/// How containerd shall run it.
+pub(crate) fn runtime_of(inner: &Inner, handler: &str) -> OciRuntime {
+    let binary = if handler.is_empty() { &inner.options.default_runtime } else { handler };
+    OciRuntime { name: "io.containerd.runc.v2".into(), options: spec::runc_options(inner, binary) }
+}
+
+/// The sandbox's record as containerd has it.
+pub(crate) async fn record(inner: &Inner, id: &str) -> Result<Option<SandboxRecord>, RuntimeError> {
+    let request = GetContainerRequest { id: id.to_owned() };
+    match inner.connection.containers().get(request).await {
+        Ok(reply) => Ok(reply.into_inner().container.as_ref().and_then(Record::of).and_then(|r| match r {
+            Record::Sandbox(sandbox) => Some(sandbox),
+            Record::Container(_) => None,
+        })),
+        Err(status) if status.code() == tonic::Code::NotFound => Ok(None),
+        Err(status) => Err(RuntimeError::call("look up sandbox", id)(status)),
+    }
+}
+
+pub(crate) async fn stop(inner: &Arc<Inner>, id: &str) -> Result<(), RuntimeError> {
+    container::end_task(inner, id, libc::SIGKILL.cast_unsigned()).await?;
+    let Some(record) = record(inner, id).await? else { return take_down(inner, id, None).await };
+    take_down(inner, id, Some(record)).await
+}
+
+/// Takes the network down and unpins the namespaces.
+async fn take_down(inner: &Arc<Inner>, id: &str, record: Option<SandboxRecord>) -> Result<(), RuntimeError> {
+    let (inner, id) = (Arc::clone(inner), id.to_owned());
+    blocking(move || {
+        let dir = SandboxDir::of(&inner, &id);
+        let has_network = record.as_ref().is_none_or(|r| !r.host_network);
+        if has_network {
+            let pod = record.as_ref().map_or_else(|| id.clone(), |r| r.pod.uid.clone());
+            let netns = Some(dir.namespace("net")).filter(|path| path.exists());
+            let attachment = Attachment {
+                container_id: id.clone(),
+                netns,
+                ifname: "eth0".into(),
+                args: Vec::new(),
+                capabilities: serde_json::Map::new(),
+            };
+            let fail = |message| RuntimeError::Network { pod: pod.clone(), message };
+            match Conflist::load_dir(&inner.options.cni_conf_dir) {
+                Ok(list) => invoker(&inner).del(&list, &attachment).map_err(|e| fail(chain(&e)))?,
+                Err(error) => return Err(fail(chain(&error))),
+            }
+        }
+        release(&dir)
+    })
+    .await
+}
+
+/// Unpins the namespaces and unmounts what the sandbox's folder holds.
+fn release(dir: &SandboxDir) -> Result<(), RuntimeError> {
+    for name in ["net", "ipc", "uts"] {
+        let pin = dir.namespace(name);
+        netns::delete(&pin).map_err(|e| RuntimeError::invalid(chain(&e)))?;
+    }
+    // Not mounted is as good as unmounted.
+    drop(umount2(&dir.shm(), MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW));
+    Ok(())
+}
+
+pub(crate) async fn remove(inner: &Arc<Inner>, id: &str) -> Result<(), RuntimeError> {
+    stop(inner, id).await?;
+    let request = DeleteContainerRequest { id: id.to_owned() };
+    gone_is_fine(inner.connection.containers().delete(request).await.map(tonic::Response::into_inner))
+        .map_err(RuntimeError::call("remove sandbox", id))?;
+    super::exit_record::remove(&inner.options.root_dir, id);
+    let dir = SandboxDir::of(inner, id);
+    match fs::remove_dir_all(dir.path()) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(RuntimeError::system("remove", dir.path())(e))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// After a failure: as if it had never been tried.
+async fn undo(inner: &Arc<Inner>, id: &str, config: &SandboxConfig) {
+    let request = DeleteContainerRequest { id: id.to_owned() };
+    drop(inner.connection.containers().delete(request).await);
+    let record = (config.network == PodNetwork::Host)
+        .then(|| SandboxRecord::new(config, Vec::new(), serde_json::Value::Null));
+    let result = take_down(inner, id, record).await;
+    if let Err(error) = result {
+        tracing::warn!(sandbox = id, %error, "A sandbox that could not be made was not undone wholly");
+    }
+    drop(fs::remove_dir_all(SandboxDir::of(inner, id).path()));
+}
+
+fn pod_name(config: &SandboxConfig) -> String {
+    format!("{}/{}", config.pod.namespace, config.pod.name)
+}
+
+/// An error with all its causes in one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
+/// Runs `work` where it may block.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, RuntimeError> + Send + 'static,
+) -> Result<T, RuntimeError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(RuntimeError::invalid(format!("the operation was cancelled: {error}"))),
+    }
+}
