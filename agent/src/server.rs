@@ -24,6 +24,7 @@ pub mod containers;
 pub mod exec;
 pub mod find;
 pub mod logs;
+pub mod metrics;
 pub mod port_forward;
 pub mod query;
 pub mod remote;
