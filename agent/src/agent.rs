@@ -28,6 +28,8 @@ use crate::server::routes::{Routes, Settings};
 use crate::server::{self, tls};
 
 mod bootstrap;
+mod containers;
+mod start;
 
 /// What the node's API and status show of the machinery that runs pods.
 #[derive(Clone)]
@@ -35,6 +37,59 @@ pub struct NodeParts {
     pub probe: Arc<dyn RuntimeProbe>,
     pub containers: Arc<dyn Containers>,
     pub shared: NodeShared,
+}
+
+/// Runs a node agent until `shutdown`; its pods run on.
+///
+/// # Errors
+/// When something cannot be used that waiting will not mend; the text names it.
+pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> anyhow::Result<()> {
+    ensure_folders(&config)?;
+    // A stop of any part stops all: half an agent would only look alive.
+    let stop = shutdown.child_token();
+    let _stops_with_us = stop.clone().drop_guard();
+    let runtime = start::connect_runtime(&config, &stop).await?;
+    let client = api_client(&config).await?;
+    let pods = start::pods(&config, &runtime, client.as_ref(), &stop)?;
+    let shared = NodeShared::default();
+    let containers = containers::NodeContainers {
+        registry: pods.registry.clone(),
+        runtime: runtime.clone(),
+        run_dir: config.run_dir.clone(),
+    };
+    let parts = NodeParts {
+        probe: Arc::new(start::ContainerdProbe(runtime.clone())),
+        containers: Arc::new(containers),
+        shared: shared.clone(),
+    };
+    let wake = start::wake_on_resync(runtime, shared.wake);
+    tokio::spawn(stop.clone().run_until_cancelled_owned(wake));
+    let pods = async {
+        let ended = crate::pod::run(pods, stop.clone()).await;
+        stop.cancel();
+        ended.context("cannot run pods")
+    };
+    let node = async {
+        let ended = serve_node(Arc::new(config), client, parts, stop.clone()).await;
+        stop.cancel();
+        ended
+    };
+    let (pods, node) = tokio::join!(pods, node);
+    node.and(pods)
+}
+
+/// An error with its causes in one line.
+fn describe(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
 }
 
 /// Makes the folders that the agent writes to.

@@ -57,6 +57,10 @@ pub struct RuntimeConfig {
     pub cgroup_driver: CgroupDriver,
     /// A network namespace to reach registries from, for nodes whose own has no way out.
     pub pull_netns: Option<PathBuf>,
+    /// How to reach registries, in containerd's `certs.d` layout.
+    pub registry_config_dir: PathBuf,
+    /// The OCI runtime's program; empty for containerd's default.
+    pub default_runtime: String,
 }
 
 /// Who creates cgroups.
@@ -217,6 +221,8 @@ impl Default for RuntimeConfig {
             cgroup_root: "/".to_owned(),
             cgroup_driver: CgroupDriver::Cgroupfs,
             pull_netns: None,
+            registry_config_dir: PathBuf::from("/etc/containerd/certs.d"),
+            default_runtime: String::new(),
         }
     }
 }

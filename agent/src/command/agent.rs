@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
 
 use crate::config::{AgentConfig, BadValue, kubelet, labels};
 
@@ -128,10 +130,44 @@ pub struct AgentArgs {
     provider_id: Option<String>,
     /// How much to log: 0-1 is info, 2-4 debug, from 5 on everything; RUST_LOG beats it
     #[arg(short, long, value_name = "LEVEL")]
-    pub v: Option<u8>,
+    v: Option<u8>,
 }
 
 impl AgentArgs {
+    /// How much to log.
+    pub fn verbosity(&self) -> u8 {
+        self.v.unwrap_or(0)
+    }
+
+    /// Runs the agent until SIGTERM or SIGINT; its pods run on.
+    ///
+    /// # Errors
+    /// When the configuration cannot be, or the agent cannot work on this machine.
+    pub async fn run(self) -> anyhow::Result<()> {
+        let (config, warnings) = self.into_config()?;
+        for warning in warnings {
+            tracing::warn!("{warning}");
+        }
+        let shutdown = CancellationToken::new();
+        let (mut terminate, mut interrupt) =
+            (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        let stop = shutdown.clone();
+        let told = async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            stop.cancel();
+        };
+        let agent = crate::agent::run(config, shutdown);
+        // Whichever ends first: a signal lets the agent end, an agent that failed needs no signal.
+        let mut agent = std::pin::pin!(agent);
+        tokio::select! {
+            ended = &mut agent => ended,
+            () = told => agent.await,
+        }
+    }
+
     /// The configuration of these flags and of the file that they name, with the warnings that the
     /// user should see.
     ///
@@ -271,7 +307,10 @@ fn parse_addresses(flag: &str, text: &str) -> Result<Vec<IpAddr>, BadValue> {
 }
 
 /// The machine's host name as the kubelet takes it: lower case, without white space.
-fn machine_name() -> anyhow::Result<String> {
+///
+/// # Errors
+/// When the kernel does not say.
+pub fn machine_name() -> anyhow::Result<String> {
     let name = nix::unistd::gethostname().context("cannot read this machine's host name")?;
     Ok(name.to_string_lossy().trim().to_lowercase())
 }

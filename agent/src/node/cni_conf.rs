@@ -8,8 +8,8 @@ use serde_json::Value;
 
 use crate::config::RuntimeConfig;
 
-/// The name of the list that keelson writes. Whoever wants another network puts a list of another
-/// name beside it or in its place: as soon as there is one, this file is left alone.
+/// The name of the list that keelson writes. Whoever wants another network edits it or puts a list
+/// of a name that sorts before it beside it.
 pub const DEFAULT_NAME: &str = "10-keelson.conflist";
 
 /// Says whether pods can get a network here: the first list of the folder can be read, and the
@@ -40,26 +40,24 @@ pub fn check(runtime: &RuntimeConfig) -> Result<(), String> {
     Ok(())
 }
 
-/// Writes the default list for `pod_cidrs` when the folder has no list of anybody else; returns the
-/// path when the file changed.
+/// Writes the default list for `pod_cidrs` when the folder has no list at all; returns its path. A
+/// list that is there is left alone even when it is keelson's own: it may have been edited, and
+/// pods have addresses from it.
 ///
 /// # Errors
 /// When a CIDR is none or the file cannot be written.
 pub fn ensure_default(dir: &Path, pod_cidrs: &[String]) -> anyhow::Result<Option<PathBuf>> {
     use anyhow::Context;
     std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
-    let own = dir.join(DEFAULT_NAME);
-    if lists(dir)?.iter().any(|file| *file != own) {
+    if !lists(dir)?.is_empty() {
         return Ok(None);
     }
+    let own = dir.join(DEFAULT_NAME);
     let cidrs: Vec<IpNetwork> = pod_cidrs
         .iter()
         .map(|cidr| cidr.parse().with_context(|| format!("node.spec.podCIDRs: {cidr:?}")))
         .collect::<Result<_, _>>()?;
     let text = keelson_cni::default_conflist(&cidrs);
-    if std::fs::read_to_string(&own).is_ok_and(|present| present == text) {
-        return Ok(None);
-    }
     keelson_durable::write(&own, text.as_bytes(), 0o644)?;
     Ok(Some(own))
 }

@@ -175,6 +175,19 @@ fn allocatable(
     allocatable
 }
 
+/// What the machine has and what of it pods may use, before anybody has added resources of their own.
+pub fn resources(
+    config: &AgentConfig,
+    machine: &Machine,
+    usage: &Usage,
+) -> (BTreeMap<String, Quantity>, BTreeMap<String, Quantity>) {
+    let seen =
+        Observation { machine: machine.clone(), usage: usage.clone(), ..Observation::default() };
+    let capacity = capacity(config, &seen, &NodeStatus::default());
+    let allocatable = allocatable(config, &seen, &capacity);
+    (capacity, allocatable)
+}
+
 fn milli(milli: u64) -> Quantity {
     Quantity(if milli.is_multiple_of(1000) {
         (milli / 1000).to_string()
