@@ -1,3 +1,6 @@
 //! The command line: one module per subcommand of `keelson`.
 
 pub mod agent;
+pub mod image;
+pub mod logd;
+pub mod up;

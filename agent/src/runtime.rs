@@ -99,29 +99,37 @@ impl Runtime {
     /// # Errors
     /// When containerd does not answer or is older than 1.6; the error says what to do.
     pub async fn connect(options: RuntimeOptions) -> Result<Runtime, RuntimeError> {
+        let runtime = Runtime::connect_for_images(options).await?;
+        let run_dir = &runtime.inner.options.run_dir;
+        pause::install(run_dir)?;
+        runtime.inner.logs.start()?;
+        tokio::spawn(events::follow(Arc::downgrade(&runtime.inner)));
+        Ok(runtime)
+    }
+
+    /// Connects without anything that containers need: for commands that only look after images.
+    ///
+    /// # Errors
+    /// As [`Runtime::connect`].
+    pub async fn connect_for_images(options: RuntimeOptions) -> Result<Runtime, RuntimeError> {
         let connection = Connection::open(&options.socket, &options.namespace).await?;
         let version = version_of(&connection).await?;
         check_version(&version)?;
         observe::ensure_namespace(&connection, &options.namespace).await?;
-        let pause_rootfs = pause::install(&options.run_dir)?;
-        let logs = logd::Client::start(&options.run_dir)?;
-        let images = ImageStore::new(connection.clone(), &options);
         let (events, _) = broadcast::channel(1024);
         let inner = Inner {
             oom_floor: spec::oom_score_floor(),
             starts: Semaphore::new(start_slots()),
             starting: Starting::default(),
             mounts: MountCache::default(),
+            images: ImageStore::new(connection.clone(), &options),
+            logs: logd::Client::new(&options.run_dir),
+            pause_rootfs: pause::rootfs(&options.run_dir),
             options,
             connection,
             events,
-            images,
-            logs,
-            pause_rootfs,
         };
-        let runtime = Runtime { inner: Arc::new(inner) };
-        tokio::spawn(events::follow(Arc::downgrade(&runtime.inner)));
-        Ok(runtime)
+        Ok(Runtime { inner: Arc::new(inner) })
     }
 
     /// Changes of pods. A receiver that falls behind must look at everything again.

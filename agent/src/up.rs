@@ -6,6 +6,8 @@ mod layout;
 mod lock;
 mod network;
 mod process;
+mod run;
 
 pub use down::run as down;
 pub use layout::Layout;
+pub use run::{UpConfig, run};

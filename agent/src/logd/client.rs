@@ -32,14 +32,17 @@ pub struct Pipes {
 }
 
 impl Client {
+    /// The log writer of `run_dir`, which may not run yet.
+    pub fn new(run_dir: &Path) -> Client {
+        Client { run_dir: run_dir.to_owned() }
+    }
+
     /// Starts the log writer unless it runs already.
     ///
     /// # Errors
     /// When it cannot be started.
-    pub fn start(run_dir: &Path) -> Result<Client, RuntimeError> {
-        let client = Client { run_dir: run_dir.to_owned() };
-        client.connect()?;
-        Ok(client)
+    pub fn start(&self) -> Result<(), RuntimeError> {
+        self.connect().map(drop)
     }
 
     /// Makes the pipes of container `id`; when this returns, they are being read.

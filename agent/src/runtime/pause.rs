@@ -12,9 +12,14 @@ static PROGRAM: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/pause"));
 /// The program's path in its root file system.
 pub(crate) const PATH: &str = "/pause";
 
-/// Writes the root file system below `run_dir` and returns its folder.
-pub(crate) fn install(run_dir: &Path) -> Result<PathBuf, RuntimeError> {
-    let rootfs = run_dir.join("pause");
+/// The folder of the root file system.
+pub(crate) fn rootfs(run_dir: &Path) -> PathBuf {
+    run_dir.join("pause")
+}
+
+/// Writes the root file system.
+pub(crate) fn install(run_dir: &Path) -> Result<(), RuntimeError> {
+    let rootfs = rootfs(run_dir);
     for folder in ["proc", "sys", "dev"] {
         let path = rootfs.join(folder);
         fs::create_dir_all(&path).map_err(RuntimeError::system("create", &path))?;
@@ -22,9 +27,8 @@ pub(crate) fn install(run_dir: &Path) -> Result<PathBuf, RuntimeError> {
     let program = rootfs.join("pause");
     // Never written in place: older sandboxes run this file.
     if fs::read(&program).is_ok_and(|there| there == PROGRAM) {
-        return Ok(rootfs);
+        return Ok(());
     }
     keelson_durable::write(&program, PROGRAM, 0o555)
-        .map_err(|error| RuntimeError::System { action: "write", path: program.clone(), source: error.source })?;
-    Ok(rootfs)
+        .map_err(|error| RuntimeError::System { action: "write", path: program.clone(), source: error.source })
 }

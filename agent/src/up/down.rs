@@ -113,7 +113,7 @@ fn remove_netns(pin: &Path, left: &mut Vec<String>) {
         return;
     }
     // Not a mount any more is as good as unmounted.
-    drop(umount2(pin, MntFlags::MNT_DETACH));
+    let _ = umount2(pin, MntFlags::MNT_DETACH);
     if let Err(error) = fs::remove_file(pin) {
         left.push(format!("network namespace {}: {error}", pin.display()));
     }

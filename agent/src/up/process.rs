@@ -32,11 +32,11 @@ pub(crate) fn end_all(pids: &[i32], first: Signal, patience: Duration) {
     let deadline = Instant::now() + patience;
     for (pid, _) in &watched {
         // Gone already is what we want.
-        drop(kill(Pid::from_raw(*pid), first));
+        let _ = kill(Pid::from_raw(*pid), first);
     }
     for (pid, fd) in &watched {
         if !ends_before(fd, deadline) {
-            drop(kill(Pid::from_raw(*pid), Signal::SIGKILL));
+            let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
             ends_before(fd, Instant::now() + Duration::from_secs(5));
         }
     }
