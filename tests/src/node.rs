@@ -28,6 +28,9 @@ pub struct Node {
     name: String,
     api_port: u16,
     child: Option<Child>,
+    /// Flags of `keelson up` beyond the usual ones.
+    flags: &'static [&'static str],
+    stopped: bool,
     scratch: tempfile::TempDir,
 }
 
@@ -37,9 +40,24 @@ impl Node {
     /// # Errors
     /// When it does not come up; the error holds the end of its log.
     pub fn start() -> Result<Node> {
-        let name = format!("kt{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
+        Node::start_with("kt", &[])
+    }
+
+    /// Brings up a node without agent and proxy: somebody else runs them, in its network namespace. The names of
+    /// everything that it makes begin with `prefix`.
+    ///
+    /// # Errors
+    /// As [`Node::start`].
+    pub fn start_control_plane(prefix: &str) -> Result<Node> {
+        Node::start_with(prefix, &["--control-plane-only"])
+    }
+
+    fn start_with(prefix: &str, flags: &'static [&'static str]) -> Result<Node> {
+        let count = COUNTER.fetch_add(1, Ordering::Relaxed);
+        let name = format!("{prefix}{}-{count}", std::process::id());
         let api_port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
-        let mut node = Node { name, api_port, child: None, scratch: tempfile::tempdir()? };
+        let scratch = tempfile::tempdir()?;
+        let mut node = Node { name, api_port, child: None, flags, stopped: false, scratch };
         node.launch()?;
         let archive = node.scratch.path().join("busybox.tar");
         write_busybox_archive(
@@ -70,6 +88,7 @@ impl Node {
             "--api-port",
             &self.api_port.to_string(),
         ]);
+        command.args(self.flags);
         command.env("NOTIFY_SOCKET", &socket).stdin(Stdio::null());
         command.stdout(log.try_clone()?).stderr(log).process_group(0);
         self.child = Some(command.spawn()?);
@@ -222,6 +241,16 @@ impl Node {
         self.scratch.path().join("keelson.log")
     }
 
+    /// Removes the node and checks that nothing is left of it: what dropping it does, with an error instead of a panic.
+    ///
+    /// # Errors
+    /// What could not be removed.
+    pub fn stop(mut self) -> Result<()> {
+        self.stopped = true;
+        self.down()?;
+        crate::leak::nothing_left_of(&self.name)
+    }
+
     fn down(&mut self) -> Result<()> {
         if let Some(mut child) = self.child.take() {
             // Killed, not asked: `keelson down` has to cope with that.
@@ -234,6 +263,9 @@ impl Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
+        if self.stopped {
+            return;
+        }
         if std::thread::panicking() {
             eprintln!("the end of keelson's log:\n{}", self.log());
         }

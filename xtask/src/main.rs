@@ -1,5 +1,6 @@
 //! keelson's tasks.
 
+mod bench;
 mod build;
 mod down;
 mod install;
@@ -25,6 +26,8 @@ enum Task {
     Down(down::DownArgs),
     /// Install what the tests need and run every lane that this machine can run
     Test(test::TestArgs),
+    /// Measure keelson, and its peers beside it in the same run
+    Bench(bench::BenchArgs),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -32,5 +35,6 @@ fn main() -> anyhow::Result<()> {
         Task::Up(args) => up::run(&args),
         Task::Down(args) => down::run(&args),
         Task::Test(args) => test::run(&args),
+        Task::Bench(args) => bench::run(&args),
     }
 }

@@ -159,6 +159,19 @@ fn show_page(kubectl: &Kubectl, args: &UpArgs) -> Result<()> {
     Ok(())
 }
 
+/// Debian's static busybox has a wget that crashes on answers; its nc does not.
+fn fetch_command(host: &str, port: &str) -> String {
+    format!(r"printf 'GET / HTTP/1.0\r\n\r\n' | busybox nc -w 5 {host} {port}")
+}
+
+/// Shows the page without the header lines above it.
+fn print_page(answer: &str) -> Result<()> {
+    let page = answer.split("\r\n\r\n").nth(1).filter(|_| answer.contains("200 OK"));
+    let page = page.with_context(|| format!("no page was served, but: {answer}"))?;
+    println!("{}", page.trim_end());
+    Ok(())
+}
+
 /// A command prefix that runs in the node's network namespace.
 fn on_node(args: &UpArgs) -> Command {
     let mut command = Command::new("nsenter");

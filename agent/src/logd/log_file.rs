@@ -16,8 +16,13 @@ pub(crate) struct LogFile {
 }
 
 impl LogFile {
+    /// The file is there from the start: a container that prints nothing has an empty log.
     pub(crate) fn new(spec: LogSpec) -> LogFile {
-        LogFile { spec, file: None, size: 0 }
+        let mut log = LogFile { spec, file: None, size: 0 };
+        if let Err(error) = log.open() {
+            tracing::error!(path = %log.spec.path.display(), %error, "A container's log cannot be opened");
+        }
+        log
     }
 
     /// Appends whole lines. A full disk loses them, said once per failure; the container is never blocked by it.
