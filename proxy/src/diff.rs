@@ -12,6 +12,8 @@ pub type Plans = HashMap<ServiceKey, Arc<ServicePlan>>;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Change {
     pub service: ServiceKey,
+    /// The plan until now, or nothing when the Service is new.
+    pub before: Option<Arc<ServicePlan>>,
     /// The new plan, or nothing when the Service is gone.
     pub plan: Option<Arc<ServicePlan>>,
 }
@@ -30,11 +32,11 @@ pub fn advance(
         if plans.get(&service) == after.as_ref() {
             continue;
         }
-        match &after {
+        let before = match &after {
             Some(plan) => plans.insert(service.clone(), Arc::clone(plan)),
             None => plans.remove(&service),
         };
-        changes.push(Change { service, plan: after });
+        changes.push(Change { service, before, plan: after });
     }
     changes
 }

@@ -16,6 +16,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::backend::{AnyBackend, Applied, Backend, BackendError};
 use crate::config::{LocalSources, NodePortAddresses, ProxyConfig};
+use crate::conntrack::{Checks, Cleaner};
 use crate::diff::{Plans, advance};
 use crate::metrics::{Metrics, now_secs};
 use crate::model::objects::{EndpointSlice, Node, Service};
@@ -96,7 +97,7 @@ pub(crate) struct Engine {
     started: bool,
     retry_at: Option<Instant>,
     triggers: Vec<SystemTime>,
-    conntrack: crate::conntrack::Cleaner,
+    conntrack: Cleaner,
     metrics: Arc<Metrics>,
     progress: Arc<Progress>,
     on_synced: Option<Box<dyn FnOnce() + Send>>,
@@ -127,7 +128,7 @@ impl Engine {
             started: false,
             retry_at: None,
             triggers: Vec::new(),
-            conntrack: crate::conntrack::Cleaner::default(),
+            conntrack: Cleaner::start(metrics.conntrack_deleted.clone())?,
             metrics,
             progress,
             on_synced: Some(on_synced),
@@ -287,16 +288,11 @@ impl Engine {
             Ok(applied) => self.note_applied(&applied, began),
             Err(error) => return self.note_failure(&error),
         }
-        let result = match std::mem::replace(&mut self.started, true) {
-            true => self.conntrack.clean_after(&changes),
-            false => self.conntrack.clean_all(&self.plans),
-        };
-        match result {
-            Ok(deleted) => {
-                self.metrics.conntrack_deleted.inc_by(deleted);
-            }
-            Err(error) => tracing::warn!(%error, "Cannot remove stale UDP flows"),
-        }
+        // Not before the new rules are in force: else the next packet makes the same flow again.
+        self.conntrack.check(match std::mem::replace(&mut self.started, true) {
+            true => Checks::after(&changes),
+            false => Checks::all(&self.plans),
+        });
     }
 
     fn configure(&mut self) -> bool {

@@ -5,7 +5,7 @@
 
 pub mod backend;
 pub mod config;
-mod conntrack;
+pub mod conntrack;
 pub mod diff;
 mod engine;
 pub mod flags;

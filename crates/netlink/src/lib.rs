@@ -3,6 +3,7 @@
 //! Everything here blocks and nothing here knows Kubernetes. Callers on an async runtime use a thread of their own.
 #![warn(missing_docs)]
 
+pub mod conntrack;
 pub mod message;
 pub mod netns;
 pub mod nft;

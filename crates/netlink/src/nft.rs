@@ -26,8 +26,8 @@
 //! # }
 //! ```
 
-mod attribute;
-mod batch;
+pub(crate) mod attribute;
+pub(crate) mod batch;
 mod dump;
 mod error;
 mod expression;

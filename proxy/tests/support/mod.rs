@@ -2,7 +2,7 @@
 #![allow(dead_code, unreachable_pub, reason = "every test file uses another part")]
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use keelson_proxy::backend::Backend;
+use keelson_proxy::conntrack::{Checks, clean};
 use keelson_proxy::diff::{Plans, advance};
 use keelson_proxy::model::objects::{EndpointSlice, Service};
 use keelson_proxy::model::{Model, NodeFacts, ServiceKey};
@@ -125,7 +126,7 @@ pub struct Answer {
     pub client: IpAddr,
 }
 
-pub type Outcome = Result<Answer, std::io::ErrorKind>;
+pub type Outcome = Result<Answer, ErrorKind>;
 
 fn parse(text: &str) -> Answer {
     let (server, client) = text.trim().split_once(' ').unwrap();
@@ -183,7 +184,13 @@ impl Namespace {
 
 pub fn udp_exchange(socket: &UdpSocket, patience: Duration) -> Outcome {
     socket.set_read_timeout(Some(patience)).unwrap();
-    socket.send(b"?").map_err(|e| e.kind())?;
+    match socket.send(b"?") {
+        // Refused on its way out of this very host: the reason comes with the receive.
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => {}
+        sent => {
+            sent.map_err(|e| e.kind())?;
+        }
+    }
     let mut buffer = [0; 200];
     let length = socket.recv(&mut buffer).map_err(|e| e.kind())?;
     Ok(parse(std::str::from_utf8(&buffer[..length]).unwrap()))
@@ -229,6 +236,7 @@ pub struct Node {
     pub plans: Plans,
     pub backend: Option<Nftables>,
     pub config: NftablesConfig,
+    pub flows_removed: u64,
 }
 
 impl Node {
@@ -272,6 +280,7 @@ impl Node {
             plans: Plans::new(),
             backend: Some(backend),
             config,
+            flows_removed: 0,
         };
         node.adopt();
         node
@@ -362,6 +371,8 @@ impl Node {
         let changes = advance(&mut self.plans, dirty, |key| self.model.plan(key));
         let applied = self.backend.as_mut().unwrap().apply(&changes, &self.plans).unwrap();
         assert!(applied.refused.is_empty(), "{:?}", applied.refused);
+        let checks = Checks::after(&changes);
+        self.flows_removed += self.namespace.run(|| clean(&checks).unwrap());
         applied.operations
     }
 
@@ -402,4 +413,37 @@ pub fn with(mut base: Value, fields: Value) -> Value {
         base[key] = value.clone();
     }
     base
+}
+
+/// `base` with a node port on its only port.
+pub fn node_port(mut base: Value, number: u16) -> Value {
+    base["type"] = json!("NodePort");
+    base["ports"][0]["nodePort"] = json!(number);
+    base
+}
+
+/// A slice with one port and endpoints `(address, node)`.
+pub fn slice(service: &str, family: &str, of: &[(&str, &str)], port: &str, number: u16) -> Value {
+    let endpoints: Vec<Value> = of
+        .iter()
+        .map(|(address, node)| json!({"addresses": [address], "nodeName": node, "conditions": {}}))
+        .collect();
+    json!({
+        "metadata": {
+            "namespace": "default",
+            "name": format!("{service}-{family}").to_lowercase(),
+            "labels": {"kubernetes.io/service-name": service},
+        },
+        "addressType": family,
+        "endpoints": endpoints,
+        "ports": [{"name": port, "port": number}],
+    })
+}
+
+/// Who answers `count` connections, each server once, in order of name.
+#[track_caller]
+pub fn servers(from: &Namespace, to: &str, count: usize) -> Vec<String> {
+    let names: std::collections::BTreeSet<String> =
+        (0..count).map(|_| from.tcp(to).unwrap().server).collect();
+    names.into_iter().collect()
 }

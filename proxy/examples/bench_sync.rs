@@ -1,0 +1,174 @@
+//! How long Services take to become effective, and what that costs in memory.
+//!
+//! Makes Services and EndpointSlices in this process, in a network namespace of its own:
+//! `cargo run --release -p keelson-proxy --example bench_sync -- --services 10000 --endpoints 10`
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use clap::Parser;
+use keelson_proxy::backend::Backend;
+use keelson_proxy::diff::{Plans, advance};
+use keelson_proxy::model::objects::{EndpointSlice, Service};
+use keelson_proxy::model::{Model, NodeFacts};
+use keelson_proxy::nftables::{Nftables, NftablesConfig};
+use nix::sched::{CloneFlags, unshare};
+use serde_json::json;
+
+#[derive(Parser)]
+struct Flags {
+    /// Number of Services
+    #[arg(long, default_value_t = 10_000)]
+    services: u32,
+    /// Endpoints of each
+    #[arg(long, default_value_t = 10)]
+    endpoints: u32,
+    /// Changes to measure
+    #[arg(long, default_value_t = 20)]
+    changes: u32,
+    /// One line of JSON instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+fn main() -> anyhow::Result<()> {
+    let flags = Flags::parse();
+    unshare(CloneFlags::CLONE_NEWNET)?;
+    let mut results = BTreeMap::new();
+    let (mut model, mut plans) = (Model::new(node()), Plans::new());
+    let mut backend = Nftables::open(config()?)?;
+
+    let began = Instant::now();
+    for number in 0..flags.services {
+        model.apply_service(&service(number)?);
+        model.apply_slice(&slice(number, flags.endpoints)?);
+    }
+    let parsed = began.elapsed();
+    put_in_force(&mut model, &mut plans, &mut backend, true)?;
+    results.insert("1 objects parsed (s)", parsed.as_secs_f64());
+    results.insert("2 start to effective (s)", began.elapsed().as_secs_f64());
+    results.insert("3 resident after start (MB)", resident_mb()?);
+
+    let mut times: Vec<Duration> = Vec::new();
+    for change in 0..flags.changes {
+        let (service, slice) =
+            (service(flags.services + change)?, slice(flags.services + change, flags.endpoints)?);
+        let began = Instant::now();
+        model.apply_service(&service);
+        model.apply_slice(&slice);
+        put_in_force(&mut model, &mut plans, &mut backend, false)?;
+        times.push(began.elapsed());
+    }
+    report("4 new Service effective", &mut times, &mut results);
+    for change in 0..flags.changes {
+        let slice = slice(change, flags.endpoints - 1)?;
+        let began = Instant::now();
+        model.apply_slice(&slice);
+        put_in_force(&mut model, &mut plans, &mut backend, false)?;
+        times.push(began.elapsed());
+    }
+    report("5 endpoint removed", &mut times, &mut results);
+
+    drop(backend);
+    let began = Instant::now();
+    let mut backend = Nftables::open(config()?)?;
+    let operations = backend.adopt(&plans)?.operations;
+    results.insert("6 restart, nothing changed (s)", began.elapsed().as_secs_f64());
+    results.insert("7 objects changed by restart", operations as f64);
+    results.insert("8 resident at the end (MB)", resident_mb()?);
+    print(&flags, &results)
+}
+
+fn print(flags: &Flags, results: &BTreeMap<&str, f64>) -> anyhow::Result<()> {
+    use std::io::Write;
+    let mut out = std::io::stdout().lock();
+    if flags.json {
+        let line =
+            json!({"services": flags.services, "endpoints": flags.endpoints, "results": results});
+        writeln!(out, "{line}")?;
+        return Ok(());
+    }
+    writeln!(out, "{} Services x {} endpoints", flags.services, flags.endpoints)?;
+    for (name, value) in results {
+        writeln!(out, "  {:<36} {value:>10.3}", &name[2..])?;
+    }
+    Ok(())
+}
+
+fn report(name: &'static str, times: &mut Vec<Duration>, results: &mut BTreeMap<&str, f64>) {
+    times.sort();
+    let median = times.get(times.len() / 2).copied().unwrap_or_default();
+    let worst = times.last().copied().unwrap_or_default();
+    let (median_name, worst_name) = match name {
+        "4 new Service effective" => ("4a new Service, median (ms)", "4b new Service, worst (ms)"),
+        _ => ("5a endpoint removed, median (ms)", "5b endpoint removed, worst (ms)"),
+    };
+    results.insert(median_name, median.as_secs_f64() * 1000.0);
+    results.insert(worst_name, worst.as_secs_f64() * 1000.0);
+    times.clear();
+}
+
+fn put_in_force(
+    model: &mut Model,
+    plans: &mut Plans,
+    backend: &mut Nftables,
+    first: bool,
+) -> anyhow::Result<()> {
+    let dirty = model.take_dirty();
+    let changes = advance(plans, dirty, |key| model.plan(key));
+    let applied = match first {
+        true => backend.adopt(plans)?,
+        false => backend.apply(&changes, plans)?,
+    };
+    anyhow::ensure!(applied.refused.is_empty(), "refused: {:?}", applied.refused);
+    Ok(())
+}
+
+fn node() -> NodeFacts {
+    NodeFacts { name: "here".to_owned(), knows_pods: true, ..NodeFacts::default() }
+}
+
+fn config() -> anyhow::Result<NftablesConfig> {
+    Ok(NftablesConfig { cluster_cidrs: vec!["10.0.0.0/8".parse()?], ..NftablesConfig::default() })
+}
+
+fn resident_mb() -> anyhow::Result<f64> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kilobytes: f64 = line.unwrap_or("0").trim().trim_end_matches(" kB").parse()?;
+    Ok(kilobytes / 1024.0)
+}
+
+fn service(number: u32) -> anyhow::Result<Service> {
+    let address = format!("172.{}.{}.{}", 16 + (number >> 16), (number >> 8) & 255, number & 255);
+    Ok(serde_json::from_value(json!({
+        "metadata": {"namespace": "bench", "name": format!("service-{number}")},
+        "spec": {
+            "type": "ClusterIP", "clusterIP": address, "clusterIPs": [address],
+            "ports": [{"name": "http", "port": 80, "protocol": "TCP"}],
+        },
+    }))?)
+}
+
+fn slice(number: u32, endpoints: u32) -> anyhow::Result<EndpointSlice> {
+    let endpoints: Vec<_> = (0..endpoints)
+        .map(|index| {
+            let at = number * 16 + index;
+            let address = format!("10.{}.{}.{}", (at >> 16) & 255, (at >> 8) & 255, at & 255);
+            json!({
+                "addresses": [address],
+                "conditions": {"ready": true, "serving": true, "terminating": false},
+                "nodeName": format!("node-{}", index),
+            })
+        })
+        .collect();
+    Ok(serde_json::from_value(json!({
+        "metadata": {
+            "namespace": "bench", "name": format!("service-{number}-abcde"),
+            "labels": {"kubernetes.io/service-name": format!("service-{number}")},
+        },
+        "addressType": "IPv4",
+        "endpoints": endpoints,
+        "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}],
+    }))?)
+}

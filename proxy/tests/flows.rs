@@ -1,0 +1,228 @@
+//! Flows that are under way when Services change, and the state after restarts and foreign hands.
+
+mod support;
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{TcpListener, TcpStream};
+
+use keelson_proxy::backend::Backend;
+use serde_json::json;
+use support::*;
+
+#[test]
+fn a_udp_client_with_one_port_moves_to_the_new_endpoint() {
+    // Case 43.
+    let mut node = Node::new();
+    let client = node.pod("client", 10);
+    let _a = node.pod("a", 2).serving("UDP", 8080).serving("UDP", 9090);
+    let _b = node.pod("b", 3).serving("UDP", 8080);
+    let _other = node.pod("other", 4).serving("UDP", 8080);
+    node.service("dns", node_port(cluster_ip(1, "UDP", 53), 30053));
+    node.service("other", cluster_ip(2, "UDP", 53));
+    node.ready("dns", "UDP", 8080, &[2]);
+    node.ready("other", "UDP", 8080, &[4]);
+    node.apply();
+    let sockets: Vec<_> = ["10.96.0.1:53", "[fd96::1]:53", &format!("{NODE4}:30053")]
+        .map(|to| client.namespace.udp_socket(to))
+        .into();
+    let bystander = client.namespace.udp_socket("10.96.0.2:53");
+    assert_eq!(udp_exchange(&bystander, SILENCE).unwrap().server, "other");
+    let all = |name: &str| {
+        for socket in &sockets {
+            assert_eq!(udp_exchange(socket, SILENCE).unwrap().server, name);
+        }
+    };
+    all("a");
+    node.flows_removed = 0;
+    node.ready("dns", "UDP", 8080, &[3]);
+    node.apply();
+    all("b");
+    // Exactly the three stale ones.
+    assert_eq!(node.flows_removed, 3);
+    // The same pod, another target port.
+    node.ready("dns", "UDP", 9090, &[2]);
+    node.apply();
+    all("a");
+    assert_eq!(udp_exchange(&bystander, SILENCE).unwrap().server, "other");
+    assert_eq!(node.flows_removed, 6);
+    // Case 45: an endpoint that terminates but serves keeps its flows.
+    let going = json!({"ready": false, "serving": true, "terminating": true});
+    node.endpoints("dns", "UDP", 9090, &[(2, "here", going), (3, "here", json!({}))]);
+    node.apply();
+    all("a");
+    assert_eq!(node.flows_removed, 6);
+}
+
+#[test]
+fn udp_that_began_before_the_endpoint_came_arrives() {
+    // Case 44.
+    let mut node = Node::new();
+    let client = node.pod("client", 10);
+    let _a = node.pod("a", 2).serving("UDP", 8080);
+    let socket = client.namespace.udp_socket("10.96.0.1:53");
+    assert!(udp_exchange(&socket, SILENCE).is_err());
+    node.service("dns", cluster_ip(1, "UDP", 53));
+    node.apply();
+    assert!(udp_exchange(&socket, SILENCE).is_err());
+    node.ready("dns", "UDP", 8080, &[2]);
+    node.apply();
+    assert_eq!(udp_exchange(&socket, SILENCE).unwrap().server, "a");
+}
+
+#[test]
+fn a_flow_to_a_strangers_port_that_equals_a_node_port_is_left_alone() {
+    // Case 46.
+    let mut node = Node::new();
+    let client = node.pod("client", 10);
+    let stranger = node.pod("stranger", 5).serving("UDP", 30053);
+    let _pods = (node.pod("a", 2), node.pod("b", 3));
+    node.service("dns", node_port(cluster_ip(1, "UDP", 53), 30053));
+    node.ready("dns", "UDP", 8080, &[2]);
+    node.apply();
+    let socket = client.namespace.udp_socket(&format!("{}:30053", stranger.v4));
+    assert!(udp_exchange(&socket, SILENCE).is_ok());
+    node.flows_removed = 0;
+    node.ready("dns", "UDP", 8080, &[3]);
+    node.apply();
+    assert_eq!(node.flows_removed, 0);
+}
+
+#[test]
+fn an_established_connection_outlives_its_service() {
+    // Case 28 and 49.
+    let mut node = Node::new();
+    let (client, server) = (node.pod("client", 10), node.pod("server", 2));
+    let listener = server.namespace.run(|| TcpListener::bind("0.0.0.0:8080").unwrap());
+    node.service("web", cluster_ip(1, "TCP", 80));
+    node.ready("web", "TCP", 8080, &[2]);
+    node.apply();
+    let mut stream = client.namespace.run(|| TcpStream::connect("10.96.0.1:80").unwrap());
+    let (mut accepted, _) = listener.accept().unwrap();
+    node.ready("web", "TCP", 8080, &[]);
+    node.apply();
+    assert_eq!(client.namespace.tcp("10.96.0.1:80"), Err(ErrorKind::ConnectionRefused));
+    node.delete_service("web");
+    node.apply();
+    stream.write_all(b"ping").unwrap();
+    let mut buffer = [0; 4];
+    accepted.read_exact(&mut buffer).unwrap();
+    assert_eq!(&buffer, b"ping");
+}
+
+#[test]
+fn a_service_that_changes_its_address_leaves_nothing_at_the_old_one() {
+    let mut node = Node::new();
+    let client = node.pod("client", 10);
+    let _one = node.pod("one", 2).serving("TCP", 8080);
+    node.service("web", cluster_ip(1, "TCP", 80));
+    node.ready("web", "TCP", 8080, &[2]);
+    node.apply();
+    // Case 20: recreated between two looks.
+    node.service("web", cluster_ip(2, "TCP", 80));
+    node.apply();
+    assert!(client.namespace.tcp("10.96.0.1:80").is_err());
+    assert!(client.namespace.tcp("10.96.0.2:80").is_ok());
+    // Case 19: an ExternalName with a cluster IP left in it is no Service of ours.
+    node.service("web", with(cluster_ip(2, "TCP", 80), json!({"type": "ExternalName"})));
+    node.apply();
+    assert!(!node.ruleset().contains("10.96.0.2"));
+    node.service("web", cluster_ip(2, "TCP", 80));
+    node.apply();
+    assert!(client.namespace.tcp("10.96.0.2:80").is_ok());
+    // Case 39: handed to another proxy.
+    let object = json!({
+        "metadata": {
+            "namespace": "default", "name": "web",
+            "labels": {"service.kubernetes.io/service-proxy-name": "other"},
+        },
+        "spec": cluster_ip(2, "TCP", 80),
+    });
+    node.service_object(object);
+    node.apply();
+    assert!(!node.ruleset().contains("10.96.0.2"));
+}
+
+#[test]
+fn two_services_with_the_same_external_address_take_turns() {
+    let mut node = Node::new();
+    let _a = node.pod("a", 2).serving("TCP", 8080);
+    let _b = node.pod("b", 3).serving("TCP", 8080);
+    let external = json!({"externalIPs": ["198.51.100.1"]});
+    node.service("one", with(cluster_ip(1, "TCP", 80), external.clone()));
+    let second = serde_json::from_value(json!({
+        "metadata": {"namespace": "default", "name": "two", "creationTimestamp": "2026-01-01T00:00:00Z"},
+        "spec": with(cluster_ip(2, "TCP", 80), external),
+    }));
+    node.model.apply_service(&second.unwrap());
+    assert_eq!(node.model.take_problems().len(), 1);
+    node.ready("one", "TCP", 8080, &[2]);
+    node.ready("two", "TCP", 8080, &[3]);
+    node.apply();
+    assert_eq!(servers(&node.outside, "198.51.100.1:80", 5), ["a"]);
+    node.delete_service("one");
+    node.apply();
+    assert_eq!(servers(&node.outside, "198.51.100.1:80", 5), ["b"]);
+}
+
+#[test]
+fn a_restart_changes_nothing_and_damage_is_mended() {
+    let mut node = Node::new();
+    let client = node.pod("client", 10);
+    let _one = node.pod("one", 2).serving("TCP", 8080);
+    for last in 1..=20 {
+        let name = format!("web{last}");
+        let sticky = json!({"sessionAffinity": if last % 3 == 0 { "ClientIP" } else { "None" }});
+        let spec = with(node_port(cluster_ip(last, "TCP", 80), 30000 + u16::from(last)), sticky);
+        let policy = if last % 4 == 0 { "Local" } else { "Cluster" };
+        node.service(&name, with(spec, json!({"externalTrafficPolicy": policy})));
+        let pods: Vec<u8> = (2..2 + last % 5).collect();
+        node.ready(&name, "TCP", 8080, &pods);
+    }
+    node.ready("web1", "TCP", 8080, &[2]);
+    node.apply();
+    assert_eq!(node.restart(), 0);
+
+    let damages: [&[&str]; 8] = [
+        &["flush", "ruleset"],
+        &["delete", "table", "inet", "keelson-proxy"],
+        &["flush", "chain", "inet", "keelson-proxy", "find-service4"],
+        &["flush", "map", "inet", "keelson-proxy", "endpoints4"],
+        &["flush", "map", "inet", "keelson-proxy", "services4"],
+        &["flush", "set", "inet", "keelson-proxy", "cluster-cidrs4"],
+        &["delete", "chain", "inet", "keelson-proxy", "prerouting"],
+        &[
+            "add",
+            "element",
+            "inet",
+            "keelson-proxy",
+            "services4",
+            "{ 10.96.9.9 . tcp . 80 : drop }",
+        ],
+    ];
+    for damage in damages {
+        let backend = node.backend.as_mut().unwrap();
+        assert!(!backend.disturbed().unwrap());
+        if damage[0] == "delete" && damage[1] == "chain" {
+            let chain = ["flush", "chain", "inet", "keelson-proxy", "prerouting"];
+            node.namespace.output("nft", &chain);
+        }
+        node.namespace.output("nft", damage);
+        assert!(node.backend.as_mut().unwrap().disturbed().unwrap(), "{damage:?}");
+        assert!(node.adopt() > 0, "{damage:?}");
+        assert_eq!(client.namespace.tcp("10.96.0.1:80").unwrap().server, "one", "{damage:?}");
+        assert_eq!(node.restart(), 0, "{damage:?}");
+    }
+    // Others may change their own tables as they like.
+    node.namespace.output("nft", &["add", "table", "inet", "other"]);
+    assert!(!node.backend.as_mut().unwrap().disturbed().unwrap());
+    // A change on a table that somebody just flushed.
+    node.namespace.output("nft", &["flush", "ruleset"]);
+    node.service("late", cluster_ip(99, "TCP", 80));
+    node.ready("late", "TCP", 8080, &[2]);
+    node.apply();
+    assert_eq!(client.namespace.tcp("10.96.0.99:80").unwrap().server, "one");
+    assert_eq!(client.namespace.tcp("10.96.0.1:80").unwrap().server, "one");
+    // Nothing is left after a clean-up.
+    node.backend.as_mut().unwrap().cleanup().unwrap();
+    assert!(!node.namespace.output("nft", &["list", "tables"]).contains("keelson"));
+}
