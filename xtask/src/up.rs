@@ -145,16 +145,16 @@ fn show_page(kubectl: &Kubectl, args: &UpArgs) -> Result<()> {
         r#"jsonpath={.items[0].status.addresses[?(@.type=="InternalIP")].address}"#,
     ])?;
     let node_ip = node_ip.split_whitespace().next().context("the node has no InternalIP")?;
-    for (name, url) in [
-        ("ClusterIP", format!("http://{cluster_ip}/")),
-        ("NodePort", format!("http://{node_ip}:{node_port}/")),
-    ] {
-        step(&format!("{name} from another pod: {url}"));
-        kubectl.run(&["exec", "visitor", "--", "wget", "-q", "-T", "5", "-O", "-", &url])?;
-        step(&format!("{name} from the node: {url}"));
-        let mut wget = on_node(args);
-        wget.args(["busybox", "wget", "-q", "-T", "5", "-O", "-", &url]);
-        shell::run(&mut wget)?;
+    let ways =
+        [("ClusterIP", cluster_ip.as_str(), "80"), ("NodePort", node_ip, node_port.as_str())];
+    for (name, host, port) in ways {
+        let fetch = fetch_command(host, port);
+        step(&format!("{name} from another pod: http://{host}:{port}/"));
+        print_page(&kubectl.read(&["exec", "visitor", "--", "sh", "-c", &fetch])?)?;
+        step(&format!("{name} from the node: http://{host}:{port}/"));
+        let mut node = on_node(args);
+        node.args(["busybox", "sh", "-c", &fetch]);
+        print_page(&shell::read(&mut node)?)?;
     }
     Ok(())
 }
