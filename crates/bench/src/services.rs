@@ -1,0 +1,112 @@
+//! `bench services`: how long a service proxy takes until its rules are in force, and what it costs.
+
+mod objects;
+mod probe;
+mod work;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail};
+use clap::Args;
+use keelson_tests::node::program;
+use kube::Client;
+
+use crate::cluster::{Cluster, Ground, ServerOptions};
+use crate::output::OutputOptions;
+use crate::report::Report;
+use crate::subject::version_label;
+
+/// What to measure.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ServicesOptions {
+    /// Numbers of Services to measure with, each with --endpoints endpoints
+    #[arg(long, value_delimiter = ',', default_value = "2,1000,10000", value_name = "N,N")]
+    services: Vec<u32>,
+    /// Endpoints of each Service
+    #[arg(long, default_value_t = 10, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100))]
+    endpoints: u32,
+    /// New Services, one at a time, per number of Services
+    #[arg(long, default_value_t = 20, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=200))]
+    changes: u32,
+    /// How long to look at the idle proxy
+    #[arg(long, default_value_t = 20, value_name = "SECONDS")]
+    idle: u64,
+    /// A kube-proxy to measure in the same run, in its nftables mode
+    #[arg(long, value_name = "PATH")]
+    peer_kube_proxy: Option<PathBuf>,
+    #[command(flatten)]
+    server: ServerOptions,
+    #[command(flatten)]
+    output: OutputOptions,
+}
+
+/// A proxy to measure.
+#[derive(Debug)]
+struct Subject {
+    label: String,
+    program: PathBuf,
+}
+
+/// Measures every proxy with the same objects, then adds more of them.
+///
+/// # Errors
+/// When keelson cannot be measured. A peer that cannot be is a note in the report.
+pub(crate) fn run(options: &ServicesOptions) -> Result<()> {
+    let subjects = subjects(options)?;
+    let mut report = Report::new("services");
+    report.notes.push(format!("{} endpoints per Service", options.endpoints));
+    let cluster = Cluster::start(&options.server)?;
+    let outcome = cluster.inside(async |ground, client| {
+        report.notes.push(ground.describe());
+        probe::prepare(ground)?;
+        measure(&mut report, ground, client, &subjects, options).await
+    });
+    cluster.stop(&mut report)?;
+    options.output.write(&report)?;
+    outcome
+}
+
+fn subjects(options: &ServicesOptions) -> Result<Vec<Subject>> {
+    let mut subjects =
+        vec![Subject { label: "keelson".into(), program: program("keelson-proxy")? }];
+    if let Some(peer) = &options.peer_kube_proxy {
+        if !Path::new(peer).is_file() {
+            bail!("--peer-kube-proxy: there is no file {}", peer.display());
+        }
+        let label = version_label("kube-proxy", peer);
+        subjects.push(Subject { label, program: peer.clone() });
+    }
+    Ok(subjects)
+}
+
+async fn measure(
+    report: &mut Report,
+    ground: &Ground<'_>,
+    client: &Client,
+    subjects: &[Subject],
+    options: &ServicesOptions,
+) -> Result<()> {
+    let mut sizes = options.services.clone();
+    sizes.sort_unstable();
+    let backend = probe::Backend::listen(ground)?;
+    let mut there = 0;
+    for size in sizes {
+        eprintln!("Writing Services {there} to {size}");
+        objects::add(client, there..size, options.endpoints).await?;
+        there = size;
+        for (index, subject) in subjects.iter().enumerate() {
+            eprintln!("Measuring {} with {size} Services", subject.label);
+            let work = work::Work { ground, client, subject, size, endpoints: options.endpoints };
+            let outcome = work.measure(report, &backend, options.changes, options.idle).await;
+            match outcome {
+                Err(error) if index > 0 => {
+                    report
+                        .notes
+                        .push(format!("{} could not be measured: {error:#}", subject.label));
+                }
+                other => other?,
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,178 @@
+//! One proxy with one number of Services.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use kube::Client;
+
+use super::{Subject, objects, probe};
+use crate::api::{self, PATIENCE};
+use crate::cluster::{Ground, NODE_ADDRESS};
+use crate::process::{Daemon, in_netns};
+use crate::report::{Report, Row, Unit};
+use crate::stats::Samples;
+use crate::subject::node::NODE_NAME;
+
+/// The Service that exists before a proxy starts; those that come later have the next numbers.
+const LAST: &str = "last-of-all";
+
+pub(super) struct Work<'a> {
+    pub(super) ground: &'a Ground<'a>,
+    pub(super) client: &'a Client,
+    pub(super) subject: &'a Subject,
+    pub(super) size: u32,
+    pub(super) endpoints: u32,
+}
+
+impl Work<'_> {
+    /// Start to effective, one change at a time, memory, idling.
+    ///
+    /// # Errors
+    /// When the proxy ends or a Service does not come into force; with the end of its log.
+    pub(super) async fn measure(
+        &self,
+        report: &mut Report,
+        backend: &probe::Backend,
+        changes: u32,
+        idle: u64,
+    ) -> Result<()> {
+        probe::forget_rules(self.ground)?;
+        self.create_marker(LAST, 0, backend).await?;
+        let mut proxy = self.start()?;
+        let outcome = self.run(report, &mut proxy, backend, changes, idle).await;
+        let outcome = outcome
+            .with_context(|| format!("the log of {} ends with:\n{}", proxy.name, proxy.log_tail()));
+        let stopped = proxy.stop().await.map(drop);
+        objects::delete(self.client, LAST).await?;
+        outcome.and(stopped)
+    }
+
+    async fn run(
+        &self,
+        report: &mut Report,
+        proxy: &mut Daemon,
+        backend: &probe::Backend,
+        changes: u32,
+        idle: u64,
+    ) -> Result<()> {
+        let effective = probe::until(self.address(0), true, PATIENCE).await;
+        proxy.must_run()?;
+        let took = (effective? - proxy.began).as_secs_f64();
+        let cpu = proxy.cpu();
+        self.enter(report, "start to effective", Unit::Seconds, took, goals::start(self.size));
+        self.enter(report, "CPU for the start", Unit::CpuSeconds, cpu, None);
+        let changes = self.changes(backend, changes).await?;
+        let goal = (self.size == 10_000).then_some(20.0);
+        let mut row = Row::new(self.row("one new Service effective"), Unit::Millis);
+        row.goal = goal;
+        report.enter_spread(&self.subject.label, &row, &changes);
+        // What the changes left behind still has to settle.
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        let (before, began) = (proxy.cpu(), Instant::now());
+        tokio::time::sleep(Duration::from_secs(idle)).await;
+        let share = (proxy.cpu() - before) / began.elapsed().as_secs_f64() * 100.0;
+        proxy.must_run()?;
+        let memory = proxy.memory();
+        self.enter(report, "memory", Unit::Mebibytes, memory.resident, goals::memory(self.size));
+        if let Some(share) = memory.proportional {
+            self.enter(report, "memory (PSS)", Unit::Mebibytes, share, None);
+        }
+        self.enter(report, "memory, peak", Unit::Mebibytes, memory.peak, None);
+        self.enter(report, "CPU while idle", Unit::PercentOfCore, share, Some(0.0));
+        Ok(())
+    }
+
+    /// Milliseconds from the POST of a Service until it answers; its slice is there before.
+    async fn changes(&self, backend: &probe::Backend, count: u32) -> Result<Samples> {
+        let mut samples = Samples::default();
+        for number in 1..=count {
+            let name = format!("new-{}-{number}", self.size);
+            let [slice, service] = objects::marker(&name, number, backend.endpoint());
+            api::create(self.client, &slice).await?;
+            let began = Instant::now();
+            let create = api::create(self.client, &service);
+            let answers = probe::until(self.address(number), true, PATIENCE);
+            let (created, effective) = tokio::join!(create, answers);
+            created?;
+            samples.push((effective? - began).as_secs_f64() * 1e3);
+            objects::delete(self.client, &name).await?;
+            probe::until(self.address(number), false, PATIENCE).await?;
+        }
+        Ok(samples)
+    }
+
+    async fn create_marker(&self, name: &str, index: u32, backend: &probe::Backend) -> Result<()> {
+        for object in objects::marker(name, index, backend.endpoint()) {
+            api::create(self.client, &object).await?;
+        }
+        Ok(())
+    }
+
+    fn address(&self, index: u32) -> SocketAddr {
+        SocketAddr::new(objects::marker_ip(index), objects::PORT)
+    }
+
+    /// Both proxies understand the same flags.
+    fn start(&self) -> Result<Daemon> {
+        let node = self.ground.node();
+        let mut command = in_netns(&self.ground.netns(), &self.subject.program);
+        command.args([
+            format!("--kubeconfig={}", self.ground.kubeconfig("proxy")?.display()),
+            format!("--hostname-override={NODE_NAME}"),
+            format!("--bind-address={NODE_ADDRESS}"),
+            "--proxy-mode=nftables".into(),
+            "--cluster-cidr=10.244.0.0/16".into(),
+        ]);
+        let log = node.scratch().join("proxy.log");
+        Daemon::start(&self.subject.label, command, &log, &format!("{}-bench-proxy", node.name()))
+    }
+
+    fn row(&self, what: &str) -> String {
+        format!("{}: {what}", scale(self.size, self.endpoints))
+    }
+
+    fn enter(&self, report: &mut Report, what: &str, unit: Unit, figure: f64, goal: Option<f64>) {
+        let mut row = Row::new(self.row(what), unit);
+        row.goal = goal;
+        report.enter(&self.subject.label, &row, figure, &[]);
+    }
+}
+
+/// `10,000 x 10`.
+fn scale(services: u32, endpoints: u32) -> String {
+    if services < 1000 {
+        return format!("{services} x {endpoints}");
+    }
+    format!("{},{:03} x {endpoints}", services / 1000, services % 1000)
+}
+
+/// What keelson wants to stay below, for the sizes that have a goal.
+mod goals {
+    pub(super) fn start(services: u32) -> Option<f64> {
+        match services {
+            1_000 => Some(0.3),
+            10_000 => Some(2.0),
+            _ => None,
+        }
+    }
+
+    pub(super) fn memory(services: u32) -> Option<f64> {
+        match services {
+            2 => Some(12.0),
+            1_000 => Some(20.0),
+            10_000 => Some(70.0),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn thousands_are_set_apart() {
+        assert_eq!(super::scale(2, 10), "2 x 10");
+        assert_eq!(super::scale(10_000, 10), "10,000 x 10");
+        assert_eq!(super::scale(1_234, 5), "1,234 x 5");
+    }
+}
