@@ -3,3 +3,4 @@
 pub mod image;
 pub mod leak;
 pub mod node;
+pub mod registry;
