@@ -3,7 +3,7 @@
 //! ```text
 //! v2:      /sys/fs/cgroup/<root>/kubepods/burstable/pod<uid>/<container>
 //! v1:      /sys/fs/cgroup/{cpu,memory,pids,…}/<root>/kubepods/…       the same tree once per controller
-//! hybrid:  as v1; the controller-less unified hierarchy is not used
+//! hybrid:  as v1; in the controller-less unified hierarchy nothing is set
 //! ```
 //! Pod cgroups are made by the agent; those of containers by the OCI runtime, which on v1 leaves empty pod folders in every
 //! controller that it visited, so removal visits all of them.
@@ -42,6 +42,8 @@ struct Hierarchy {
     /// v1 controllers; empty for v2.
     controllers: Vec<String>,
     unified: bool,
+    /// We set values here. Others are only visited for removal: runc makes folders in all of them.
+    managed: bool,
 }
 
 const CONTROLLERS: [&str; 4] = ["cpu", "memory", "pids", "cpuset"];
@@ -144,7 +146,7 @@ impl CgroupTree {
 
 impl Hierarchy {
     fn has(&self, controller: &str) -> bool {
-        self.unified || self.controllers.iter().any(|c| c == controller)
+        self.managed && (self.unified || self.controllers.iter().any(|c| c == controller))
     }
 
     fn matters(&self) -> bool {
@@ -276,7 +278,7 @@ fn kill_processes(dir: &Path) {
 fn parse_mounts(mountinfo: &str) -> Vec<Hierarchy> {
     let mut found: Vec<Hierarchy> = mountinfo.lines().filter_map(parse_mount).collect();
     if found.iter().any(|h| h.controllers.iter().any(|c| c == "memory" || c == "cpu")) {
-        found.retain(|h| !h.unified);
+        found.iter_mut().filter(|h| h.unified).for_each(|h| h.managed = false);
     }
     found.sort_by(|a, b| a.mount.cmp(&b.mount));
     found.dedup();
@@ -288,13 +290,13 @@ fn parse_mount(line: &str) -> Option<Hierarchy> {
     let mount = PathBuf::from(left.split(' ').nth(4)?);
     let mut fields = right.split(' ');
     match fields.next()? {
-        "cgroup2" => Some(Hierarchy { mount, controllers: Vec::new(), unified: true }),
+        "cgroup2" => Some(Hierarchy { mount, controllers: Vec::new(), unified: true, managed: true }),
         "cgroup" => {
             let options = fields.nth(1)?;
             let skip = ["rw", "ro", "relatime", "noprefix", "clone_children"];
             let controllers =
                 options.split(',').filter(|o| !skip.contains(o)).map(str::to_owned).collect();
-            Some(Hierarchy { mount, controllers, unified: false })
+            Some(Hierarchy { mount, controllers, unified: false, managed: true })
         }
         _ => None,
     }
@@ -312,8 +314,9 @@ mod tests {
 32 25 0:28 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw
 33 25 0:29 / /proc rw - proc proc rw";
         let found = parse_mounts(text);
-        let shown: Vec<_> = found.iter().map(|h| h.controllers.join(",")).collect();
-        assert_eq!(shown, ["cpu,cpuacct", "memory"]);
+        let managed: Vec<_> = found.iter().filter(|h| h.matters()).map(|h| h.controllers.join(",")).collect();
+        assert_eq!(managed, ["cpu,cpuacct", "memory"]);
+        assert_eq!(found.len(), 3);
         let v2 = parse_mounts("32 25 0:28 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw");
         assert!(v2[0].unified && v2[0].matters());
     }
@@ -328,10 +331,10 @@ mod tests {
             pids_limit: Some(10),
             oom_score_adj: 0,
         };
-        let v2 = Hierarchy { mount: "/x".into(), controllers: vec![], unified: true };
+        let v2 = Hierarchy { mount: "/x".into(), controllers: vec![], unified: true, managed: true };
         let shown: Vec<_> = v2.files(&values).into_iter().map(|(f, v)| format!("{f}={v}")).collect();
         assert_eq!(shown, ["cpu.weight=39", "cpu.max=50000 100000", "memory.max=1048576", "pids.max=10"]);
-        let v1 = Hierarchy { mount: "/x".into(), controllers: vec!["cpu".into()], unified: false };
+        let v1 = Hierarchy { unified: false, controllers: vec!["cpu".into()], ..v2 };
         assert_eq!(v1.files(&values).len(), 3);
     }
 }

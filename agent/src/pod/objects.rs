@@ -210,15 +210,20 @@ impl Watcher {
     }
 
     fn tell(&self, keys: Option<Keys>) {
-        let changed = match (&*self.told.borrow(), &keys) {
-            (Known::Is(Some(old)), Some(new)) => **old != *new,
-            (Known::Is(None), None) => false,
-            _ => true,
+        let (first, changed) = match (&*self.told.borrow(), &keys) {
+            (Known::Is(Some(old)), Some(new)) => (false, **old != *new),
+            (Known::Is(None), None) => (false, false),
+            // Whoever asked is waiting for this answer and needs no bell.
+            (Known::NotYet, _) => (true, true),
+            _ => (false, true),
         };
         if !changed {
             return;
         }
         self.told.send_replace(Known::Is(keys.map(Arc::new)));
+        if first {
+            return;
+        }
         for bell in lock(&self.users).values() {
             bell.ring_objects();
         }

@@ -59,10 +59,29 @@ pub fn status(input: &StatusInput) -> PodStatus {
         resource_claim_statuses: input.previous.resource_claim_statuses.clone(),
         ..PodStatus::default()
     };
+    if was_rejected(input) {
+        // Nothing was ever made of it: as kubelet, say nothing about containers.
+        (status.container_statuses, status.init_container_statuses) = (None, None);
+        status.ephemeral_container_statuses = None;
+    }
     set_phase(input, &mut status);
     set_addresses(input, &mut status);
     status.conditions = Some(conditions::all(input, &status));
     status
+}
+
+/// Why a container waits, as a status says it.
+pub fn waiting_reason(status: &PodStatus, name: &str) -> Option<String> {
+    let all = status.init_container_statuses.iter().chain(&status.container_statuses).flatten();
+    let found = all.filter(|c| c.name == name).find_map(|c| c.state.as_ref()?.waiting.as_ref());
+    found.and_then(|waiting| waiting.reason.clone())
+}
+
+/// The agent refused the pod before anything of it was made.
+fn was_rejected(input: &StatusInput) -> bool {
+    let refused = input.ending.is_some() || is_terminal(input.previous);
+    let nothing_made = input.observed.is_none_or(|o| o.containers.is_empty() && o.sandboxes.is_empty());
+    refused && nothing_made && input.previous.container_statuses.is_none()
 }
 
 /// Succeeded and Failed are final.

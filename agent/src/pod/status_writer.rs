@@ -154,6 +154,13 @@ fn patch_body(uid: &str, status: &PodStatus, last: Option<&PodStatus>) -> Value 
             new.entry(key.clone()).or_insert(Value::Null);
         }
     }
+    // Conditions are merged by type: what one no longer says has to be taken back, too.
+    let conditions = body.get_mut("conditions").and_then(Value::as_array_mut);
+    for condition in conditions.into_iter().flatten().filter_map(Value::as_object_mut) {
+        for key in ["reason", "message"] {
+            condition.entry(key).or_insert(Value::Null);
+        }
+    }
     // Addresses are merged by key: a list that replaces another has to say so.
     for list in ["podIPs", "hostIPs"] {
         let changed = old.get(list).is_some_and(|old| Some(old) != body.get(list));

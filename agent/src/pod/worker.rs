@@ -10,6 +10,7 @@ use tokio::sync::watch;
 
 use super::backoff::CrashBackoff;
 use super::bell::Bell;
+use super::container::field_path;
 use super::image::PullBackoff;
 use super::plan::{self, Hold, Holds, Plan, View, Waiting};
 use super::prober::Prober;
@@ -155,6 +156,7 @@ impl Worker {
             self.objects_changed();
         }
         let plan = self.plan(&desired, stop);
+        self.tell_backoff(&desired, &plan);
         self.publish(&desired, &plan);
         if plan.finished {
             return self.conclude(&desired, &plan).await;
@@ -247,6 +249,22 @@ impl Worker {
         let stop = self.must_stop(desired);
         let plan = self.plan(desired, stop);
         self.publish(desired, &plan);
+    }
+
+    /// One event per container that has newly run into its back-off.
+    fn tell_backoff(&self, desired: &Desired, plan: &Plan) {
+        let pod = &desired.pod;
+        for (name, _) in plan.waiting.iter().filter(|(_, w)| w.reason == "CrashLoopBackOff") {
+            let Some((_, kind)) = spec::container(pod, name) else { continue };
+            let known = status::waiting_reason(&self.previous, name);
+            if known.as_deref() == Some("CrashLoopBackOff") {
+                continue;
+            }
+            let message = format!("Back-off restarting failed container {name} in pod {}_{}({})",
+                spec::name(pod), spec::namespace(pod), spec::uid(pod));
+            let field = field_path(name, kind);
+            self.node.events.container(pod, &field, Severity::Warning, "BackOff", message);
+        }
     }
 
     fn objects_changed(&mut self) {

@@ -4,6 +4,7 @@ use jiff::Timestamp;
 use kube::api::{Api, DeleteParams, Preconditions};
 use k8s_openapi::api::core::v1::Pod;
 
+use super::kill::stop_sandbox;
 use super::{Desired, Next, Worker, retry_at};
 use crate::events::Severity;
 use crate::pod::plan::Plan;
@@ -105,7 +106,7 @@ pub(in crate::pod) async fn forget_observed(
         removed.map_err(|e| format!("cannot remove container {}: {e}", container.name))?;
     }
     for sandbox in &observed.sandboxes {
-        node.runtime.stop_sandbox(&sandbox.id).await.map_err(|e| e.to_string())?;
+        stop_sandbox(node, &sandbox.id).await?;
         node.runtime.remove_sandbox(&sandbox.id).await.map_err(|e| e.to_string())?;
     }
     Ok(())

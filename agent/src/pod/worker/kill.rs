@@ -14,10 +14,14 @@ use crate::pod::plan::{ProbeKind, StopReason};
 use crate::pod::shared::Node;
 use crate::pod::spec::{self, ContainerKind};
 use crate::pod::{hook, image};
+use crate::runtime::RuntimeError;
 use crate::runtime::types::{ContainerState, ObservedContainer};
 
 /// What every container gets between its preStop hook and SIGKILL, however long the hook took.
 const MIN_AFTER_HOOK: Duration = Duration::from_secs(2);
+
+/// How long the runtime may take beyond the grace period.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Default)]
 pub(super) struct KillState {
@@ -80,8 +84,8 @@ impl Worker {
         let work = async {
             end_all(&node, &pod, &containers, &first, ip, grace, began).await;
             for sandbox in observed.iter().flat_map(|o| &o.sandboxes) {
-                if let Err(error) = node.runtime.stop_sandbox(&sandbox.id).await {
-                    let message = format!("Failed to stop the sandbox: {}", image::chain(&error));
+                if let Err(problem) = stop_sandbox(&node, &sandbox.id).await {
+                    let message = format!("Failed to stop the sandbox: {problem}");
                     node.events.pod(&pod, Severity::Warning, "FailedKillPod", message);
                 }
             }
@@ -195,7 +199,20 @@ async fn end_container(
         }
         grace = grace.saturating_sub(began.elapsed()).max(MIN_AFTER_HOOK);
     }
-    if let Err(error) = node.runtime.stop_container(id, grace).await {
-        tracing::warn!(pod = spec::key(pod), container = container.name, %error, "Container not stopped, will retry");
+    let stopped = limited(grace + PATIENCE, node.runtime.stop_container(id, grace)).await;
+    if let Err(problem) = stopped {
+        tracing::warn!(pod = spec::key(pod), container = container.name, problem, "Container not stopped, will retry");
+    }
+}
+
+/// Stops a sandbox, giving up when the runtime does not come back: the next round tries again.
+pub(in crate::pod) async fn stop_sandbox(node: &Node, id: &str) -> Result<(), String> {
+    limited(PATIENCE, node.runtime.stop_sandbox(id)).await
+}
+
+async fn limited(limit: Duration, work: impl Future<Output = Result<(), RuntimeError>>) -> Result<(), String> {
+    match tokio::time::timeout(limit, work).await {
+        Ok(done) => done.map_err(|error| image::chain(&error)),
+        Err(_) => Err(format!("the runtime has not answered for {} s", limit.as_secs())),
     }
 }
