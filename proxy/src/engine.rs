@@ -24,8 +24,10 @@ use crate::model::{Model, NodeFacts, ServiceKey, key_of, parse_address};
 use crate::nftables::{Nftables, NftablesConfig};
 use crate::watch::Wake;
 
-/// How long a Service that the kernel refused waits for the next attempt.
+/// How long the next attempt waits when nothing could be put in force.
 const RETRY: Duration = Duration::from_secs(5);
+/// How long a single Service that the kernel refused waits for the next attempt.
+const RETRY_REFUSED: Duration = Duration::from_secs(30);
 const TRIGGER_ANNOTATION: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 
 /// Sends to the engine from another thread.
@@ -311,7 +313,7 @@ impl Engine {
         for (service, error) in &applied.refused {
             tracing::error!(%service, error = %Chain(error), "The kernel refused a Service, retrying");
             self.metrics.sync_failures.inc();
-            self.retry_at = Some(Instant::now() + RETRY);
+            self.retry_at = Some(Instant::now() + RETRY_REFUSED);
         }
         let elapsed = began.elapsed();
         self.metrics.sync_duration.observe(elapsed.as_secs_f64());

@@ -130,6 +130,8 @@ pub struct Nftables {
     hairpin: HashMap<IpAddr, u32>,
     next_pool: u32,
     suspicious: bool,
+    /// Reading the table again has not helped: look for the Service that is to blame.
+    isolating: bool,
 }
 
 impl Nftables {
@@ -147,6 +149,7 @@ impl Nftables {
             hairpin: HashMap::new(),
             next_pool: 1,
             suspicious: false,
+            isolating: false,
         })
     }
 
@@ -269,13 +272,13 @@ impl Nftables {
                 applied.operations += operations;
                 waiting.into_iter().for_each(|pending| self.settle(pending.service, pending.after));
             }
-            Err(error) if is_out_of_step(&error) => return Err(error),
+            Err(error) if is_out_of_step(&error) && !self.isolating => return Err(error),
             Err(error) if waiting.len() == 1 => {
-                for pending in waiting {
+                let refused = waiting.into_iter().next();
+                applied.refused.extend(refused.map(|pending| {
                     self.settle(pending.service.clone(), pending.before);
-                    applied.refused.push((pending.service, error.into()));
-                    break;
-                }
+                    (pending.service, error.into())
+                }));
             }
             Err(_) => {
                 for pending in waiting {
@@ -351,14 +354,18 @@ impl Backend for Nftables {
     fn adopt(&mut self, plans: &Plans) -> Result<Applied, BackendError> {
         const ATTEMPTS: u32 = 5;
         self.suspicious = false;
-        let mut attempt = 1;
-        loop {
+        for attempt in 1.. {
+            self.isolating = attempt == ATTEMPTS;
             match self.adopt_once(plans) {
                 // Somebody changes the table while it is being repaired.
-                Err(error) if is_out_of_step(&error) && attempt < ATTEMPTS => attempt += 1,
-                result => return Ok(result?),
+                Err(error) if is_out_of_step(&error) && attempt < ATTEMPTS => {}
+                result => {
+                    self.isolating = false;
+                    return Ok(result?);
+                }
             }
         }
+        Ok(Applied::default())
     }
 
     fn apply(&mut self, changes: &[Change], plans: &Plans) -> Result<Applied, BackendError> {

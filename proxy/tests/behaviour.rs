@@ -1,4 +1,5 @@
 //! What Services do to real packets: clients in pods, on the node and outside.
+#![allow(clippy::unwrap_used, reason = "tests")]
 
 mod support;
 

@@ -1,4 +1,5 @@
 //! Flows that are under way when Services change, and the state after restarts and foreign hands.
+#![allow(clippy::unwrap_used, reason = "tests")]
 
 mod support;
 
@@ -6,6 +7,8 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
 
 use keelson_proxy::backend::Backend;
+use keelson_proxy::diff::advance;
+use keelson_proxy::model::{At, ServicePlan};
 use serde_json::json;
 use support::*;
 
@@ -225,4 +228,36 @@ fn a_restart_changes_nothing_and_damage_is_mended() {
     // Nothing is left after a clean-up.
     node.backend.as_mut().unwrap().cleanup().unwrap();
     assert!(!node.namespace.output("nft", &["list", "tables"]).contains("keelson"));
+}
+
+#[test]
+fn a_service_that_the_kernel_refuses_does_not_hold_up_the_others() {
+    let mut node = Node::new();
+    let client = node.pod("client", 10);
+    let _one = node.pod("one", 2).serving("TCP", 8080);
+    for last in 1..=3 {
+        node.service(&format!("web{last}"), cluster_ip(last, "TCP", 80));
+        node.ready(&format!("web{last}"), "TCP", 8080, &[2]);
+    }
+    let dirty = node.model.take_dirty();
+    let mut changes = advance(&mut node.plans, dirty, |key| node.model.plan(key));
+    // Such a plan cannot come from the model: an IPv6 address in an IPv4 map.
+    let bad = changes.iter_mut().find(|change| change.service.to_string() == "default/web2");
+    let bad = bad.unwrap();
+    let mut plan = ServicePlan::clone(bad.plan.as_ref().unwrap());
+    let mut ports = plan.ports.to_vec();
+    ports[0].frontends[0].key.at = At::Address("fd96::99".parse().unwrap());
+    plan.ports = ports.into();
+    bad.plan = Some(plan.into());
+    node.plans.insert(bad.service.clone(), bad.plan.clone().unwrap());
+    let backend = node.backend.as_mut().unwrap();
+    for applied in
+        [backend.apply(&changes, &node.plans).unwrap(), backend.adopt(&node.plans).unwrap()]
+    {
+        let names: Vec<_> =
+            applied.refused.iter().map(|(service, _)| service.to_string()).collect();
+        assert_eq!(names, ["default/web2"]);
+        assert!(client.namespace.tcp("10.96.0.1:80").is_ok());
+        assert!(client.namespace.tcp("10.96.0.3:80").is_ok());
+    }
 }

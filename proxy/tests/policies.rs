@@ -1,4 +1,5 @@
 //! Traffic policies, load balancer addresses, session affinity.
+#![allow(clippy::unwrap_used, reason = "tests")]
 
 mod support;
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use ipnetwork::IpNetwork;
 use keelson_netlink::nft::{Batch, ElementFound, NftError, SetFound, Verdict};
 
-use super::item::{Item, Key, Places, Pool, Pools, Val, ends, items_of, pool_items};
+use super::item::{Item, Key, Places, Pool, Pools, Val, items_of, merged, pool_items};
 use super::layout::{Chain, Map, STAMP, TABLE, stamps_of};
 use super::transaction::Operations;
 use super::{Nftables, NftablesConfig, NftablesError, Pending, Programmed, hairpin_item};
@@ -21,6 +21,8 @@ struct Observed {
     elements: HashMap<(Family, Map, Key, Option<Key>), Val>,
     /// Sorted, since there are so many of them.
     endpoints: Vec<Slot>,
+    /// Allowed sources by frontend: old ranges may overlap new ones and so must go along with them.
+    sources: HashMap<(Family, Key), Vec<Item>>,
     greatest_pool: u32,
 }
 
@@ -60,6 +62,19 @@ impl Observed {
                 operations.adds.push(*item);
             }
             None => operations.adds.push(*item),
+        }
+    }
+
+    fn remove_other_sources(
+        &mut self,
+        restricted: &Item,
+        wanted: &[Item],
+        operations: &mut Operations,
+    ) {
+        let old = self.sources.remove(&(restricted.family, restricted.key)).unwrap_or_default();
+        for item in old.into_iter().filter(|item| !wanted.contains(item)) {
+            self.elements.remove(&(item.family, item.map, item.key, item.last));
+            operations.deletes.push(item);
         }
     }
 
@@ -145,6 +160,9 @@ impl Nftables {
             }
             for item in &items {
                 observed.settle(item, &mut operations);
+            }
+            for item in items.iter().filter(|item| item.map == Map::Restricted) {
+                observed.remove_other_sources(item, &items, &mut operations);
             }
             let after = Some(Programmed { plan: Arc::clone(plan), pools });
             waiting.push(Pending { service: service.clone(), before: None, after, operations });
@@ -269,7 +287,7 @@ impl Nftables {
                     map.describe(family, |set| batch.add_set(TABLE, set));
                 }
                 let wanted = match map {
-                    Map::ClusterCidrs => merged(&self.config.cluster_cidrs, family),
+                    Map::ClusterCidrs => keys(&self.config.cluster_cidrs, family),
                     Map::NodePortAddresses => node_port_ranges(&self.config, family),
                     _ => continue,
                 };
@@ -374,6 +392,13 @@ impl Observed {
                     self.greatest_pool = self.greatest_pool.max(number);
                 }
                 let last = element.last.map(Key::from_kernel);
+                if map == Map::Allowed {
+                    let width = if family == Family::V4 { 12 } else { 24 };
+                    let frontend = element.key.get(..width).unwrap_or(&[]);
+                    let of_frontend =
+                        self.sources.entry((family, Key::from_kernel(frontend))).or_default();
+                    of_frontend.push(Item { family, map, key, last, val });
+                }
                 self.elements.insert((family, map, key, last), val);
             }
         }
@@ -435,32 +460,16 @@ fn described(name: &str) -> Option<(u32, u32)> {
     })
 }
 
-/// Sorted ranges that neither overlap nor touch, as the kernel wants them.
-fn merged(ranges: &[IpNetwork], family: Family) -> Vec<(Key, Key)> {
-    let of_family = ranges.iter().filter(|range| range.is_ipv4() == (family == Family::V4));
-    let mut all: Vec<(IpAddr, IpAddr)> = of_family.map(|range| ends(*range)).collect();
-    all.sort_unstable();
-    let mut merged: Vec<(IpAddr, IpAddr)> = Vec::new();
-    for (first, last) in all {
-        match merged.last_mut() {
-            Some((_, end)) if touches(*end, first) => *end = (*end).max(last),
-            _ => merged.push((first, last)),
-        }
-    }
-    merged.into_iter().map(|(a, b)| (Key::new().address(a), Key::new().address(b))).collect()
-}
-
-fn touches(end: IpAddr, next: IpAddr) -> bool {
-    let number = |address| match address {
-        IpAddr::V4(v4) => u128::from(u32::from(v4)),
-        IpAddr::V6(v6) => u128::from(v6),
-    };
-    number(next) <= number(end).saturating_add(1)
+fn keys(ranges: &[IpNetwork], family: Family) -> Vec<(Key, Key)> {
+    let of_family: Vec<IpNetwork> =
+        ranges.iter().filter(|range| range.is_ipv4() == (family == Family::V4)).copied().collect();
+    let key = |address| Key::new().address(address);
+    merged(&of_family).into_iter().map(|(first, last)| (key(first), key(last))).collect()
 }
 
 /// In a family that the configuration does not mention, all addresses serve node ports.
 fn node_port_ranges(config: &NftablesConfig, family: Family) -> Vec<(Key, Key)> {
-    let wanted = merged(&config.node_port_ranges, family);
+    let wanted = keys(&config.node_port_ranges, family);
     if !wanted.is_empty() {
         return wanted;
     }
@@ -469,7 +478,7 @@ fn node_port_ranges(config: &NftablesConfig, family: Family) -> Vec<(Key, Key)> 
         Family::V6 => IpNetwork::from(IpAddr::from([0u8; 16])),
     };
     let everything = IpNetwork::new(all.ip(), 0).unwrap_or(all);
-    merged(&[everything], family)
+    keys(&[everything], family)
 }
 
 /// How the kernel lists ranges: each start, and each end as the first key after it.

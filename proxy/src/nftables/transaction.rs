@@ -46,14 +46,15 @@ pub(crate) fn encode<'o>(
     known: &HashSet<Chain>,
     mark: u32,
 ) -> (Batch, HashSet<Chain>) {
-    let mut maps: BTreeMap<(Map, Family), (Vec<&Item>, Vec<&Item>)> = BTreeMap::new();
+    let mut deletes: BTreeMap<(Map, Family), Vec<&Item>> = BTreeMap::new();
+    let mut adds: BTreeMap<(Map, Family), Vec<&Item>> = BTreeMap::new();
     let mut targets: HashSet<Chain> = HashSet::new();
     for operations in parts {
         for item in &operations.deletes {
-            maps.entry((item.map, item.family)).or_default().0.push(item);
+            deletes.entry((item.map, item.family)).or_default().push(item);
         }
         for item in &operations.adds {
-            maps.entry((item.map, item.family)).or_default().1.push(item);
+            adds.entry((item.map, item.family)).or_default().push(item);
             if let Val::Goto(chain) = item.val {
                 targets.insert(chain);
             }
@@ -67,19 +68,13 @@ pub(crate) fn encode<'o>(
     }
     let names = targets.iter().map(|chain| (*chain, chain.to_string())).collect();
     // A value is changed by removing the element and adding it again: so removals first.
-    for ((map, family), (deletes, adds)) in &maps {
-        let deletes = deletes.iter().map(|item| element(item, &names));
-        batch.delete_elements(
-            TABLE,
-            map.name(*family),
-            deletes.collect::<Vec<_>>().iter().map(Encoded::borrow),
-        );
-        let adds = adds.iter().map(|item| element(item, &names));
-        batch.add_elements(
-            TABLE,
-            map.name(*family),
-            adds.collect::<Vec<_>>().iter().map(Encoded::borrow),
-        );
+    for ((map, family), items) in &deletes {
+        let encoded: Vec<_> = items.iter().map(|item| element(item, &names)).collect();
+        batch.delete_elements(TABLE, map.name(*family), encoded.iter().map(Encoded::borrow));
+    }
+    for ((map, family), items) in &adds {
+        let encoded: Vec<_> = items.iter().map(|item| element(item, &names)).collect();
+        batch.add_elements(TABLE, map.name(*family), encoded.iter().map(Encoded::borrow));
     }
     (batch, new_chains.into_iter().collect())
 }

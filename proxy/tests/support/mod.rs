@@ -1,5 +1,8 @@
 //! A node with pods and an outside host, each in a network namespace of the test's own.
 #![allow(dead_code, unreachable_pub, reason = "every test file uses another part")]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
+
+pub mod api;
 
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};

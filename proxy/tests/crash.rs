@@ -1,0 +1,102 @@
+//! The real binary, killed with SIGKILL at random moments while it programs.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod support;
+
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use support::api::{api_server, kubeconfig};
+use support::*;
+use tokio::net::TcpListener;
+use tokio::sync::broadcast;
+
+const SERVICES: u16 = 1500;
+
+/// The addresses of Service `number`: all lead to the pod 10.66.0.2.
+fn objects(number: u16) -> (Value, Value) {
+    let address = format!("10.96.{}.{}", 1 + number / 250, 1 + number % 250);
+    let (name, affinity) =
+        (format!("s{number}"), if number % 5 == 0 { "ClientIP" } else { "None" });
+    let service = json!({
+        "metadata": {"namespace": "default", "name": name, "resourceVersion": "1"},
+        "spec": {
+            "type": "ClusterIP", "clusterIP": address, "clusterIPs": [address],
+            "sessionAffinity": affinity, "ports": [{"port": 80}],
+        },
+    });
+    let mut slice = slice(&name, "IPv4", &[("10.66.0.2", "here")], "", 8080);
+    slice["metadata"]["resourceVersion"] = json!("1");
+    (service, slice)
+}
+
+#[test]
+fn killed_at_any_moment_it_goes_on_where_it_was() {
+    let mut node = Node::new();
+    node.backend = None;
+    let client = node.pod("client", 10);
+    let _one = node.pod("one", 2).serving("TCP", 8080);
+    let directory = tempfile::tempdir().unwrap();
+    let (services, slices): (Vec<_>, Vec<_>) = (0..SERVICES).map(objects).unzip();
+    let nodes = json!([{"metadata": {"name": "here", "resourceVersion": "1"}}]);
+    let lists = json!({"services": services, "endpointslices": slices, "nodes": nodes});
+    let (stop, mut stopped) = broadcast::channel::<()>(1);
+    std::thread::scope(|scope| {
+        let (port_known, port) = std::sync::mpsc::channel();
+        let namespace = &node.namespace;
+        scope.spawn(move || {
+            namespace.run(|| {
+                let runtime =
+                    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+                tokio::task::LocalSet::new().block_on(&runtime, async {
+                    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+                    port_known.send(listener.local_addr().unwrap().port()).unwrap();
+                    let (events, _) = broadcast::channel(1);
+                    tokio::select! {
+                        () = api_server(listener, lists, events) => {}
+                        _ = stopped.recv() => {}
+                    }
+                });
+            });
+        });
+        let path = kubeconfig(directory.path(), port.recv().unwrap());
+        // Dropped also when an assertion fails, so that the server ends.
+        let stop = stop;
+        let mut random = 0x2545_f491_u32;
+        for round in 0..25 {
+            let mut command = Command::new("nsenter");
+            command
+                .arg(format!("--net=/run/netns/{}", namespace.name))
+                .arg(env!("CARGO_BIN_EXE_keelson-proxy"))
+                .arg(format!("--kubeconfig={}", path.display()))
+                .args(["--hostname-override=here", "--cluster-cidr=10.66.0.0/16"])
+                .stderr(Stdio::null());
+            let mut proxy = command.spawn().unwrap();
+            random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            // The moment is what is random here; nothing waits for it.
+            std::thread::sleep(Duration::from_millis(u64::from(random >> 16) % 350));
+            proxy.kill().unwrap();
+            proxy.wait().unwrap();
+            if round % 4 == 3 {
+                let damage = ["flush", "map", "inet", "keelson-proxy", "service-pools4"];
+                let mut nft = Command::new("nsenter");
+                nft.arg(format!("--net=/run/netns/{}", namespace.name)).arg("nft").args(damage);
+                nft.stderr(Stdio::null()).status().unwrap();
+            }
+        }
+        drop(stop);
+    });
+    for number in 0..SERVICES {
+        let (service, slice) = objects(number);
+        node.service_object(service);
+        node.slice(slice);
+    }
+    // What the kills left is mended, and then there is nothing more to do.
+    node.restart();
+    assert_eq!(node.restart(), 0);
+    for number in (0..SERVICES).step_by(97) {
+        let address = format!("10.96.{}.{}:80", 1 + number / 250, 1 + number % 250);
+        assert_eq!(client.namespace.tcp(&address).unwrap().server, "one");
+    }
+}

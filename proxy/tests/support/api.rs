@@ -1,0 +1,76 @@
+//! An API server that only knows lists and watches.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::broadcast;
+
+/// Writes a kubeconfig for it.
+pub fn kubeconfig(directory: &Path, port: u16) -> PathBuf {
+    let path = directory.join("kubeconfig");
+    let text = json!({
+        "apiVersion": "v1", "kind": "Config", "current-context": "c",
+        "clusters": [{"name": "c", "cluster": {"server": format!("http://127.0.0.1:{port}")}}],
+        "users": [{"name": "u", "user": {}}],
+        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+    });
+    std::fs::write(&path, text.to_string()).unwrap();
+    path
+}
+
+/// Answers lists with fixed objects and watches with the events that come through `events`.
+pub async fn api_server(
+    listener: TcpListener,
+    lists: Value,
+    events: broadcast::Sender<(String, Value)>,
+) {
+    loop {
+        let (stream, _) = listener.accept().await.unwrap();
+        let (lists, events) = (lists.clone(), events.subscribe());
+        tokio::task::spawn_local(async move { drop(answer(stream, lists, events).await) });
+    }
+}
+
+async fn answer(
+    stream: TcpStream,
+    lists: Value,
+    mut events: broadcast::Receiver<(String, Value)>,
+) -> std::io::Result<()> {
+    let mut stream = BufReader::new(stream);
+    loop {
+        let mut request = String::new();
+        if stream.read_line(&mut request).await? == 0 {
+            return Ok(());
+        }
+        let mut header = String::new();
+        while stream.read_line(&mut header).await? > 2 {
+            header.clear();
+        }
+        let path = request.split_whitespace().nth(1).unwrap();
+        let kind = path.split('?').next().unwrap().rsplit('/').next().unwrap().to_owned();
+        if !path.contains("watch=true") {
+            let items = lists.get(&kind).cloned().unwrap_or(json!([]));
+            let body = json!({
+                "apiVersion": "v1", "kind": "List", "metadata": {"resourceVersion": "1"}, "items": items,
+            });
+            let body = body.to_string();
+            let head = format!(
+                "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+                body.len()
+            );
+            stream.write_all((head + &body).as_bytes()).await?;
+            continue;
+        }
+        let head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n";
+        stream.write_all(head.as_bytes()).await?;
+        while let Ok((wanted, event)) = events.recv().await {
+            if wanted == kind {
+                let text = format!("{event}\n");
+                stream.write_all(format!("{:x}\r\n{text}\r\n", text.len()).as_bytes()).await?;
+            }
+        }
+        return Ok(());
+    }
+}
