@@ -167,6 +167,12 @@ fn two_services_with_the_same_external_address_take_turns() {
     assert_eq!(servers(&node.outside, "198.51.100.1:80", 5), ["b"]);
 }
 
+fn directory_file(text: &str) -> tempfile::NamedTempFile {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+    file
+}
+
 #[test]
 fn a_restart_changes_nothing_and_damage_is_mended() {
     let mut node = Node::new();
@@ -184,10 +190,20 @@ fn a_restart_changes_nothing_and_damage_is_mended() {
     node.ready("web1", "TCP", 8080, &[2]);
     node.apply();
     assert_eq!(node.restart(), 0);
+    // Debian's nft can list every kind of chain.
+    let listing = node.ruleset();
+    for chain in ["service4-hide-others-sticky10800-of-", "node-port6-hide-of-", "-inside-of-"] {
+        assert!(listing.contains(chain), "{chain} is not in {listing}");
+    }
 
-    let damages: [&[&str]; 8] = [
+    let of_another_version = directory_file(
+        "delete table inet keelson-proxy\n\
+         table inet keelson-proxy { set services4 { type mark; }; chain old { accept; }; }\n",
+    );
+    let damages: [&[&str]; 9] = [
         &["flush", "ruleset"],
         &["delete", "table", "inet", "keelson-proxy"],
+        &["-f", of_another_version.path().to_str().unwrap()],
         &["flush", "chain", "inet", "keelson-proxy", "find-service4"],
         &["flush", "map", "inet", "keelson-proxy", "endpoints4"],
         &["flush", "map", "inet", "keelson-proxy", "services4"],
