@@ -50,7 +50,10 @@ pub struct EnvContext<'a> {
 ///
 /// # Errors
 /// The first reference that cannot be followed and is not optional.
-pub fn build(container: &Container, context: &EnvContext) -> Result<Vec<(String, String)>, EnvError> {
+pub fn build(
+    container: &Container,
+    context: &EnvContext,
+) -> Result<Vec<(String, String)>, EnvError> {
     let mut known: BTreeMap<String, String> = context.services.clone();
     let from = env_from(container, context)?;
     let mut result: Vec<(String, String)> = Vec::new();
@@ -71,7 +74,10 @@ pub fn build(container: &Container, context: &EnvContext) -> Result<Vec<(String,
     Ok(all)
 }
 
-fn env_from(container: &Container, context: &EnvContext) -> Result<BTreeMap<String, String>, EnvError> {
+fn env_from(
+    container: &Container,
+    context: &EnvContext,
+) -> Result<BTreeMap<String, String>, EnvError> {
     let mut found = BTreeMap::new();
     for source in container.env_from.iter().flatten() {
         let prefix = source.prefix.as_deref().unwrap_or_default();

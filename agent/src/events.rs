@@ -66,7 +66,14 @@ impl EventRecorder {
     }
 
     /// An event about one container; the field path is what `kubectl describe` groups by.
-    pub fn container(&self, pod: &Pod, field: &str, severity: Severity, reason: &str, message: impl Into<String>) {
+    pub fn container(
+        &self,
+        pod: &Pod,
+        field: &str,
+        severity: Severity,
+        reason: &str,
+        message: impl Into<String>,
+    ) {
         let mut object = pod_reference(pod);
         object.field_path = Some(field.to_owned());
         self.record(object, severity, reason, message.into());
@@ -86,7 +93,13 @@ impl EventRecorder {
     }
 
     /// Records an event about any object.
-    pub fn record(&self, object: ObjectReference, severity: Severity, reason: &str, message: String) {
+    pub fn record(
+        &self,
+        object: ObjectReference,
+        severity: Severity,
+        reason: &str,
+        message: String,
+    ) {
         let name = object.name.clone().unwrap_or_default();
         tracing::debug!(object = %name, reason, message, host = self.host, "Event");
         let Some(queue) = &self.queue else { return };

@@ -11,31 +11,31 @@
 //! nothing differs. It trusts nothing that it remembers except back-off; after a restart of the agent the same loop adopts
 //! what runs.
 
-pub mod backoff;
-mod config;
-pub mod plan;
 mod admission;
+pub mod backoff;
 mod bell;
+mod config;
 mod container;
+mod dispatcher;
 mod exec;
 mod grpc;
 mod hook;
 mod http;
 mod image;
+mod mirror;
 mod objects;
+mod orphans;
+pub mod plan;
 mod prober;
+mod registry;
+mod run;
 mod services;
 mod shared;
+mod source;
+pub mod spec;
+pub mod status;
 mod status_writer;
 mod worker;
-mod dispatcher;
-mod mirror;
-mod orphans;
-mod run;
-mod registry;
-pub mod spec;
-mod source;
-pub mod status;
 
 pub use config::PodsConfig;
 pub use registry::PodRegistry;

@@ -68,7 +68,12 @@ impl PodVolumes {
         Ok(mounted)
     }
 
-    fn ensure_one(&self, pod: &Pod, volume: &Volume, context: &ContentContext) -> Result<PathBuf, VolumeError> {
+    fn ensure_one(
+        &self,
+        pod: &Pod,
+        volume: &Volume,
+        context: &ContentContext,
+    ) -> Result<PathBuf, VolumeError> {
         if let Some(host_path) = &volume.host_path {
             return ensure_host_path(&volume.name, host_path);
         }
@@ -81,8 +86,12 @@ impl PodVolumes {
             .map_err(|source| VolumeError::Content { volume: volume.name.clone(), source })?;
         make_dir(&volume.name, &path, 0o755)?;
         let fs_group = fs_group(pod);
-        atomic::publish(&path, &files, fs_group)
-            .map_err(|e| VolumeError::Io { volume: volume.name.clone(), step: e.step, path: e.path, source: e.source })?;
+        atomic::publish(&path, &files, fs_group).map_err(|e| VolumeError::Io {
+            volume: volume.name.clone(),
+            step: e.step,
+            path: e.path,
+            source: e.source,
+        })?;
         Ok(path)
     }
 
@@ -109,7 +118,8 @@ impl PodVolumes {
             }
         }
         // The marker says that the folder is complete: made, mounted and owned as wanted.
-        let marker = self.pod_dir.join("plugins/kubernetes.io~empty-dir").join(&volume.name).join("ready");
+        let marker =
+            self.pod_dir.join("plugins/kubernetes.io~empty-dir").join(&volume.name).join("ready");
         let memory = source.medium.as_deref() == Some("Memory");
         let io = |step, path: &Path| {
             let (volume, path) = (volume.name.clone(), path.to_owned());

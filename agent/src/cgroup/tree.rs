@@ -55,8 +55,8 @@ impl CgroupTree {
     /// When nothing is mounted that could hold cgroups.
     pub fn detect(root: &str) -> Result<Self, CgroupError> {
         const PATH: &str = "/proc/self/mountinfo";
-        let mounts =
-            fs::read_to_string(PATH).map_err(|source| CgroupError::Mounts { path: PATH, source })?;
+        let mounts = fs::read_to_string(PATH)
+            .map_err(|source| CgroupError::Mounts { path: PATH, source })?;
         let hierarchies = parse_mounts(&mounts);
         if hierarchies.is_empty() {
             return Err(CgroupError::None);
@@ -111,8 +111,11 @@ impl CgroupTree {
     /// When a cgroup cannot be emptied and removed.
     pub fn remove_pod(&self, uid: &str) -> Result<(), CgroupError> {
         for dir in self.pod_dirs(uid) {
-            remove_tree(&dir)
-                .map_err(|source| CgroupError::Io { step: "remove the cgroup", path: dir, source })?;
+            remove_tree(&dir).map_err(|source| CgroupError::Io {
+                step: "remove the cgroup",
+                path: dir,
+                source,
+            })?;
         }
         Ok(())
     }
@@ -230,7 +233,10 @@ fn delegate(dir: &Path) {
     let available = fs::read_to_string(dir.join("cgroup.controllers")).unwrap_or_default();
     for controller in CONTROLLERS {
         let has = |list: &str| list.split_whitespace().any(|c| c == controller);
-        if has(&available) && !has(&enabled) && write_value(&path, &format!("+{controller}")).is_err() {
+        if has(&available)
+            && !has(&enabled)
+            && write_value(&path, &format!("+{controller}")).is_err()
+        {
             tracing::debug!(controller, path = %path.display(), "Cannot delegate controller");
         }
     }
@@ -290,7 +296,9 @@ fn parse_mount(line: &str) -> Option<Hierarchy> {
     let mount = PathBuf::from(left.split(' ').nth(4)?);
     let mut fields = right.split(' ');
     match fields.next()? {
-        "cgroup2" => Some(Hierarchy { mount, controllers: Vec::new(), unified: true, managed: true }),
+        "cgroup2" => {
+            Some(Hierarchy { mount, controllers: Vec::new(), unified: true, managed: true })
+        }
         "cgroup" => {
             let options = fields.nth(1)?;
             let skip = ["rw", "ro", "relatime", "noprefix", "clone_children"];
@@ -314,7 +322,8 @@ mod tests {
 32 25 0:28 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw
 33 25 0:29 / /proc rw - proc proc rw";
         let found = parse_mounts(text);
-        let managed: Vec<_> = found.iter().filter(|h| h.matters()).map(|h| h.controllers.join(",")).collect();
+        let managed: Vec<_> =
+            found.iter().filter(|h| h.matters()).map(|h| h.controllers.join(",")).collect();
         assert_eq!(managed, ["cpu,cpuacct", "memory"]);
         assert_eq!(found.len(), 3);
         let v2 = parse_mounts("32 25 0:28 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw");
@@ -331,9 +340,14 @@ mod tests {
             pids_limit: Some(10),
             oom_score_adj: 0,
         };
-        let v2 = Hierarchy { mount: "/x".into(), controllers: vec![], unified: true, managed: true };
-        let shown: Vec<_> = v2.files(&values).into_iter().map(|(f, v)| format!("{f}={v}")).collect();
-        assert_eq!(shown, ["cpu.weight=39", "cpu.max=50000 100000", "memory.max=1048576", "pids.max=10"]);
+        let v2 =
+            Hierarchy { mount: "/x".into(), controllers: vec![], unified: true, managed: true };
+        let shown: Vec<_> =
+            v2.files(&values).into_iter().map(|(f, v)| format!("{f}={v}")).collect();
+        assert_eq!(
+            shown,
+            ["cpu.weight=39", "cpu.max=50000 100000", "memory.max=1048576", "pids.max=10"]
+        );
         let v1 = Hierarchy { unified: false, controllers: vec!["cpu".into()], ..v2 };
         assert_eq!(v1.files(&values).len(), 3);
     }

@@ -1,7 +1,6 @@
 //! `fieldRef` and `resourceFieldRef`: what a pod may know about itself.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::net::IpAddr;
 
 use k8s_openapi::api::core::v1::{Container, Pod, ResourceFieldSelector};
@@ -22,7 +21,9 @@ pub struct FieldContext<'a> {
 /// A field that a pod cannot refer to.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FieldError {
-    #[error("fieldPath {path} is not supported; hint: metadata.name, metadata.labels['<key>'], status.podIP, …")]
+    #[error(
+        "fieldPath {path} is not supported; hint: metadata.name, metadata.labels['<key>'], status.podIP, …"
+    )]
     Unknown { path: String },
     #[error("resourceFieldRef names the container {name}, which the pod does not have")]
     NoContainer { name: String },
@@ -41,7 +42,8 @@ impl FieldContext<'_> {
         let meta = &pod.metadata;
         let spec = pod.spec.as_ref();
         let text = |value: Option<&String>| value.cloned().unwrap_or_default();
-        let join = |ips: &[IpAddr]| ips.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+        let join =
+            |ips: &[IpAddr]| ips.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
         let first = |ips: &[IpAddr]| ips.first().map(ToString::to_string).unwrap_or_default();
         if let Some((map, key)) = subscript(path) {
             let map = match map {
@@ -58,9 +60,7 @@ impl FieldContext<'_> {
             "metadata.labels" => format_map(meta.labels.as_ref()),
             "metadata.annotations" => format_map(meta.annotations.as_ref()),
             "spec.nodeName" => self.node_name.to_owned(),
-            "spec.serviceAccountName" => {
-                text(spec.and_then(|s| s.service_account_name.as_ref()))
-            }
+            "spec.serviceAccountName" => text(spec.and_then(|s| s.service_account_name.as_ref())),
             "status.hostIP" => first(self.host_ips),
             "status.hostIPs" => join(self.host_ips),
             "status.podIP" => first(self.pod_ips),
@@ -120,8 +120,7 @@ fn format_map(map: Option<&BTreeMap<String, String>>) -> String {
     for (key, value) in map.into_iter().flatten() {
         let quoted = value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
         let newline = if out.is_empty() { "" } else { "\n" };
-        // Writing to a string cannot fail.
-        let _ = write!(out, "{newline}{key}=\"{quoted}\"");
+        out.push_str(&format!("{newline}{key}=\"{quoted}\""));
     }
     out
 }

@@ -17,7 +17,11 @@ fn check(container: serde_json::Value, want: Result<&[(&str, &str)], &str>) {
         config_maps: [("cm".to_owned(), keys(&[("K", "from-cm"), ("L", "l")]))].into(),
         secrets: [("s".to_owned(), keys(&[("K", "secret")])), ("gone".to_owned(), None)].into(),
     };
-    let allocatable = [("memory".to_owned(), k8s_openapi::apimachinery::pkg::api::resource::Quantity("2Gi".into()))].into();
+    let allocatable = [(
+        "memory".to_owned(),
+        k8s_openapi::apimachinery::pkg::api::resource::Quantity("2Gi".into()),
+    )]
+    .into();
     let fields = FieldContext {
         pod_ips: &["10.1.0.2".parse().unwrap(), "fd00::2".parse().unwrap()],
         host_ips: &["192.0.2.1".parse().unwrap()],
@@ -29,7 +33,9 @@ fn check(container: serde_json::Value, want: Result<&[(&str, &str)], &str>) {
     let got = build(&container, &context).map_err(|e| e.to_string());
     let got = got.map(|list| list.into_iter().filter(|(k, _)| k != "DB_SERVICE_HOST").collect());
     let want = want
-        .map(|list| list.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect::<Vec<_>>())
+        .map(|list| {
+            list.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect::<Vec<_>>()
+        })
         .map_err(str::to_owned);
     assert_eq!(got, want);
 }
@@ -82,7 +88,9 @@ fn missing_objects_and_keys_are_named() {
 
 #[test]
 fn fields_and_resources() {
-    let field = |path: &str| with_env(json!([{ "name": "X", "valueFrom": { "fieldRef": { "fieldPath": path } } }]));
+    let field = |path: &str| {
+        with_env(json!([{ "name": "X", "valueFrom": { "fieldRef": { "fieldPath": path } } }]))
+    };
     check(field("metadata.labels['a']"), Ok(&[("X", "1")]));
     check(field("metadata.labels"), Ok(&[("X", "a=\"1\"\nb=\"x\\\"y\"")]));
     check(field("status.podIPs"), Ok(&[("X", "10.1.0.2,fd00::2")]));

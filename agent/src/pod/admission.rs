@@ -26,7 +26,12 @@ type HostPortUse = (String, String, i32);
 
 impl Ledger {
     /// Books what the pod needs, or says why it cannot run here.
-    pub(super) fn admit(&self, pod: &Pod, node: &str, allocatable: &BTreeMap<String, Quantity>) -> Result<(), Ending> {
+    pub(super) fn admit(
+        &self,
+        pod: &Pod,
+        node: &str,
+        allocatable: &BTreeMap<String, Quantity>,
+    ) -> Result<(), Ending> {
         let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
         if used.contains_key(spec::uid(pod)) {
             return Ok(());
@@ -125,9 +130,9 @@ fn wanted(pod: &Pod) -> Use {
 }
 
 fn host_ports(pod: &Pod) -> Vec<HostPortUse> {
-    let ports = spec::main_containers(pod).iter().chain(
-        spec::init_containers(pod).iter().filter(|c| spec::is_sidecar(c)),
-    );
+    let ports = spec::main_containers(pod)
+        .iter()
+        .chain(spec::init_containers(pod).iter().filter(|c| spec::is_sidecar(c)));
     ports
         .flat_map(|c| c.ports.iter().flatten())
         .filter_map(|port| {

@@ -76,7 +76,10 @@ pub(super) fn config(from: &Ingredients) -> Result<ContainerConfig, String> {
     })
 }
 
-fn mounts(from: &Ingredients, lookup: impl Fn(&str) -> Option<String> + Copy) -> Result<Vec<Mount>, String> {
+fn mounts(
+    from: &Ingredients,
+    lookup: impl Fn(&str) -> Option<String> + Copy,
+) -> Result<Vec<Mount>, String> {
     let mut mounts = Vec::new();
     for (index, mount) in from.container.volume_mounts.iter().flatten().enumerate() {
         let Some(volume) = from.mounted.get(&mount.name) else {
@@ -107,9 +110,13 @@ fn absolute(path: &str) -> String {
     if path.starts_with('/') { path.to_owned() } else { format!("/{path}") }
 }
 
-fn sub_path(mount: &VolumeMount, lookup: impl Fn(&str) -> Option<String>) -> Result<Option<String>, String> {
+fn sub_path(
+    mount: &VolumeMount,
+    lookup: impl Fn(&str) -> Option<String>,
+) -> Result<Option<String>, String> {
     if let Some(text) = mount.sub_path_expr.as_deref().filter(|text| !text.is_empty()) {
-        let missing = expand::names(text).into_iter().find(|name| lookup(name).is_none_or(|v| v.is_empty()));
+        let missing =
+            expand::names(text).into_iter().find(|name| lookup(name).is_none_or(|v| v.is_empty()));
         if let Some(name) = missing {
             return Err(format!("subPathExpr {text}: the variable {name} is not set or empty"));
         }
@@ -132,7 +139,10 @@ fn bind_sub_path(
         .join(&from.container.name)
         .join(index.to_string());
     subpath::bind(volume, sub_path, &target).map_err(|error| {
-        format!("failed to prepare subPath for volumeMount \"{}\" of container \"{}\": {error}", mount.name, from.container.name)
+        format!(
+            "failed to prepare subPath for volumeMount \"{}\" of container \"{}\": {error}",
+            mount.name, from.container.name
+        )
     })
 }
 
@@ -188,12 +198,16 @@ pub(super) fn log_dir(root: &Path, pod: &Pod) -> PathBuf {
 }
 
 /// What the pod's sandbox shall be.
-pub(super) fn sandbox(pod: &Pod, attempt: u32, hostname: String, cgroup_parent: String) -> SandboxConfig {
+pub(super) fn sandbox(
+    pod: &Pod,
+    attempt: u32,
+    hostname: String,
+    cgroup_parent: String,
+) -> SandboxConfig {
     let spec = spec::spec(pod).cloned().unwrap_or_default();
     let containers = || spec::main_containers(pod).iter().chain(spec::init_containers(pod));
-    let privileged = containers().any(|c| {
-        c.security_context.as_ref().and_then(|s| s.privileged).unwrap_or(false)
-    });
+    let privileged = containers()
+        .any(|c| c.security_context.as_ref().and_then(|s| s.privileged).unwrap_or(false));
     let network = match spec::host_network(pod) {
         true => PodNetwork::Host,
         false => PodNetwork::Cni { host_ports: host_ports(pod) },

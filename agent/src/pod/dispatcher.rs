@@ -189,7 +189,9 @@ impl Dispatcher {
                 }
             }
             // Missed some: anything may have changed.
-            Ok(RuntimeEvent::Resync) | Err(broadcast::error::RecvError::Lagged(_)) => self.ring_all(),
+            Ok(RuntimeEvent::Resync) | Err(broadcast::error::RecvError::Lagged(_)) => {
+                self.ring_all()
+            }
             // The runtime ends with the agent.
             Err(broadcast::error::RecvError::Closed) => {}
         }
@@ -212,7 +214,8 @@ impl Dispatcher {
             let own = spec::key(&handle.desired.borrow().pod) == key;
             if own {
                 handle.desired.send_if_modified(|desired| {
-                    let carrier = |m: &Option<Arc<Pod>>| m.as_ref().and_then(|m| m.metadata.uid.clone());
+                    let carrier =
+                        |m: &Option<Arc<Pod>>| m.as_ref().and_then(|m| m.metadata.uid.clone());
                     let same = carrier(&desired.mirror) == carrier(&mirror);
                     desired.mirror = mirror.clone();
                     !same
@@ -223,7 +226,8 @@ impl Dispatcher {
 
     fn static_pod(&self, key: &str) -> Option<Arc<Pod>> {
         let statics = self.workers.values().filter(|h| h.source == SourceKind::Manifests);
-        let mut wanted = statics.filter(|h| !h.desired.borrow().gone).map(|h| h.desired.borrow().pod.clone());
+        let mut wanted =
+            statics.filter(|h| !h.desired.borrow().gone).map(|h| h.desired.borrow().pod.clone());
         wanted.find(|pod| spec::key(pod) == key)
     }
 
@@ -244,7 +248,10 @@ impl Dispatcher {
             }
         }
         let statics = self.workers.values().filter(|h| h.source == SourceKind::Manifests);
-        let wanted: Vec<_> = statics.filter(|h| !h.desired.borrow().gone).map(|h| h.desired.borrow().pod.clone()).collect();
+        let wanted: Vec<_> = statics
+            .filter(|h| !h.desired.borrow().gone)
+            .map(|h| h.desired.borrow().pod.clone())
+            .collect();
         for pod in wanted {
             let key = spec::key(&pod);
             let node = &self.node.config.node_name;

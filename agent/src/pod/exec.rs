@@ -32,7 +32,12 @@ pub(super) enum ExecError {
 ///
 /// # Errors
 /// When it could not be run or took too long.
-pub(super) async fn run(node: &Node, container_id: &str, command: &[String], limit: Duration) -> Result<Outcome, ExecError> {
+pub(super) async fn run(
+    node: &Node,
+    container_id: &str,
+    command: &[String],
+    limit: Duration,
+) -> Result<Outcome, ExecError> {
     let request = ExecRequest {
         command: command.to_vec(),
         stdout: true,

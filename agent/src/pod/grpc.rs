@@ -16,7 +16,8 @@ const SERVING: u8 = 1;
 /// # Errors
 /// In words, when the answer is anything but SERVING.
 pub(super) async fn check(ip: IpAddr, port: u16, service: &str) -> Result<(), String> {
-    let stream = TcpStream::connect((ip, port)).await.map_err(|e| format!("dial tcp {ip}:{port}: {e}"))?;
+    let stream =
+        TcpStream::connect((ip, port)).await.map_err(|e| format!("dial tcp {ip}:{port}: {e}"))?;
     let io = TokioIo::new(stream);
     let (mut sender, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), io)
         .await

@@ -38,7 +38,8 @@ async fn perform(
 ) -> Result<(), String> {
     if let Some(action) = &hook.exec {
         let command = action.command.clone().unwrap_or_default();
-        let outcome = exec::run(node, container_id, &command, limit).await.map_err(|e| e.to_string())?;
+        let outcome =
+            exec::run(node, container_id, &command, limit).await.map_err(|e| e.to_string())?;
         return match outcome.code {
             0 => Ok(()),
             code => Err(format!("command {command:?} exited with {code}: {}", outcome.output)),
@@ -62,7 +63,11 @@ async fn perform(
 }
 
 /// A hook that was told to use HTTPS and meets a plain server asks again in plain, without credentials.
-async fn http_hook(action: &HTTPGetAction, container: &Container, pod_ip: Option<IpAddr>) -> Result<(), String> {
+async fn http_hook(
+    action: &HTTPGetAction,
+    container: &Container,
+    pod_ip: Option<IpAddr>,
+) -> Result<(), String> {
     let first = http::get(action, container, pod_ip).await;
     let tls = action.scheme.as_deref().is_some_and(|s| s.eq_ignore_ascii_case("https"));
     let answer = match first {

@@ -28,7 +28,11 @@ pub(super) struct Answer {
 ///
 /// # Errors
 /// In words, when no answer came.
-pub(super) async fn get(action: &HTTPGetAction, container: &Container, pod_ip: Option<IpAddr>) -> Result<Answer, String> {
+pub(super) async fn get(
+    action: &HTTPGetAction,
+    container: &Container,
+    pod_ip: Option<IpAddr>,
+) -> Result<Answer, String> {
     let port = port(&action.port, container)?;
     let host = action.host.clone().filter(|h| !h.is_empty());
     let host = host.or_else(|| pod_ip.map(|ip| ip.to_string())).ok_or("the pod has no address")?;
@@ -38,7 +42,9 @@ pub(super) async fn get(action: &HTTPGetAction, container: &Container, pod_ip: O
     for _ in 0..=MAX_REDIRECTS {
         let (answer, location) = once(&host, port, tls, &path, action).await?;
         match location {
-            Some(next) if (300..400).contains(&answer.status) && next.starts_with('/') => path = next,
+            Some(next) if (300..400).contains(&answer.status) && next.starts_with('/') => {
+                path = next
+            }
             _ => return Ok(answer),
         }
     }
@@ -81,13 +87,20 @@ async fn once(
         send(TokioIo::new(stream), request).await?
     };
     let status = response.status().as_u16();
-    let location = response.headers().get("location").and_then(|l| l.to_str().ok()).map(str::to_owned);
+    let location =
+        response.headers().get("location").and_then(|l| l.to_str().ok()).map(str::to_owned);
     let body = Limited::new(response.into_body(), MAX_BODY).collect().await;
-    let body = body.map(|b| String::from_utf8_lossy(&b.to_bytes()).into_owned()).unwrap_or_default();
+    let body =
+        body.map(|b| String::from_utf8_lossy(&b.to_bytes()).into_owned()).unwrap_or_default();
     Ok((Answer { status, body }, location))
 }
 
-fn request(host: &str, port: u16, path: &str, action: &HTTPGetAction) -> Result<Request<Empty<Bytes>>, String> {
+fn request(
+    host: &str,
+    port: u16,
+    path: &str,
+    action: &HTTPGetAction,
+) -> Result<Request<Empty<Bytes>>, String> {
     let headers = || action.http_headers.iter().flatten();
     let set = |name: &str| headers().any(|h| h.name.eq_ignore_ascii_case(name));
     let bracketed = if host.contains(':') { format!("[{host}]") } else { host.to_owned() };
@@ -107,7 +120,10 @@ fn request(host: &str, port: u16, path: &str, action: &HTTPGetAction) -> Result<
     builder.body(Empty::new()).map_err(|e| e.to_string())
 }
 
-async fn send<S>(io: TokioIo<S>, request: Request<Empty<Bytes>>) -> Result<hyper::Response<hyper::body::Incoming>, String>
+async fn send<S>(
+    io: TokioIo<S>,
+    request: Request<Empty<Bytes>>,
+) -> Result<hyper::Response<hyper::body::Incoming>, String>
 where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
 {
@@ -121,7 +137,10 @@ where
     sender.send_request(request).await.map_err(|e| e.to_string())
 }
 
-async fn tls_connect(host: &str, stream: TcpStream) -> Result<tokio_rustls::client::TlsStream<TcpStream>, String> {
+async fn tls_connect(
+    host: &str,
+    stream: TcpStream,
+) -> Result<tokio_rustls::client::TlsStream<TcpStream>, String> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let config = rustls::ClientConfig::builder_with_provider(provider.clone())
         .with_safe_default_protocol_versions()

@@ -90,15 +90,28 @@ pub(super) async fn ensure(
             return Ok(present);
         }
         (None, PullPolicy::Never) => {
-            let message = format!("Container image \"{image}\" is not present with pull policy of Never");
-            node.events.container(pod, field, Severity::Warning, "ErrImageNeverPull", message.clone());
+            let message =
+                format!("Container image \"{image}\" is not present with pull policy of Never");
+            node.events.container(
+                pod,
+                field,
+                Severity::Warning,
+                "ErrImageNeverPull",
+                message.clone(),
+            );
             return Err(fail("ErrImageNeverPull", message, INITIAL));
         }
         _ => {}
     }
     if let Some((until, error)) = backoff.blocked(image, now) {
         let message = format!("Back-off pulling image \"{image}\": {error}");
-        node.events.container(pod, field, Severity::Normal, "BackOff", format!("Back-off pulling image \"{image}\""));
+        node.events.container(
+            pod,
+            field,
+            Severity::Normal,
+            "BackOff",
+            format!("Back-off pulling image \"{image}\""),
+        );
         let waiting = Waiting { reason: "ImagePullBackOff".into(), message };
         return Err(ImageFailure { waiting, retry_at: until });
     }
@@ -115,11 +128,18 @@ pub(super) async fn ensure(
 async fn pull(node: &Node, pod: &Pod, image: &str, field: &str) -> Result<ImageRef, String> {
     let credentials = credentials(node, pod).await;
     let started = std::time::Instant::now();
-    node.events.container(pod, field, Severity::Normal, "Pulling", format!("Pulling image \"{image}\""));
+    node.events.container(
+        pod,
+        field,
+        Severity::Normal,
+        "Pulling",
+        format!("Pulling image \"{image}\""),
+    );
     // Closed only when the agent ends.
     let _slot = node.pulls.acquire().await.map_err(|error| error.to_string())?;
     let pulled = node.runtime.pull_image(image, &credentials).await.map_err(|e| chain(&e))?;
-    let message = format!("Successfully pulled image \"{image}\" in {:.3}s", started.elapsed().as_secs_f64());
+    let message =
+        format!("Successfully pulled image \"{image}\" in {:.3}s", started.elapsed().as_secs_f64());
     node.events.container(pod, field, Severity::Normal, "Pulled", message);
     Ok(pulled)
 }
@@ -231,7 +251,11 @@ fn parse_secret(keys: &Keys) -> Vec<Login> {
     } else {
         return Vec::new();
     };
-    auths.unwrap_or_default().into_iter().filter_map(|(registry, auth)| login(&registry, auth)).collect()
+    auths
+        .unwrap_or_default()
+        .into_iter()
+        .filter_map(|(registry, auth)| login(&registry, auth))
+        .collect()
 }
 
 fn login(registry: &str, auth: DockerAuth) -> Option<Login> {

@@ -12,11 +12,16 @@ use super::worker::delete_now;
 /// Whether a mirror shows this static pod as it is now.
 pub(super) fn matches(mirror: &Pod, static_pod: &Pod) -> bool {
     mirror.metadata.deletion_timestamp.is_none()
-        && spec::annotation(mirror, spec::CONFIG_MIRROR) == spec::annotation(static_pod, spec::CONFIG_HASH)
+        && spec::annotation(mirror, spec::CONFIG_MIRROR)
+            == spec::annotation(static_pod, spec::CONFIG_HASH)
 }
 
 /// Makes the mirror of a static pod. One that exists already is a success.
-pub(super) async fn create(client: kube::Client, node: &str, static_pod: &Pod) -> Result<(), kube::Error> {
+pub(super) async fn create(
+    client: kube::Client,
+    node: &str,
+    static_pod: &Pod,
+) -> Result<(), kube::Error> {
     let nodes: Api<ApiNode> = Api::all(client.clone());
     let owner = nodes.get_opt(node).await?.and_then(|found| found.metadata.uid);
     let api: Api<Pod> = Api::namespaced(client, spec::namespace(static_pod));

@@ -25,7 +25,11 @@ pub(super) async fn remove(node: Arc<Node>, known: HashSet<String>) {
         }
     };
     for pod in observed.iter().filter(|pod| !known.contains(&pod.pod.uid)) {
-        tracing::info!(pod = pod.pod.name, pod_uid = pod.pod.uid, "Removing a pod that nobody wants");
+        tracing::info!(
+            pod = pod.pod.name,
+            pod_uid = pod.pod.uid,
+            "Removing a pod that nobody wants"
+        );
         if let Err(problem) = remove_pod(&node, pod).await {
             tracing::warn!(pod = pod.pod.name, problem, "Orphaned pod not removed");
         }
@@ -34,7 +38,8 @@ pub(super) async fn remove(node: Arc<Node>, known: HashSet<String>) {
 }
 
 async fn remove_pod(node: &Node, pod: &ObservedPod) -> Result<(), String> {
-    let stopped = join_all(pod.containers.iter().map(|c| node.runtime.stop_container(&c.id, GRACE))).await;
+    let stopped =
+        join_all(pod.containers.iter().map(|c| node.runtime.stop_container(&c.id, GRACE))).await;
     for result in stopped {
         result.map_err(|e| chain(&e))?;
     }
@@ -50,7 +55,8 @@ fn remove_leftovers(node: &Node, known: &HashSet<String>) {
         .filter_map(|pod| pod.metadata.uid.clone())
         .chain(known.iter().cloned())
         .collect();
-    let folders = std::fs::read_dir(node.config.root_dir.join("pods")).into_iter().flatten().flatten();
+    let folders =
+        std::fs::read_dir(node.config.root_dir.join("pods")).into_iter().flatten().flatten();
     for folder in folders {
         let uid = folder.file_name().to_string_lossy().into_owned();
         if !wanted.contains(&uid)
@@ -61,7 +67,11 @@ fn remove_leftovers(node: &Node, known: &HashSet<String>) {
     }
     for uid in node.cgroups.pod_uids().into_iter().filter(|uid| !wanted.contains(uid)) {
         if let Err(error) = node.cgroups.remove_pod(&uid) {
-            tracing::warn!(pod_uid = uid, error = chain(&error), "cgroup of an orphaned pod not removed");
+            tracing::warn!(
+                pod_uid = uid,
+                error = chain(&error),
+                "cgroup of an orphaned pod not removed"
+            );
         }
     }
 }

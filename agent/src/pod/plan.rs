@@ -74,11 +74,25 @@ pub struct Waiting {
 pub enum Action {
     /// Stop every container and the sandbox.
     KillPod,
-    StopContainer { id: String, name: String, why: StopReason },
-    RemoveContainer { id: String },
-    RemoveSandbox { id: String },
-    CreateSandbox { attempt: u32 },
-    StartContainer { name: String, kind: ContainerKind, attempt: u32 },
+    StopContainer {
+        id: String,
+        name: String,
+        why: StopReason,
+    },
+    RemoveContainer {
+        id: String,
+    },
+    RemoveSandbox {
+        id: String,
+    },
+    CreateSandbox {
+        attempt: u32,
+    },
+    StartContainer {
+        name: String,
+        kind: ContainerKind,
+        attempt: u32,
+    },
 }
 
 /// Why a single container is stopped while its pod goes on.
@@ -354,7 +368,12 @@ impl Walk<'_, '_> {
     }
 
     /// Starts a container, or notes why it has to wait. `previous` is its last incarnation.
-    fn start(&mut self, container: &Container, kind: ContainerKind, previous: Option<&ObservedContainer>) {
+    fn start(
+        &mut self,
+        container: &Container,
+        kind: ContainerKind,
+        previous: Option<&ObservedContainer>,
+    ) {
         let view = self.view;
         let name = container.name.clone();
         let anywhere = newest(view, &name, None);
@@ -418,7 +437,11 @@ fn wake(plan: &mut Plan, at: Timestamp) {
 }
 
 /// The newest container of that name, in one sandbox or in any.
-pub fn newest<'a>(view: &View<'a>, name: &str, sandbox: Option<&str>) -> Option<&'a ObservedContainer> {
+pub fn newest<'a>(
+    view: &View<'a>,
+    name: &str,
+    sandbox: Option<&str>,
+) -> Option<&'a ObservedContainer> {
     let containers = view.observed.map(|pod| pod.containers.as_slice()).unwrap_or_default();
     containers
         .iter()

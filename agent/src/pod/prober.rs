@@ -50,7 +50,13 @@ impl Prober {
 
     /// Starts tasks for containers that run and ends those of containers that do not. `keep_ready_only`: the pod is
     /// stopping, so only readiness still matters.
-    pub(super) fn follow(&mut self, pod: &Arc<Pod>, observed: Option<&ObservedPod>, previous: &PodStatus, stopping: bool) {
+    pub(super) fn follow(
+        &mut self,
+        pod: &Arc<Pod>,
+        observed: Option<&ObservedPod>,
+        previous: &PodStatus,
+        stopping: bool,
+    ) {
         let live = |c: &&ObservedContainer| matches!(c.state, ContainerState::Running { .. });
         let containers: Vec<_> = observed.iter().flat_map(|o| &o.containers).filter(live).collect();
         self.running.retain(|id, _| !stopping && containers.iter().any(|c| c.id == *id));
@@ -81,7 +87,12 @@ impl Prober {
 
     /// A container that ran before this agent keeps what was last said of it, so that a restart of the agent does not take
     /// pods out of service.
-    fn initial(&self, container: &Container, seen: &ObservedContainer, previous: &PodStatus) -> Probed {
+    fn initial(
+        &self,
+        container: &Container,
+        seen: &ObservedContainer,
+        previous: &PodStatus,
+    ) -> Probed {
         let known = previous
             .container_statuses
             .iter()
@@ -91,7 +102,8 @@ impl Prober {
         let adopted = seen.created_at < self.agent_started;
         let known = known.filter(|_| adopted);
         Probed {
-            started: container.startup_probe.is_none() || known.is_some_and(|k| k.started == Some(true)),
+            started: container.startup_probe.is_none()
+                || known.is_some_and(|k| k.started == Some(true)),
             ready: container.readiness_probe.is_none() || known.is_some_and(|k| k.ready),
             failed: None,
         }
@@ -140,7 +152,12 @@ impl Prober {
     }
 }
 
-fn pod_ip(pod: &Pod, observed: Option<&ObservedPod>, previous: &PodStatus, node_ips: &[IpAddr]) -> Option<IpAddr> {
+fn pod_ip(
+    pod: &Pod,
+    observed: Option<&ObservedPod>,
+    previous: &PodStatus,
+    node_ips: &[IpAddr],
+) -> Option<IpAddr> {
     if spec::host_network(pod) {
         return node_ips.first().copied();
     }
@@ -174,7 +191,9 @@ enum Verdict {
 impl Job {
     async fn run(self, mut started: watch::Receiver<bool>) {
         let secs = |value: Option<i32>, default: u64| {
-            Duration::from_secs(value.and_then(|v| u64::try_from(v).ok()).filter(|v| *v > 0).unwrap_or(default))
+            Duration::from_secs(
+                value.and_then(|v| u64::try_from(v).ok()).filter(|v| *v > 0).unwrap_or(default),
+            )
         };
         let period = secs(self.probe.period_seconds, 10);
         if self.kind != ProbeKind::Startup && started.wait_for(|done| *done).await.is_err() {
@@ -197,7 +216,12 @@ impl Job {
                     self.tell_failure(&message);
                 }
                 Verdict::Unknown(message) => {
-                    tracing::debug!(pod = spec::key(&self.pod), container = self.container.name, message, "Probe not run");
+                    tracing::debug!(
+                        pod = spec::key(&self.pod),
+                        container = self.container.name,
+                        message,
+                        "Probe not run"
+                    );
                     continue;
                 }
             }

@@ -52,7 +52,12 @@ impl PodRegistry {
     }
 
     /// The newest container of that name in a pod.
-    pub fn container(&self, namespace: &str, pod: &str, container: &str) -> Option<ObservedContainer> {
+    pub fn container(
+        &self,
+        namespace: &str,
+        pod: &str,
+        container: &str,
+    ) -> Option<ObservedContainer> {
         self.containers(namespace, pod, container).into_iter().next()
     }
 
@@ -64,7 +69,13 @@ impl PodRegistry {
     }
 
     /// The log file of a container's newest run, or of the one before it.
-    pub fn log_path(&self, namespace: &str, pod: &str, container: &str, previous: bool) -> Option<PathBuf> {
+    pub fn log_path(
+        &self,
+        namespace: &str,
+        pod: &str,
+        container: &str,
+        previous: bool,
+    ) -> Option<PathBuf> {
         let mut runs = self.containers(namespace, pod, container).into_iter();
         if previous {
             runs.next()?;
@@ -81,7 +92,12 @@ impl PodRegistry {
         self.inner.synced.send_replace(true);
     }
 
-    pub(super) fn update(&self, pod: &Arc<Pod>, status: Arc<PodStatus>, observed: Option<Arc<ObservedPod>>) {
+    pub(super) fn update(
+        &self,
+        pod: &Arc<Pod>,
+        status: Arc<PodStatus>,
+        observed: Option<Arc<ObservedPod>>,
+    ) {
         let entry = Entry { pod: pod.clone(), status, observed };
         self.write(|pods| pods.insert(spec::uid(pod).to_owned(), entry));
     }
@@ -101,7 +117,8 @@ impl PodRegistry {
 
     fn find(&self, namespace: &str, name: &str) -> Option<Entry> {
         self.read(|pods| {
-            let same = |e: &&Entry| spec::name(&e.pod) == name && spec::namespace(&e.pod) == namespace;
+            let same =
+                |e: &&Entry| spec::name(&e.pod) == name && spec::namespace(&e.pod) == namespace;
             pods.values()
                 .filter(same)
                 .max_by_key(|e| e.pod.metadata.creation_timestamp.clone().map(|t| t.0))

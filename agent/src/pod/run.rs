@@ -48,7 +48,8 @@ pub async fn run(pods: Pods, cancel: CancellationToken) -> Result<(), CgroupErro
     }
     // The receiver must not end while a source may still speak: the last sender stays here.
     let _keep_open = updates;
-    let pulls = Semaphore::new(usize::try_from(config.max_parallel_image_pulls.max(1)).unwrap_or(1));
+    let pulls =
+        Semaphore::new(usize::try_from(config.max_parallel_image_pulls.max(1)).unwrap_or(1));
     let node = Arc::new(Node {
         objects: ObjectCache::new(client.clone()),
         services: ServiceLinks::start(client.clone(), cancel.clone()),

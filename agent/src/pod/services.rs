@@ -37,7 +37,11 @@ impl ServiceLinks {
         drop(self.synced.clone().wait_for(|synced| *synced).await);
     }
 
-    pub(super) fn variables(&self, namespace: &str, links: bool) -> std::collections::BTreeMap<String, String> {
+    pub(super) fn variables(
+        &self,
+        namespace: &str,
+        links: bool,
+    ) -> std::collections::BTreeMap<String, String> {
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         services::variables(known.values(), namespace, links)
     }

@@ -121,7 +121,12 @@ pub fn restart_policy(pod: &Pod) -> RestartPolicy {
 ///
 /// Precedence: an exit-code rule, then the container's own policy, then the pod's; an init container of an `Always` pod is
 /// restarted only on failure.
-pub fn restarts_after(pod: &Pod, container: &Container, kind: ContainerKind, exit_code: i32) -> bool {
+pub fn restarts_after(
+    pod: &Pod,
+    container: &Container,
+    kind: ContainerKind,
+    exit_code: i32,
+) -> bool {
     if rule_matches(container, exit_code) {
         return true;
     }

@@ -80,7 +80,8 @@ pub fn waiting_reason(status: &PodStatus, name: &str) -> Option<String> {
 /// The agent refused the pod before anything of it was made.
 fn was_rejected(input: &StatusInput) -> bool {
     let refused = input.ending.is_some() || is_terminal(input.previous);
-    let nothing_made = input.observed.is_none_or(|o| o.containers.is_empty() && o.sandboxes.is_empty());
+    let nothing_made =
+        input.observed.is_none_or(|o| o.containers.is_empty() && o.sandboxes.is_empty());
     refused && nothing_made && input.previous.container_statuses.is_none()
 }
 

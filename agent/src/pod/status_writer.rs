@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use super::status;
 
 /// How long a status that is not urgent waits for the next.
-const COALESCE: Duration = Duration::from_millis(100);
+const COALESCE: Duration = Duration::from_millis(200);
 const MAX_RETRY: Duration = Duration::from_secs(10);
 
 /// The object that carries a pod's status: the pod itself, or the mirror of a static pod.
@@ -46,7 +46,9 @@ impl StatusSlot {
         let (told, slot) = watch::channel(Slot::default());
         let (done, written) = watch::channel(0);
         if let Some(client) = client {
-            tokio::spawn(Writer { client, slot, done, last: known.map(|s| (None, Arc::new(s))) }.run());
+            tokio::spawn(
+                Writer { client, slot, done, last: known.map(|s| (None, Arc::new(s))) }.run(),
+            );
         }
         Self { told, written }
     }
@@ -138,8 +140,10 @@ impl Writer {
         let same = self.last.as_ref().filter(|(on, _)| on.as_ref().is_none_or(|on| on == target));
         let body = patch_body(&target.uid, status, same.map(|(_, last)| &**last));
         let api: Api<Pod> = Api::namespaced(self.client.clone(), &target.namespace);
-        let patch = Patch::Strategic(body);
-        api.patch_status(&target.name, &PatchParams::default(), &patch).await.map(drop)
+        let (patch, began) = (Patch::Strategic(body), std::time::Instant::now());
+        let written = api.patch_status(&target.name, &PatchParams::default(), &patch).await;
+        tracing::debug!(pod = target.name, phase = status.phase, elapsed = ?began.elapsed(), "Pod status written");
+        written.map(drop)
     }
 }
 

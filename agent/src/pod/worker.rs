@@ -45,7 +45,8 @@ impl Desired {
 
     /// Which object carries the status.
     fn target(&self) -> Option<Target> {
-        let carrier = if spec::is_static(&self.pod) { self.mirror.as_ref() } else { Some(&self.pod) };
+        let carrier =
+            if spec::is_static(&self.pod) { self.mirror.as_ref() } else { Some(&self.pod) };
         carrier.filter(|_| !self.gone).map(|pod| Target {
             namespace: spec::namespace(pod).to_owned(),
             name: spec::name(pod).to_owned(),
@@ -199,7 +200,9 @@ impl Worker {
         let runs = self.observed.as_ref().is_some_and(|o| !o.sandboxes.is_empty());
         if runs {
             self.node.ledger.adopt(pod);
-        } else if let Err(ending) = self.node.ledger.admit(pod, &self.node.config.node_name, &self.node.config.allocatable) {
+        } else if let Err(ending) =
+            self.node.ledger.admit(pod, &self.node.config.node_name, &self.node.config.allocatable)
+        {
             self.node.events.pod(pod, Severity::Warning, &ending.reason, ending.message.clone());
             self.ending = Some(ending);
             return;
@@ -260,8 +263,12 @@ impl Worker {
             if known.as_deref() == Some("CrashLoopBackOff") {
                 continue;
             }
-            let message = format!("Back-off restarting failed container {name} in pod {}_{}({})",
-                spec::name(pod), spec::namespace(pod), spec::uid(pod));
+            let message = format!(
+                "Back-off restarting failed container {name} in pod {}_{}({})",
+                spec::name(pod),
+                spec::namespace(pod),
+                spec::uid(pod)
+            );
             let field = field_path(name, kind);
             self.node.events.container(pod, &field, Severity::Warning, "BackOff", message);
         }

@@ -107,7 +107,8 @@ fn shows(version: &Path, files: &Files) -> bool {
             let path = version.join(name);
             present.contains(name)
                 && fs::read(&path).is_ok_and(|data| data == file.data)
-                && fs::metadata(&path).is_ok_and(|m| m.permissions().mode() & file.mode == file.mode)
+                && fs::metadata(&path)
+                    .is_ok_and(|m| m.permissions().mode() & file.mode == file.mode)
         })
 }
 

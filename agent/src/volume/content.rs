@@ -40,8 +40,13 @@ pub enum ContentError {
 const DEFAULT_MODE: i32 = 0o644;
 
 /// The files of one volume.
-pub(super) fn files(pod: &Pod, volume: &Volume, context: &ContentContext) -> Result<Files, ContentError> {
-    let mut content = Content { pod, context, volume: &volume.name, files: Files::new(), mode: DEFAULT_MODE };
+pub(super) fn files(
+    pod: &Pod,
+    volume: &Volume,
+    context: &ContentContext,
+) -> Result<Files, ContentError> {
+    let mut content =
+        Content { pod, context, volume: &volume.name, files: Files::new(), mode: DEFAULT_MODE };
     if let Some(source) = &volume.config_map {
         content.mode = source.default_mode.unwrap_or(DEFAULT_MODE);
         let items = source.items.as_deref();
@@ -79,12 +84,22 @@ impl Content<'_> {
         self.files.insert(path.trim_end_matches('/').to_owned(), File { mode, data });
     }
 
-    fn config_map(&mut self, name: &str, items: Option<&[KeyToPath]>, optional: Option<bool>) -> Result<(), ContentError> {
+    fn config_map(
+        &mut self,
+        name: &str,
+        items: Option<&[KeyToPath]>,
+        optional: Option<bool>,
+    ) -> Result<(), ContentError> {
         let found = self.context.objects.config_maps.get(name).cloned().flatten();
         self.keys("configmap", name, found, items, optional == Some(true))
     }
 
-    fn secret(&mut self, name: &str, items: Option<&[KeyToPath]>, optional: Option<bool>) -> Result<(), ContentError> {
+    fn secret(
+        &mut self,
+        name: &str,
+        items: Option<&[KeyToPath]>,
+        optional: Option<bool>,
+    ) -> Result<(), ContentError> {
         let found = self.context.objects.secrets.get(name).cloned().flatten();
         self.keys("secret", name, found, items, optional == Some(true))
     }

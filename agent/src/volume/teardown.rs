@@ -43,7 +43,8 @@ pub(super) fn unmount(path: &Path) -> io::Result<()> {
 
 /// Deepest first.
 fn mounts_below(dir: &Path) -> io::Result<Vec<PathBuf>> {
-    let mut found: Vec<PathBuf> = mount_points()?.into_iter().filter(|m| m.starts_with(dir)).collect();
+    let mut found: Vec<PathBuf> =
+        mount_points()?.into_iter().filter(|m| m.starts_with(dir)).collect();
     found.sort_by_key(|mount| std::cmp::Reverse(mount.components().count()));
     Ok(found)
 }

@@ -20,7 +20,8 @@ impl Lab {
     }
 
     fn config_map(&mut self, name: &str, keys: &[(&str, &str)]) {
-        let keys: Keys = keys.iter().map(|(k, v)| ((*k).to_owned(), v.as_bytes().to_vec())).collect();
+        let keys: Keys =
+            keys.iter().map(|(k, v)| ((*k).to_owned(), v.as_bytes().to_vec())).collect();
         self.objects.config_maps.insert(name.into(), Some(Arc::new(keys)));
     }
 
@@ -33,7 +34,8 @@ impl Lab {
         let allocatable = BTreeMap::new();
         let fields =
             FieldContext { pod_ips: &[], host_ips: &[], node_name: "n", allocatable: &allocatable };
-        let context = ContentContext { objects: &self.objects, fields: &fields, tokens: &self.tokens };
+        let context =
+            ContentContext { objects: &self.objects, fields: &fields, tokens: &self.tokens };
         let volumes = PodVolumes::new(self.dir.path(), "u1");
         let mounted = volumes.ensure(&pod, &context).map_err(|e| e.to_string())?;
         Ok(mounted.into_values().next().unwrap())
@@ -72,9 +74,7 @@ fn config_maps_are_switched_at_once_and_not_rewritten_when_equal() {
 fn items_and_missing_objects() {
     let mut lab = Lab::new();
     lab.config_map("cm", &[("a", "1"), ("b", "2")]);
-    let with = |items: serde_json::Value, name: &str, optional: bool| {
-        json!({ "name": "v", "configMap": { "name": name, "items": items, "optional": optional } })
-    };
+    let with = |items: serde_json::Value, name: &str, optional: bool| json!({ "name": "v", "configMap": { "name": name, "items": items, "optional": optional } });
     let item = |key: &str, path: &str| json!([{ "key": key, "path": path, "mode": 0o400 }]);
     let dir = lab.ensure(with(item("a", "x/y"), "cm", false)).unwrap();
     assert_eq!(fs::read_to_string(dir.join("x/y")).unwrap(), "1");
@@ -117,7 +117,8 @@ fn empty_dirs_are_open_to_all_and_survive_a_second_look() {
 fn host_paths_are_checked() {
     let lab = Lab::new();
     let root = lab.dir.path().display().to_string();
-    let volume = |path: &str, kind: &str| json!({ "name": "v", "hostPath": { "path": path, "type": kind } });
+    let volume =
+        |path: &str, kind: &str| json!({ "name": "v", "hostPath": { "path": path, "type": kind } });
     assert!(lab.ensure(volume(&root, "Directory")).is_ok());
     assert!(lab.ensure(volume(&format!("{root}/new"), "DirectoryOrCreate")).is_ok());
     let error = lab.ensure(volume(&root, "File")).unwrap_err();
@@ -128,7 +129,8 @@ fn host_paths_are_checked() {
 #[test]
 fn unknown_volumes_are_named() {
     let lab = Lab::new();
-    let error = lab.ensure(json!({ "name": "v", "nfs": { "server": "s", "path": "/" } })).unwrap_err();
+    let error =
+        lab.ensure(json!({ "name": "v", "nfs": { "server": "s", "path": "/" } })).unwrap_err();
     assert_eq!(error, "volume \"v\": nfs volumes are not supported by this node");
 }
 

@@ -190,8 +190,7 @@ fn a_failed_init_container_is_restarted_or_fails_the_pod() {
     case("OnFailure", "init:a m").check("s0 a0=exit1@5", "start init a1");
     case("Never", "init:a m").check("s0 a0=exit1@5", "kill-pod");
     case("Never", "init:a m").check("s0! a0=exit1@5", "finished");
-    case("Always", "init:a m")
-        .check("s0 a1=exit1@999", "[a: CrashLoopBackOff] wake@1009");
+    case("Always", "init:a m").check("s0 a1=exit1@999", "[a: CrashLoopBackOff] wake@1009");
 }
 
 #[test]
@@ -275,10 +274,7 @@ fn crash_loops_wait_from_the_end_of_the_last_run() {
     // Ran for more than 600 s since it was restarted at 500: starts anew.
     case.now = 1200;
     case.check("s0 m9=exit1@1150", "start main m10");
-    assert_eq!(
-        waiting.message,
-        "back-off 10s restarting failed container=m pod=web_default(u1)"
-    );
+    assert_eq!(waiting.message, "back-off 10s restarting failed container=m pod=web_default(u1)");
 }
 
 #[test]
@@ -471,8 +467,7 @@ mod properties {
                     self.seen.sandboxes.insert(0, sandbox(&format!("s{attempt}")));
                 }
                 Action::StartContainer { name, attempt, .. } => {
-                    let twice =
-                        |c: &&ObservedContainer| c.name == name && !is_exited(c);
+                    let twice = |c: &&ObservedContainer| c.name == name && !is_exited(c);
                     assert!(self.seen.containers.iter().find(twice).is_none(), "two of {name}");
                     let sandbox_id = self.seen.sandboxes[0].id.clone();
                     let word = format!("{name}{attempt}");
@@ -543,9 +538,9 @@ fn backoff_doubles_up_to_five_minutes_and_then_stays() {
         let seen = observed(&pod, &format!("s0 m{attempt}=exit1@{now}"));
         let ContainerState::Exited(exit) = seen.containers[0].state.clone() else { panic!() };
         let container = ObservedContainer { created_at: at(now), ..seen.containers[0].clone() };
-        let wait = backoff.blocked_until(&container, &exit, at(now)).map_or(0, |(until, _)| {
-            until.duration_since(at(now)).as_secs()
-        });
+        let wait = backoff
+            .blocked_until(&container, &exit, at(now))
+            .map_or(0, |(until, _)| until.duration_since(at(now)).as_secs());
         waits.push(wait);
         now += wait;
         backoff.note_restart(&container, &exit, at(now));

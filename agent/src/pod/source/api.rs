@@ -14,7 +14,11 @@ use super::{SourceKind, Update};
 /// Follows the pods that are bound to `node` until the receiver is gone.
 ///
 /// A relist (after a long interruption, or 410 Gone) is told as a whole, so that nothing that vanished meanwhile stays.
-pub(in crate::pod) async fn follow(client: kube::Client, node: String, updates: mpsc::Sender<Update>) {
+pub(in crate::pod) async fn follow(
+    client: kube::Client,
+    node: String,
+    updates: mpsc::Sender<Update>,
+) {
     let api: Api<Pod> = Api::all(client);
     let config = watcher::Config::default().fields(&format!("spec.nodeName={node}"));
     let mut events = watcher::watcher(api, config).default_backoff().boxed();

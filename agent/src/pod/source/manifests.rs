@@ -138,7 +138,11 @@ impl Scanner {
             if names.insert(spec::key(pod)) {
                 pods.push(pod.clone());
             } else {
-                tracing::error!(file, pod = spec::key(pod), "Another manifest has this name already, this one is left out");
+                tracing::error!(
+                    file,
+                    pod = spec::key(pod),
+                    "Another manifest has this name already, this one is left out"
+                );
             }
         }
         pods
@@ -187,13 +191,22 @@ pub fn parse(text: &str, file: &str, node: &str) -> Result<Pod, ManifestError> {
     let pod: Pod = serde_json::from_value(value.clone()).map_err(|e| parse_error(e.to_string()))?;
     unknown_fields(&value, &serde_json::to_value(&pod).unwrap_or_default(), "", &mut unknown);
     for field in unknown {
-        tracing::warn!(file, field, "Manifest has a field that a pod does not have; it is left out");
+        tracing::warn!(
+            file,
+            field,
+            "Manifest has a field that a pod does not have; it is left out"
+        );
     }
     check(&pod, file)?;
     Ok(complete(pod, text, file, node))
 }
 
-fn unknown_fields(given: &serde_json::Value, known: &serde_json::Value, path: &str, out: &mut Vec<String>) {
+fn unknown_fields(
+    given: &serde_json::Value,
+    known: &serde_json::Value,
+    path: &str,
+    out: &mut Vec<String>,
+) {
     use serde_json::Value;
     match (given, known) {
         (Value::Object(given), Value::Object(known)) => {
@@ -234,11 +247,17 @@ fn check(pod: &Pod, file: &str) -> Result<(), ManifestError> {
         }
     }
     if spec.service_account_name.as_deref().is_some_and(|name| !name.is_empty()) {
-        return fail("spec.serviceAccountName", "is not possible: a static pod may not refer to API objects");
+        return fail(
+            "spec.serviceAccountName",
+            "is not possible: a static pod may not refer to API objects",
+        );
     }
     let (config_maps, secrets) = crate::volume::content::references(pod);
     if !config_maps.is_empty() || !secrets.is_empty() {
-        return fail("spec.volumes", "refer to a config map or secret: a static pod may not refer to API objects");
+        return fail(
+            "spec.volumes",
+            "refer to a config map or secret: a static pod may not refer to API objects",
+        );
     }
     Ok(())
 }
@@ -249,7 +268,8 @@ fn complete(mut pod: Pod, text: &str, file: &str, node: &str) -> Pod {
     let hash: String = digest.iter().take(16).map(|byte| format!("{byte:02x}")).collect();
     meta.uid = meta.uid.take().filter(|uid| !uid.is_empty()).or_else(|| Some(hash.clone()));
     meta.name = meta.name.take().map(|name| format!("{name}-{node}"));
-    meta.namespace = meta.namespace.take().filter(|ns| !ns.is_empty()).or_else(|| Some("default".into()));
+    meta.namespace =
+        meta.namespace.take().filter(|ns| !ns.is_empty()).or_else(|| Some("default".into()));
     let annotations = meta.annotations.get_or_insert_default();
     annotations.insert(spec::CONFIG_SOURCE.into(), "file".into());
     annotations.insert(spec::CONFIG_HASH.into(), hash);
@@ -301,7 +321,10 @@ mod tests {
             (GOOD.replace("image: i", "x: i"), "/m/x: spec.containers[].image: is missing"),
             (GOOD.replace("spec:", "spec: {"), "/m/x: "),
             (GOOD.replace("spec:\n", "spec:\n  restartPolicy: 7\n"), "/m/x: "),
-            (GOOD.replace("spec:\n", "spec:\n  serviceAccountName: sa\n"), "/m/x: spec.serviceAccountName: is not possible"),
+            (
+                GOOD.replace("spec:\n", "spec:\n  serviceAccountName: sa\n"),
+                "/m/x: spec.serviceAccountName: is not possible",
+            ),
         ] {
             let error = parse(&text, "/m/x", "n").unwrap_err().to_string();
             assert!(error.starts_with(want), "{error}");
@@ -313,11 +336,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
         let folder = dir.path().to_owned();
-        let mut scanner = Scanner { folder, node: "n".into(), good: BTreeMap::new(), told: BTreeMap::new() };
+        let mut scanner =
+            Scanner { folder, node: "n".into(), good: BTreeMap::new(), told: BTreeMap::new() };
         write("a.yaml", GOOD);
         write("b.yaml", &GOOD.replace("web", "db"));
         write(".hidden.yaml", GOOD);
-        let names = |pods: Vec<Arc<Pod>>| pods.iter().map(|p| spec::name(p).to_owned()).collect::<Vec<_>>();
+        let names =
+            |pods: Vec<Arc<Pod>>| pods.iter().map(|p| spec::name(p).to_owned()).collect::<Vec<_>>();
         assert_eq!(names(scanner.scan()), ["web-n", "db-n"]);
         write("a.yaml", "kind: [");
         assert_eq!(names(scanner.scan()), ["web-n", "db-n"]);

@@ -29,7 +29,7 @@ impl Verdict {
 /// Our conditions, then those that others have set, untouched.
 pub(super) fn all(input: &StatusInput, status: &PodStatus) -> Vec<PodCondition> {
     let containers_ready = containers_ready(input, status);
-    let ready = ready(input, status, &containers_ready);
+    let ready = ready(input, &containers_ready);
     let verdicts = [
         ("PodReadyToStartContainers", sandbox_ready(input)),
         ("Initialized", initialized(input, status)),
@@ -137,14 +137,13 @@ fn containers_ready(input: &StatusInput, status: &PodStatus) -> Verdict {
     Verdict::no("ContainersNotReady", Some(message))
 }
 
-fn ready(input: &StatusInput, status: &PodStatus, containers: &Verdict) -> Verdict {
+fn ready(input: &StatusInput, containers: &Verdict) -> Verdict {
     if !containers.holds {
         return Verdict::no(
             containers.reason.unwrap_or("ContainersNotReady"),
             containers.message.clone(),
         );
     }
-    let _ = status;
     let gates = spec::spec(input.pod).and_then(|s| s.readiness_gates.as_deref());
     let current = input.pod.status.clone().unwrap_or_default();
     let unmet: Vec<String> = gates

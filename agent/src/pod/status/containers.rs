@@ -165,9 +165,8 @@ fn without_record(
             return status;
         }
     }
-    let later_ran = spec::main_containers(input.pod)
-        .iter()
-        .any(|c| !records(input, &c.name).is_empty());
+    let later_ran =
+        spec::main_containers(input.pod).iter().any(|c| !records(input, &c.name).is_empty());
     if subject.kind == ContainerKind::Init && !subject.sidecar && later_ran {
         status.state = Some(ApiState {
             terminated: Some(ContainerStateTerminated {

@@ -108,10 +108,10 @@ fn count(input: &StatusInput, status: &PodStatus) -> Counts {
         counts.stopped += 1;
         counts.succeeded += usize::from(ended.exit_code == 0);
         let container = spec::container(input.pod, &info.name).map(|(c, _)| c);
-        let again = container.map_or(
-            spec::restart_policy(input.pod) == RestartPolicy::Always,
-            |c| spec::restarts_after(input.pod, c, ContainerKind::Main, ended.exit_code),
-        );
+        let again = container
+            .map_or(spec::restart_policy(input.pod) == RestartPolicy::Always, |c| {
+                spec::restarts_after(input.pod, c, ContainerKind::Main, ended.exit_code)
+            });
         counts.restarting += usize::from(again && !over);
     }
     counts

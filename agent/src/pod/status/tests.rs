@@ -117,7 +117,11 @@ fn init_containers_keep_a_pod_pending() {
     let case = case("Always", "init:a m");
     let pending = "PodReadyToStartContainers PodScheduled";
     check(&case, "", "Pending | a:PodInitializingx0 m:PodInitializingx0 | PodScheduled");
-    check(&case, "s0 a0=running", &format!("Pending | a:runningx0 m:PodInitializingx0 | {pending}"));
+    check(
+        &case,
+        "s0 a0=running",
+        &format!("Pending | a:runningx0 m:PodInitializingx0 | {pending}"),
+    );
     check(
         &case,
         "s0 a0=exit0@5",
@@ -271,5 +275,8 @@ fn a_deadline_fails_the_pod_once_its_containers_are_gone() {
     assert!(!condition_is_true(&held, "Ready"));
     case.finished = true;
     let over = case.status("s0! m0=exit137@9");
-    assert_eq!((over.phase.as_deref(), over.reason.as_deref()), (Some("Failed"), Some("DeadlineExceeded")));
+    assert_eq!(
+        (over.phase.as_deref(), over.reason.as_deref()),
+        (Some("Failed"), Some("DeadlineExceeded"))
+    );
 }

@@ -1,8 +1,8 @@
 //! After the end: the final status first, then everything that the pod held, then the API object.
 
 use jiff::Timestamp;
-use kube::api::{Api, DeleteParams, Preconditions};
 use k8s_openapi::api::core::v1::Pod;
+use kube::api::{Api, DeleteParams, Preconditions};
 
 use super::kill::stop_sandbox;
 use super::{Desired, Next, Worker, retry_at};
@@ -44,7 +44,8 @@ impl Worker {
         if let Err(problem) = self.forget(&desired.pod).await {
             return self.try_later(desired, &problem);
         }
-        if !desired.gone && !spec::is_static(&desired.pod)
+        if !desired.gone
+            && !spec::is_static(&desired.pod)
             && let Err(problem) = self.delete_object(&desired.pod).await
         {
             return self.try_later(desired, &problem);
@@ -68,9 +69,11 @@ impl Worker {
         self.node.objects.release(uid);
         self.node.ledger.release(uid);
         self.node.update_class_shares();
-        let (dir, cgroups, uid) = (self.pod_volumes(pod).pod_dir, self.node.cgroups.clone(), uid.to_owned());
+        let (dir, cgroups, uid) =
+            (self.pod_volumes(pod).pod_dir, self.node.cgroups.clone(), uid.to_owned());
         let work = tokio::task::spawn_blocking(move || {
-            teardown::remove_pod_dir(&dir).map_err(|e| format!("cannot remove {}: {e}", dir.display()))?;
+            teardown::remove_pod_dir(&dir)
+                .map_err(|e| format!("cannot remove {}: {e}", dir.display()))?;
             cgroups.remove_pod(&uid).map_err(|e| crate::pod::image::chain(&e))
         });
         work.await.map_err(|e| e.to_string())?
@@ -91,7 +94,9 @@ impl Worker {
     async fn delete_object(&self, pod: &Pod) -> Result<(), String> {
         let Some(client) = self.node.client.clone() else { return Ok(()) };
         let uid = pod.metadata.uid.clone();
-        delete_now(client, spec::namespace(pod), spec::name(pod), uid).await.map_err(|e| e.to_string())
+        delete_now(client, spec::namespace(pod), spec::name(pod), uid)
+            .await
+            .map_err(|e| e.to_string())
     }
 }
 
@@ -121,7 +126,8 @@ pub(in crate::pod) async fn delete_now(
 ) -> Result<(), kube::Error> {
     let api: Api<Pod> = Api::namespaced(client, namespace);
     let preconditions = Some(Preconditions { uid, resource_version: None });
-    let params = DeleteParams { grace_period_seconds: Some(0), preconditions, ..DeleteParams::default() };
+    let params =
+        DeleteParams { grace_period_seconds: Some(0), preconditions, ..DeleteParams::default() };
     match api.delete(name, &params).await {
         // Gone already, or a namesake stands there now.
         Err(kube::Error::Api(answer)) if matches!(answer.code, 404 | 409) => Ok(()),

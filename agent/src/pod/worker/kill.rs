@@ -35,18 +35,34 @@ pub(super) struct KillState {
 
 impl Worker {
     /// Stops one container of a pod that goes on.
-    pub(super) async fn stop_one(&mut self, desired: &Desired, id: &str, name: &str, why: StopReason) {
+    pub(super) async fn stop_one(
+        &mut self,
+        desired: &Desired,
+        id: &str,
+        name: &str,
+        why: StopReason,
+    ) {
         let pod = &desired.pod;
         let Some((container, kind)) = spec::container(pod, name) else { return };
         let message = match why {
-            StopReason::SpecChanged => format!("Container {name} definition changed, will be restarted"),
+            StopReason::SpecChanged => {
+                format!("Container {name} definition changed, will be restarted")
+            }
             StopReason::ProbeFailed(probe) => {
                 let probe = format!("{probe:?}").to_lowercase();
                 format!("Container {name} failed {probe} probe, will be restarted")
             }
-            StopReason::Unknown => format!("Container {name} is in unknown state, try killing it before restart"),
+            StopReason::Unknown => {
+                format!("Container {name} is in unknown state, try killing it before restart")
+            }
         };
-        self.node.events.container(pod, &field_path(name, kind), Severity::Normal, "Killing", message);
+        self.node.events.container(
+            pod,
+            &field_path(name, kind),
+            Severity::Normal,
+            "Killing",
+            message,
+        );
         let grace = match why {
             StopReason::ProbeFailed(probe) => probe_grace(container, probe),
             _ => None,
@@ -74,7 +90,8 @@ impl Worker {
             .map(|c| c.id.clone())
             .collect();
         for container in containers.iter().filter(|c| first.contains(&c.id)) {
-            let kind = spec::container(&pod, &container.name).map_or(ContainerKind::Ephemeral, |(_, k)| k);
+            let kind =
+                spec::container(&pod, &container.name).map_or(ContainerKind::Ephemeral, |(_, k)| k);
             let message = format!("Stopping container {}", container.name);
             let field = field_path(&container.name, kind);
             self.node.events.container(&pod, &field, Severity::Normal, "Killing", message);
@@ -157,7 +174,8 @@ async fn end_all(
     };
     let mains = containers.iter().filter(|c| sidecar_rank(c).is_none());
     join_all(mains.map(|c| end_observed(node, pod, c, ip, left(), first))).await;
-    let mut sidecars: Vec<_> = containers.iter().filter_map(|c| Some((sidecar_rank(c)?, c))).collect();
+    let mut sidecars: Vec<_> =
+        containers.iter().filter_map(|c| Some((sidecar_rank(c)?, c))).collect();
     sidecars.sort_by_key(|(rank, _)| std::cmp::Reverse(*rank));
     for (_, sidecar) in sidecars {
         end_observed(node, pod, sidecar, ip, left(), first).await;
@@ -201,7 +219,12 @@ async fn end_container(
     }
     let stopped = limited(grace + PATIENCE, node.runtime.stop_container(id, grace)).await;
     if let Err(problem) = stopped {
-        tracing::warn!(pod = spec::key(pod), container = container.name, problem, "Container not stopped, will retry");
+        tracing::warn!(
+            pod = spec::key(pod),
+            container = container.name,
+            problem,
+            "Container not stopped, will retry"
+        );
     }
 }
 
@@ -210,7 +233,10 @@ pub(in crate::pod) async fn stop_sandbox(node: &Node, id: &str) -> Result<(), St
     limited(PATIENCE, node.runtime.stop_sandbox(id)).await
 }
 
-async fn limited(limit: Duration, work: impl Future<Output = Result<(), RuntimeError>>) -> Result<(), String> {
+async fn limited(
+    limit: Duration,
+    work: impl Future<Output = Result<(), RuntimeError>>,
+) -> Result<(), String> {
     match tokio::time::timeout(limit, work).await {
         Ok(done) => done.map_err(|error| image::chain(&error)),
         Err(_) => Err(format!("the runtime has not answered for {} s", limit.as_secs())),

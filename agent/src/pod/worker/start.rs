@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use jiff::{SignedDuration, Timestamp};
@@ -43,7 +43,9 @@ impl Worker {
         for action in plan.actions {
             match action {
                 Action::KillPod => self.kill_pod(desired).await,
-                Action::StopContainer { id, name, why } => self.stop_one(desired, &id, &name, why).await,
+                Action::StopContainer { id, name, why } => {
+                    self.stop_one(desired, &id, &name, why).await
+                }
                 Action::RemoveContainer { id } => {
                     let removed = self.node.runtime.remove_container(&id).await;
                     self.tell(desired, "remove a container", removed);
@@ -63,7 +65,9 @@ impl Worker {
                         starts.extend(plan.actions.into_iter().filter_map(start_of));
                     }
                 }
-                Action::StartContainer { name, kind, attempt } => starts.push((name, kind, attempt)),
+                Action::StartContainer { name, kind, attempt } => {
+                    starts.push((name, kind, attempt))
+                }
             }
         }
         if !starts.is_empty() {
@@ -84,16 +88,25 @@ impl Worker {
         let sandbox = run_sandbox(self.node.clone(), pod.clone(), attempt);
         // A task of its own: once begun, a sandbox is made to its end, so that nothing half-made is left.
         let sandbox = tokio::spawn(sandbox);
-        let mounted = if self.volumes.mounted.is_none() { self.mount(desired).await } else { Ok(()) };
+        let began = Instant::now();
+        let mounted =
+            if self.volumes.mounted.is_none() { self.mount(desired).await } else { Ok(()) };
+        tracing::debug!(pod = spec::key(&pod), elapsed = ?began.elapsed(), "Volumes mounted");
         let made = match sandbox.await {
             Ok(made) => made,
             Err(error) => Err(error.to_string()),
         };
+        tracing::debug!(pod = spec::key(&pod), elapsed = ?began.elapsed(), "Sandbox made");
         match made {
             Ok(sandbox) => self.note_sandbox(&pod, sandbox),
             Err(message) => {
                 let text = format!("Failed to create pod sandbox: {message}");
-                self.node.events.pod(&pod, Severity::Warning, "FailedCreatePodSandBox", text.clone());
+                self.node.events.pod(
+                    &pod,
+                    Severity::Warning,
+                    "FailedCreatePodSandBox",
+                    text.clone(),
+                );
                 self.volumes.failures += 1;
                 let until = retry_at(Timestamp::now(), self.volumes.failures);
                 let waiting = Waiting { reason: "ContainerCreating".into(), message: text };
@@ -137,7 +150,11 @@ impl Worker {
         observed.sandboxes.insert(0, sandbox);
     }
 
-    async fn start_containers(&mut self, desired: &Desired, starts: Vec<(String, ContainerKind, u32)>) {
+    async fn start_containers(
+        &mut self,
+        desired: &Desired,
+        starts: Vec<(String, ContainerKind, u32)>,
+    ) {
         let newest = self.observed.iter().flat_map(|o| &o.sandboxes).max_by_key(|s| s.attempt);
         let Some(sandbox) = newest.map(|s| s.id.clone()) else { return };
         let mut ready = Vec::new();
@@ -153,7 +170,9 @@ impl Worker {
         }
         let (node, pod, ip) = (self.node.clone(), desired.pod.clone(), self.pod_ip());
         // A postStart hook holds back the containers after it, as kubelet does; without hooks order does not matter.
-        let hooks = ready.iter().any(|p| p.container.lifecycle.as_ref().is_some_and(|l| l.post_start.is_some()));
+        let hooks = ready
+            .iter()
+            .any(|p| p.container.lifecycle.as_ref().is_some_and(|l| l.post_start.is_some()));
         let mut failures = Vec::new();
         if hooks {
             for prepared in &ready {
@@ -253,7 +272,8 @@ impl Worker {
             memory_capacity: self.node.memory_capacity(),
         })?;
         if let Some(folder) = config.log_path.parent() {
-            std::fs::create_dir_all(folder).map_err(|e| format!("cannot make {}: {e}", folder.display()))?;
+            std::fs::create_dir_all(folder)
+                .map_err(|e| format!("cannot make {}: {e}", folder.display()))?;
         }
         Ok(config)
     }
@@ -272,8 +292,12 @@ impl Worker {
             node_name: &self.node.config.node_name,
             allocatable: &self.node.config.allocatable,
         };
-        let context =
-            EnvContext { pod, objects: &self.volumes.objects, fields: &fields, services: &services };
+        let context = EnvContext {
+            pod,
+            objects: &self.volumes.objects,
+            fields: &fields,
+            services: &services,
+        };
         env::build(container, &context).map_err(|e| e.to_string())
     }
 
@@ -291,15 +315,21 @@ impl Worker {
         numbers.max().map_or(attempt, |highest| highest + 1)
     }
 
-    async fn post_start(&mut self, desired: &Desired, prepared: &Prepared, ip: Option<std::net::IpAddr>) {
+    async fn post_start(
+        &mut self,
+        desired: &Desired,
+        prepared: &Prepared,
+        ip: Option<std::net::IpAddr>,
+    ) {
         let hook = prepared.container.lifecycle.as_ref().and_then(|l| l.post_start.as_ref());
         let Some(hook) = hook else { return };
         let uid = spec::uid(&desired.pod).to_owned();
         let Ok(Some(observed)) = self.node.runtime.observe(&uid).await else { return };
         let name = &prepared.container.name;
-        let running = observed.containers.iter().find(|c| {
-            c.name == *name && matches!(c.state, ContainerState::Running { .. })
-        });
+        let running = observed
+            .containers
+            .iter()
+            .find(|c| c.name == *name && matches!(c.state, ContainerState::Running { .. }));
         let Some(id) = running.map(|c| c.id.clone()) else { return };
         self.observed = Some(observed);
         self.publish_again(desired);
@@ -312,10 +342,17 @@ impl Worker {
         if let Err(message) = result {
             let events = &self.node.events;
             let text = format!("PostStartHook failed: {message}");
-            events.container(&desired.pod, &prepared.field, Severity::Warning, "FailedPostStartHook", text);
+            events.container(
+                &desired.pod,
+                &prepared.field,
+                Severity::Warning,
+                "FailedPostStartHook",
+                text,
+            );
             let killing = "FailedPostStartHook".to_owned();
             events.container(&desired.pod, &prepared.field, Severity::Normal, "Killing", killing);
-            let grace = Duration::from_secs(u64::try_from(spec::grace_secs(&desired.pod)).unwrap_or(30));
+            let grace =
+                Duration::from_secs(u64::try_from(spec::grace_secs(&desired.pod)).unwrap_or(30));
             let stopped = self.node.runtime.stop_container(&id, grace).await;
             self.tell(desired, "stop a container whose postStart hook failed", stopped);
         }
@@ -345,23 +382,39 @@ fn config_failure(name: &str, message: String) -> StartFailure {
     StartFailure { name: name.to_owned(), waiting, retry_at: retry_at.unwrap_or(Timestamp::MAX) }
 }
 
-async fn start_one(node: &Node, pod: &Pod, sandbox: &str, prepared: &Prepared) -> Result<(), StartFailure> {
+async fn start_one(
+    node: &Node,
+    pod: &Pod,
+    sandbox: &str,
+    prepared: &Prepared,
+) -> Result<(), StartFailure> {
     let name = &prepared.container.name;
     let fail = |reason: &str, error: &RuntimeError| {
         let message = image::chain(error);
-        node.events.container(pod, &prepared.field, Severity::Warning, "Failed", format!("Error: {message}"));
+        node.events.container(
+            pod,
+            &prepared.field,
+            Severity::Warning,
+            "Failed",
+            format!("Error: {message}"),
+        );
         let waiting = Waiting { reason: reason.to_owned(), message };
         StartFailure { name: name.clone(), waiting, retry_at: retry_at(Timestamp::now(), 4) }
     };
+    let began = Instant::now();
     let id = match node.runtime.create_container(sandbox, &prepared.config).await {
         Ok(id) => id,
-        Err(error @ RuntimeError::Invalid { .. }) => return Err(fail("CreateContainerConfigError", &error)),
+        Err(error @ RuntimeError::Invalid { .. }) => {
+            return Err(fail("CreateContainerConfigError", &error));
+        }
         Err(error) => return Err(fail("CreateContainerError", &error)),
     };
     let told = format!("Created container: {name}");
     node.events.container(pod, &prepared.field, Severity::Normal, "Created", told);
+    let created = began.elapsed();
     match node.runtime.start_container(&id).await {
         Ok(()) => {
+            tracing::debug!(pod = spec::key(pod), container = name, ?created, elapsed = ?began.elapsed(), "Container started");
             let told = format!("Started container {name}");
             node.events.container(pod, &prepared.field, Severity::Normal, "Started", told);
             Ok(())
@@ -370,8 +423,13 @@ async fn start_one(node: &Node, pod: &Pod, sandbox: &str, prepared: &Prepared) -
     }
 }
 
-async fn run_sandbox(node: Arc<Node>, pod: Arc<Pod>, attempt: u32) -> Result<ObservedSandbox, String> {
-    let cgroup = node.cgroups.ensure_pod(&pod, node.config.pids_limit).map_err(|e| image::chain(&e))?;
+async fn run_sandbox(
+    node: Arc<Node>,
+    pod: Arc<Pod>,
+    attempt: u32,
+) -> Result<ObservedSandbox, String> {
+    let cgroup =
+        node.cgroups.ensure_pod(&pod, node.config.pids_limit).map_err(|e| image::chain(&e))?;
     let domain = &node.config.cluster_domain;
     let names = dns::hostname(&pod, &node_hostname(), domain)?;
     let cluster = ClusterDns { servers: &node.config.cluster_dns, domain };

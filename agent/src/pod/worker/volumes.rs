@@ -135,8 +135,10 @@ impl Worker {
         pod: &Pod,
         wanted: &ServiceAccountTokenProjection,
     ) -> Result<(String, Timestamp), String> {
-        let account = spec::spec(pod).and_then(|s| s.service_account_name.as_deref()).unwrap_or("default");
-        let client = self.node.client.clone().ok_or("a service account token needs an API server")?;
+        let account =
+            spec::spec(pod).and_then(|s| s.service_account_name.as_deref()).unwrap_or("default");
+        let client =
+            self.node.client.clone().ok_or("a service account token needs an API server")?;
         let request = TokenRequest {
             spec: Some(TokenRequestSpec {
                 audiences: wanted.audience.clone().map(|audience| vec![audience]),
@@ -157,7 +159,9 @@ impl Worker {
             .map_err(|e| format!("cannot get a token of service account {account}: {e}"))?;
         let status = answer.status.ok_or("the API server answered without a token")?;
         let token = status.token.ok_or("the API server answered without a token")?;
-        let in_an_hour = || Timestamp::now().checked_add(SignedDuration::from_hours(1)).unwrap_or(Timestamp::MAX);
+        let in_an_hour = || {
+            Timestamp::now().checked_add(SignedDuration::from_hours(1)).unwrap_or(Timestamp::MAX)
+        };
         Ok((token, status.expiration_timestamp.map_or_else(in_an_hour, |at| at.0)))
     }
 
@@ -187,9 +191,8 @@ fn token_projections(pod: &Pod) -> Vec<(String, &ServiceAccountTokenProjection)>
 
 /// Everything that the pod refers to by name: volumes, environment, pull secrets.
 fn object_keys(pod: &Pod) -> BTreeSet<ObjectKey> {
-    let key = |kind, name: String| {
-        ObjectKey { kind, namespace: spec::namespace(pod).to_owned(), name }
-    };
+    let key =
+        |kind, name: String| ObjectKey { kind, namespace: spec::namespace(pod).to_owned(), name };
     let (mut config_maps, mut secrets) = content::references(pod);
     for container in spec::main_containers(pod).iter().chain(spec::init_containers(pod)) {
         let (more_config_maps, more_secrets) = env::references(container);
