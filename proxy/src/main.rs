@@ -1,5 +1,6 @@
 //! keelson-proxy: kube-proxy's place taken.
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -19,7 +20,9 @@ fn main() -> ExitCode {
         _ => "keelson_proxy=trace,debug",
     };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let colours = std::io::stderr().is_terminal();
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours);
+    log.with_writer(std::io::stderr).init();
     match run(flags) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

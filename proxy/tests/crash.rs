@@ -18,7 +18,7 @@ const SERVICES: u16 = 1500;
 fn objects(number: u16) -> (Value, Value) {
     let address = format!("10.96.{}.{}", 1 + number / 250, 1 + number % 250);
     let (name, affinity) =
-        (format!("s{number}"), if number % 5 == 0 { "ClientIP" } else { "None" });
+        (format!("s{number}"), if number.is_multiple_of(5) { "ClientIP" } else { "None" });
     let service = json!({
         "metadata": {"namespace": "default", "name": name, "resourceVersion": "1"},
         "spec": {

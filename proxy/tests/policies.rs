@@ -188,8 +188,11 @@ fn a_sticky_client_is_forgotten_in_time() {
     let mut seen = std::collections::BTreeSet::new();
     for _ in 0..8 {
         seen.extend(servers(&client.namespace, "10.96.0.1:80", 3));
+        if seen.len() > 1 {
+            return;
+        }
         // The kernel's clock is what is tested here.
         std::thread::sleep(std::time::Duration::from_millis(1300));
     }
-    assert!(seen.len() > 1, "{seen:?}");
+    panic!("always {seen:?}");
 }

@@ -237,11 +237,20 @@ fn answer_error(request: &[u8], sequence: u32, message: &[u8]) -> Result<(), Nft
     match -errno_of(message) {
         0 => Ok(()),
         libc::EINTR => Err(NftError::Interrupted),
+        libc::EPERM => Err(NftError::Open(io::Error::from_raw_os_error(libc::EPERM))),
+        // What netfilter answers for a subsystem that is not there.
+        libc::EINVAL | libc::EOPNOTSUPP if is_kind(request, batch::GET_GENERATION) => {
+            Err(NftError::Unsupported)
+        }
         errno => {
             let action = describe_request(request, sequence);
             Err(NftError::Answer { action, source: io::Error::from_raw_os_error(errno) })
         }
     }
+}
+
+fn is_kind(request: &[u8], kind: u16) -> bool {
+    messages(request).next().is_some_and(|(found, _, _)| found & 0xff == kind)
 }
 
 fn describe_request(request: &[u8], sequence: u32) -> String {
