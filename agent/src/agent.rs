@@ -48,13 +48,14 @@ pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> anyhow::Re
     // A stop of any part stops all: half an agent would only look alive.
     let stop = shutdown.child_token();
     let _stops_with_us = stop.clone().drop_guard();
-    let runtime = start::connect_runtime(&config, &stop).await?;
+    let Some(runtime) = start::connect_runtime(&config, &stop).await? else { return Ok(()) };
     let client = api_client(&config).await?;
     let pods = start::pods(&config, &runtime, client.as_ref(), &stop)?;
     let shared = NodeShared::default();
     let containers = containers::NodeContainers {
         registry: pods.registry.clone(),
         runtime: runtime.clone(),
+        cgroups: crate::cgroup::CgroupTree::detect(&config.runtime.cgroup_root).ok(),
         run_dir: config.run_dir.clone(),
     };
     let parts = NodeParts {

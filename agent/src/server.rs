@@ -30,6 +30,7 @@ pub mod query;
 pub mod remote;
 pub mod routes;
 pub mod spdy;
+pub mod stats;
 pub mod tls;
 pub mod websocket;
 

@@ -1,6 +1,10 @@
 //! A node against a real API server: it registers, becomes Ready once it has a network, keeps its
 //! Lease, and leaves alone what others wrote.
-#![allow(clippy::unwrap_used, reason = "a failure in a test may panic")]
+#![allow(
+    clippy::unwrap_used,
+    unreachable_pub,
+    reason = "a failure in a test may panic, and its modules are its own"
+)]
 
 #[path = "server/fixture.rs"]
 mod fixture;

@@ -11,6 +11,7 @@ use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::mpsc;
 
 use super::describe;
+use crate::cgroup::CgroupTree;
 use crate::pod::PodRegistry;
 use crate::runtime::types::{ContainerState, ObservedContainer, RuntimeEvent};
 use crate::runtime::{self, Runtime};
@@ -20,6 +21,8 @@ use crate::server::containers::{Containers, ExecRequest, Process, TerminalSize};
 pub(super) struct NodeContainers {
     pub(super) registry: PodRegistry,
     pub(super) runtime: Runtime,
+    /// `None` on machines without cgroups, where no pods run either.
+    pub(super) cgroups: Option<CgroupTree>,
     /// Below it the runtime pins the namespaces of sandboxes.
     pub(super) run_dir: PathBuf,
 }
@@ -85,6 +88,10 @@ impl Containers for NodeContainers {
         let text = "attaching to a container's first process is not supported on this node yet; \
                     hint: kubectl logs -f shows its output, kubectl exec starts a shell beside it";
         async move { Err(text.to_owned()) }.boxed()
+    }
+
+    fn pod_cgroup(&self, pod: &Pod) -> Option<String> {
+        self.cgroups.as_ref().map(|cgroups| cgroups.pod_path(pod))
     }
 
     fn network(&self, uid: &str) -> BoxFuture<'static, Result<Option<PathBuf>, String>> {

@@ -26,19 +26,20 @@ const RETRY: Duration = Duration::from_secs(1);
 /// How long containerd may be away before that is said again.
 const REMIND_EVERY: u32 = 60;
 
-/// Connects to containerd. One that is not there yet is waited for, one that is too old is not.
+/// Connects to containerd. One that is not there yet is waited for, one that is too old is not;
+/// `None` when `shutdown` came first.
 ///
 /// # Errors
-/// When what answers can never be used, or `shutdown` came first.
+/// When what answers can never be used.
 pub(super) async fn connect_runtime(
     config: &AgentConfig,
     shutdown: &CancellationToken,
-) -> anyhow::Result<Runtime> {
+) -> anyhow::Result<Option<Runtime>> {
     let options = runtime_options(config);
     let mut attempt = 0_u32;
     loop {
         let error = match Runtime::connect(options.clone()).await {
-            Ok(runtime) => return Ok(runtime),
+            Ok(runtime) => return Ok(Some(runtime)),
             Err(error @ (RuntimeError::Unreachable { .. } | RuntimeError::Call { .. })) => error,
             Err(error) => return Err(error).context("cannot use containerd"),
         };
@@ -51,7 +52,7 @@ pub(super) async fn connect_runtime(
         }
         attempt = attempt.saturating_add(1);
         if shutdown.run_until_cancelled(tokio::time::sleep(RETRY)).await.is_none() {
-            return Err(error).context("stopped while waiting for containerd");
+            return Ok(None);
         }
     }
 }

@@ -38,6 +38,9 @@ pub trait Containers: Send + Sync + 'static {
         request: ExecRequest,
     ) -> BoxFuture<'static, Result<Process, String>>;
 
+    /// The cgroup of a pod, below the mount point of every hierarchy; its containers are in it, by id.
+    fn pod_cgroup(&self, pod: &Pod) -> Option<String>;
+
     /// The network namespace of a pod; `None` is the agent's own.
     fn network(&self, pod_uid: &str) -> BoxFuture<'static, Result<Option<PathBuf>, String>>;
 }

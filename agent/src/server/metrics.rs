@@ -6,6 +6,7 @@ use std::sync::Arc;
 use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
 
 use super::containers::Containers;
+use super::stats;
 
 /// Where the numbers come from.
 pub struct Metrics {
@@ -18,10 +19,14 @@ impl Metrics {
         Self { node_name, containers }
     }
 
-    /// The text of a path below `/metrics`; `None` when there is nothing.
+    /// The text of `/metrics`, `/metrics/resource` or `/stats/summary`; `None` when there is nothing.
     pub fn text(&self, path: &str) -> Option<String> {
         match path {
             "metrics" => Some(self.own()),
+            "metrics/resource" => Some(stats::resource_metrics(self.containers.as_ref())),
+            "stats/summary" => {
+                Some(stats::summary(&self.node_name, self.containers.as_ref()).to_string())
+            }
             _ => None,
         }
     }

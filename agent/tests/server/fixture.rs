@@ -161,6 +161,10 @@ impl Containers for Local {
         self.exec(id, ExecRequest { command: vec!["cat".to_owned()], ..request })
     }
 
+    fn pod_cgroup(&self, _: &Pod) -> Option<String> {
+        None
+    }
+
     fn network(&self, _: &str) -> BoxFuture<'static, Result<Option<PathBuf>, String>> {
         async { Ok(None) }.boxed()
     }
