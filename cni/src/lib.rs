@@ -3,14 +3,23 @@
 //! | module | what |
 //! |---|---|
 //! | [`conflist`], [`invoke`] | the runtime's side: read a configuration folder, run a list's plugins |
+//! | [`plugin`] | the plugin's verbs; `wire` makes links, `ledger` and `journal` keep addresses, `firewall` translates them |
 //! | [`protocol`], [`version`], [`result`], [`error`] | the words that both sides speak |
 #![warn(missing_docs)]
 
+mod config;
 pub mod conflist;
 pub mod error;
+mod firewall;
+mod hostport;
 pub mod invoke;
+mod journal;
+mod ledger;
+mod names;
+pub mod plugin;
 pub mod protocol;
 pub mod result;
 pub mod version;
+mod wire;
 
 pub use conflist::default_conflist;

@@ -19,7 +19,7 @@ pub use link::{
     veth_message,
 };
 pub use neighbour::{Neighbour, neighbour_message};
-pub use table::{Route, RouteKind, Scope, route_message};
+pub use table::{Route, RouteKind, Scope, new_route_message, route_message};
 
 use crate::message::Message;
 use crate::netns::{Netns, NetnsError};

@@ -9,7 +9,7 @@ use libc::{
     NLM_F_CREATE, NLM_F_EXCL, RTM_DELLINK, RTM_GETLINK, RTM_NEWLINK,
 };
 
-use super::{AF_INET, Rtnl, existed};
+use super::{AF_INET, AF_INET6, Rtnl, existed};
 use crate::message::{Message, Reply, u32_at};
 use crate::socket::NetlinkError;
 
@@ -17,6 +17,8 @@ use crate::socket::NetlinkError;
 const HEADER: usize = 16;
 const VETH_INFO_PEER: u16 = 1;
 const IFLA_INET_CONF: u16 = 1;
+/// 0 makes an address from the hardware address, 1 makes none.
+const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
 const CREATE: u16 = (NLM_F_CREATE | NLM_F_EXCL) as u16;
 const IFF_UP: u32 = 0x1;
 const IFF_LOOPBACK: u32 = 0x8;
@@ -223,6 +225,8 @@ pub struct LinkChange<'a> {
     pub master: Option<u32>,
     /// IPv4 settings.
     pub inet: &'a [(InetSetting, u32)],
+    /// Give the link an IPv6 link-local address of its own when it comes up (the kernel's default) or not.
+    pub link_local: Option<bool>,
 }
 
 fn header(index: u32, flags: u32, mask: u32) -> [u8; HEADER] {
@@ -275,18 +279,27 @@ pub fn link_change_message<'a>(link: impl Into<LinkRef<'a>>, change: &LinkChange
     if let Some(master) = change.master {
         message.attr_u32(IFLA_MASTER, master);
     }
+    if !change.inet.is_empty() || change.link_local.is_some() {
+        message.nest(IFLA_AF_SPEC, |families| put_families(families, change));
+    }
+    message
+}
+
+fn put_families(families: &mut Message, change: &LinkChange<'_>) {
     if !change.inet.is_empty() {
-        message.nest(IFLA_AF_SPEC, |families| {
-            families.nest(u16::from(AF_INET), |inet| {
-                inet.nest(IFLA_INET_CONF, |settings| {
-                    for (setting, value) in change.inet {
-                        settings.attr_u32(*setting as u16, *value);
-                    }
-                });
+        families.nest(u16::from(AF_INET), |inet| {
+            inet.nest(IFLA_INET_CONF, |settings| {
+                for (setting, value) in change.inet {
+                    settings.attr_u32(*setting as u16, *value);
+                }
             });
         });
     }
-    message
+    if let Some(wanted) = change.link_local {
+        families.nest(u16::from(AF_INET6), |inet6| {
+            inet6.attr(IFLA_INET6_ADDR_GEN_MODE, &[u8::from(!wanted)]);
+        });
+    }
 }
 
 impl Rtnl {

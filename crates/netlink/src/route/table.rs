@@ -8,6 +8,8 @@ use libc::{
     RTA_PREFSRC, RTA_PRIORITY, RTA_TABLE, RTM_DELROUTE, RTM_GETROUTE, RTM_NEWROUTE,
 };
 
+use nix::errno::Errno;
+
 use super::{AF_INET6, Rtnl, created, existed, family, ip, octets};
 use crate::message::{Message, Reply, u32_at};
 use crate::socket::NetlinkError;
@@ -18,6 +20,8 @@ const RTAX_MTU: u16 = 2;
 /// `RTNH_F_ONLINK`.
 const ONLINK: u32 = 4;
 const RTM_F_CLONED: u32 = 0x200;
+const RTM_F_LOOKUP_TABLE: u32 = 0x1000;
+const RTM_F_FIB_MATCH: u32 = 0x2000;
 
 /// What happens to packets on a route (`RTN_*`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -233,6 +237,12 @@ fn put_attributes(message: &mut Message, route: &Route) {
     message.attr_u32(RTA_TABLE, route.table);
 }
 
+/// Adds a route; refused with `EEXIST` when there is one to the same destination with the same metric.
+#[must_use]
+pub fn new_route_message(route: &Route) -> Message {
+    message(route, Action::Create)
+}
+
 /// Sets a route, replacing one to the same destination with the same metric.
 #[must_use]
 pub fn route_message(route: &Route) -> Message {
@@ -247,6 +257,27 @@ impl Rtnl {
     pub fn routes(&mut self) -> Result<Vec<Route>, NetlinkError> {
         let replies = self.socket.dump(&Message::new(RTM_GETROUTE, 0, &[0; HEADER]))?;
         Ok(replies.iter().filter_map(Route::parse).collect())
+    }
+
+    /// The route that a packet to `address` would take, as it stands in the table; `None` when there is none.
+    ///
+    /// # Errors
+    /// When the kernel refuses the question.
+    pub fn route_to(&mut self, address: IpAddr) -> Result<Option<Route>, NetlinkError> {
+        let mut header = [0; HEADER];
+        header[0] = family(address);
+        header[1] = if address.is_ipv4() { 32 } else { 128 };
+        header[8..12].copy_from_slice(&(RTM_F_LOOKUP_TABLE | RTM_F_FIB_MATCH).to_ne_bytes());
+        let mut message = Message::new(RTM_GETROUTE, 0, &header);
+        message.attr(RTA_DST, &octets(address).1);
+        match self.socket.ask(message) {
+            Ok(reply) => Ok(Route::parse(&reply)),
+            Err(error) => match error.errno() {
+                // No route, an unreachable one, or a forbidding one.
+                Some(Errno::ENETUNREACH | Errno::EHOSTUNREACH | Errno::EACCES) => Ok(None),
+                _ => Err(error),
+            },
+        }
     }
 
     /// Adds a route. Answers whether it is new.
