@@ -4,11 +4,16 @@
 //! [`queue`], looks at the tables of [`cluster`] that the [`informer`]s keep equal to the store, and writes through
 //! the same registry that serves the API. Nothing polls: without a change or a deadline no task runs.
 
+mod account;
 pub(crate) mod cluster;
 mod deployment;
 mod endpoints;
+mod event_ttl;
 mod expectations;
+mod garbage;
 mod informer;
+mod namespaces;
+mod nodes;
 mod ownership;
 pub(crate) mod pods;
 mod queue;
@@ -27,9 +32,16 @@ use serde_json::json;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use self::account::Accounts;
 use self::cluster::{Change, Cluster};
+use self::deployment::Deployments;
+use self::endpoints::ServiceEndpoints;
+use self::garbage::Garbage;
 use self::informer::{Informer, Informers};
+use self::namespaces::Namespaces;
+use self::nodes::{NodeCidrs, NodeLifecycle, PodCollection, Range};
 use self::recorder::EventWriter;
+use self::replicaset::ReplicaSets;
 use self::worker::{Controller, Observer, Worker};
 use crate::scheduler::Scheduler;
 use crate::{ApiError, Registry};
@@ -39,6 +51,8 @@ use crate::{ApiError, Registry};
 pub struct ControllersConfig {
     /// PEM of the CA that pods trust for the API server (`kube-root-ca.crt`). Empty: that ConfigMap is not made.
     pub root_ca_pem: String,
+    /// Ranges, one per address family, from which nodes without `spec.podCIDRs` get a part. Empty: none do.
+    pub node_ranges: Vec<String>,
 }
 
 /// The running controllers.
@@ -59,8 +73,10 @@ impl Tasks {
         self.tracker.spawn(work);
     }
 
-    fn run<C: Controller>(&self, worker: &Arc<Worker<C>>) {
-        self.spawn(worker.clone().run(self.cancel.clone()));
+    fn add<C: Controller>(&self, observers: &mut Vec<Arc<dyn Observer>>, controller: C) {
+        let worker = Worker::new(controller);
+        observers.push(worker.clone());
+        self.spawn(worker.run(self.cancel.clone()));
     }
 
     fn follow<T>(&self, informer: Informer<T>, revision: u64)
@@ -71,43 +87,48 @@ impl Tasks {
     }
 }
 
-/// Starts all controllers and the scheduler over `registry`. They end when `cancel` is cancelled.
+/// Starts all controllers and the scheduler over `registry`, on the runtime that this is called on. They end when
+/// `cancel` is cancelled.
 ///
 /// # Errors
-/// When the API server lacks a kind that a controller needs.
+/// When the API server lacks a kind that a controller needs, or a range cannot be read.
 pub fn start(
     registry: &Registry,
     config: ControllersConfig,
     cancel: CancellationToken,
 ) -> Result<Tasks, ApiError> {
-    let _ = config;
+    let ranges = config.node_ranges.iter().map(|text| text.parse::<Range>());
+    let ranges: Vec<Range> = ranges.collect::<Result<_, _>>().map_err(ApiError::bad_request)?;
     let tasks = Tasks { cancel, tracker: TaskTracker::new() };
     let cluster = Arc::new(Cluster::default());
     let events = EventWriter::new(registry)?;
     let recorder = |component| events.recorder(component);
 
     let scheduler = Scheduler::new(registry, &cluster, recorder("default-scheduler"))?;
-    let replica_sets = Worker::new(replicaset::ReplicaSets::new(
-        registry,
-        &cluster,
-        recorder("replicaset-controller"),
-    )?);
-    let deployments = Worker::new(deployment::Deployments::new(
-        registry,
-        &cluster,
-        recorder("deployment-controller"),
-    )?);
-    let endpoints = Worker::new(endpoints::ServiceEndpoints::new(registry, &cluster)?);
+    let sets = ReplicaSets::new(registry, &cluster, recorder("replicaset-controller"))?;
+    let rollouts = Deployments::new(registry, &cluster, recorder("deployment-controller"))?;
+    let lifecycle = NodeLifecycle::new(registry, &cluster, recorder("node-controller"))?;
+    let cidrs = NodeCidrs::new(registry, recorder("cidr-allocator"), ranges)?;
+    let collector = Worker::new(Garbage::new(registry));
 
     // The order is that of urgency: an observer is told before those behind it.
-    let observers: Vec<Arc<dyn Observer>> =
-        vec![scheduler.clone(), endpoints.clone(), replica_sets.clone(), deployments.clone()];
+    let mut observers: Vec<Arc<dyn Observer>> = vec![scheduler.clone()];
+    tasks.add(&mut observers, ServiceEndpoints::new(registry, &cluster)?);
+    tasks.add(&mut observers, sets);
+    tasks.add(&mut observers, rollouts);
+    tasks.add(&mut observers, Accounts::new(registry, &cluster, config.root_ca_pem)?);
+    tasks.add(&mut observers, Namespaces::new(registry, &cluster)?);
+    tasks.add(&mut observers, lifecycle);
+    tasks.add(&mut observers, cidrs);
+    tasks.add(&mut observers, PodCollection::new(registry, &cluster)?);
     watch(&tasks, registry, &cluster, observers)?;
 
     tasks.spawn(scheduler.run(tasks.cancel.clone()));
-    tasks.run(&replica_sets);
-    tasks.run(&deployments);
-    tasks.run(&endpoints);
+    for kind in garbage::kinds_to_follow() {
+        tasks.spawn(Garbage::follow(collector.clone(), kind, tasks.cancel.clone()));
+    }
+    tasks.spawn(collector.run(tasks.cancel.clone()));
+    tasks.spawn(event_ttl::run(registry.clone(), tasks.cancel.clone()));
     tasks.spawn(events.run(tasks.cancel.clone()));
     tasks.tracker.close();
     Ok(tasks)
@@ -148,6 +169,9 @@ fn watch(
         services: services, Service, |_| true;
         slices: endpoint_slices, EndpointSlice, endpoints::is_ours;
         endpoints: endpoints, Endpoints, endpoints::is_our_endpoints;
+        leases: leases, Lease, |object| &*object.namespace == "kube-node-lease";
+        accounts: accounts, ServiceAccount, |object| &*object.name == "default";
+        root_cas: root_cas, RootCa, account::is_root_ca;
     }
     Ok(())
 }

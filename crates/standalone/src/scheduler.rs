@@ -24,12 +24,11 @@ use futures_util::stream::FuturesUnordered;
 use k8s_openapi::api::core::v1::{Node, Pod, PodCondition};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
-use serde_json::json;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-pub(crate) use self::affinity::{tolerates, untolerated};
+pub(crate) use self::affinity::tolerates;
 use self::decide::{Decision, decide};
 use self::ledger::Ledger;
 use self::ledger::{has_ended, node_of};
@@ -38,7 +37,7 @@ use crate::controllers::cluster::{Change, Cluster, Delta, Key};
 use crate::controllers::pods::{condition, is_deleting};
 use crate::controllers::recorder::{Recorder, Tone};
 use crate::controllers::worker::Observer;
-use crate::{Api, ApiError, PatchType, Registry};
+use crate::{Api, ApiError, Registry};
 
 /// The name that pods ask for in `spec.schedulerName`.
 const NAME: &str = "default-scheduler";
@@ -47,6 +46,7 @@ const RETRY: Duration = Duration::from_millis(200);
 
 /// The scheduler's shell: state under a lock for the informers' quick calls, and one task that decides.
 pub(crate) struct Scheduler {
+    registry: Registry,
     cluster: Arc<Cluster>,
     pods: Api<Pod>,
     recorder: Recorder,
@@ -80,6 +80,7 @@ impl Scheduler {
         recorder: Recorder,
     ) -> Result<Arc<Self>, ApiError> {
         Ok(Arc::new(Self {
+            registry: registry.clone(),
             cluster: cluster.clone(),
             pods: registry.api()?,
             recorder,
@@ -191,7 +192,7 @@ impl Scheduler {
     }
 
     async fn bind(&self, key: &Key, pod: &Pod, node: &str) -> Result<(), ApiError> {
-        bind(&self.pods, key, pod, node).await?;
+        self.registry.bind(&key.namespace, &key.name, node).await?;
         let text = format!("Successfully assigned {key} to {node}");
         self.recorder.record::<Pod>(&pod.metadata, Tone::Normal, "Scheduled", &text);
         Ok(())
@@ -230,15 +231,6 @@ impl Scheduler {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// Binds a pod that is still the same and still without a node.
-async fn bind(pods: &Api<Pod>, key: &Key, pod: &Pod, node: &str) -> Result<(), ApiError> {
-    let patch = json!({
-        "metadata": {"uid": pod.metadata.uid},
-        "spec": {"nodeName": node},
-    });
-    pods.patch(&key.namespace, &key.name, PatchType::Merge, &patch).await.map(drop)
 }
 
 /// Whether the pod waits for this scheduler.

@@ -23,7 +23,7 @@ use serde_json::Value;
 use tokio::sync::{oneshot, watch as signal};
 
 pub use self::disk::StoreError;
-use self::state::State;
+pub(crate) use self::state::State;
 pub use self::watch::{Event, EventType, Watch};
 use self::writer::Writer;
 use crate::error::ApiError;

@@ -9,7 +9,9 @@ use std::sync::{Arc, PoisonError, RwLock};
 use k8s_openapi::Metadata;
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
 use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::{Endpoints, Namespace, Node, Pod, Service};
+use k8s_openapi::api::core::v1::{
+    ConfigMap, Endpoints, Namespace, Node, Pod, Service, ServiceAccount,
+};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
@@ -74,6 +76,9 @@ pub(crate) enum Change {
     Endpoints(Delta<Endpoints>),
     Namespace(Delta<Namespace>),
     Lease(Delta<Lease>),
+    ServiceAccount(Delta<ServiceAccount>),
+    /// A ConfigMap `kube-root-ca.crt`.
+    RootCa(Delta<ConfigMap>),
 }
 
 /// All tables.
@@ -87,7 +92,11 @@ pub(crate) struct Cluster {
     pub(crate) endpoint_slices: Table<EndpointSlice>,
     pub(crate) endpoints: Table<Endpoints>,
     pub(crate) namespaces: Table<Namespace>,
+    /// Those of nodes.
     pub(crate) leases: Table<Lease>,
+    /// Those called `default`.
+    pub(crate) accounts: Table<ServiceAccount>,
+    pub(crate) root_cas: Table<ConfigMap>,
 }
 
 /// The objects of one kind.

@@ -181,6 +181,7 @@ impl Deployments {
 
 impl Controller for Deployments {
     const NAME: &'static str = "deployment";
+    type Key = Key;
 
     fn affected(&self, change: &Change, add: &mut dyn FnMut(Key)) {
         match change {

@@ -166,6 +166,7 @@ impl ServiceEndpoints {
 
 impl Controller for ServiceEndpoints {
     const NAME: &'static str = "endpoints";
+    type Key = Key;
 
     fn affected(&self, change: &Change, add: &mut dyn FnMut(Key)) {
         match change {

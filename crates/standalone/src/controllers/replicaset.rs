@@ -12,7 +12,9 @@ use k8s_openapi::api::apps::v1::ReplicaSet;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::jiff::Timestamp;
 
-pub(crate) use self::plan::{Plan, batches, plan, pod_from_template, rank};
+#[cfg(test)]
+use self::plan::rank;
+pub(crate) use self::plan::{Plan, batches, plan, pod_from_template};
 pub(crate) use self::status::{Failure, status};
 use super::cluster::{Change, Cluster, Key};
 use super::expectations::Expectations;
@@ -165,6 +167,7 @@ impl ReplicaSets {
 
 impl Controller for ReplicaSets {
     const NAME: &'static str = "replicaset";
+    type Key = Key;
 
     fn affected(&self, change: &Change, add: &mut dyn FnMut(Key)) {
         match change {

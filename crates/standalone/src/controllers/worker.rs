@@ -1,6 +1,8 @@
 //! The shell that every controller shares: a queue of keys, and a task that works on them.
 
+use std::fmt::{Debug, Display};
 use std::future::Future;
+use std::hash::Hash;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -10,7 +12,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-use super::cluster::{Change, Key};
+use super::cluster::Change;
 use super::queue::{Next, Outcome, Queue};
 use crate::ApiError;
 
@@ -23,12 +25,14 @@ const WORTH_A_WARNING: u32 = 8;
 pub(crate) trait Controller: Send + Sync + 'static {
     /// Its name in logs.
     const NAME: &'static str;
+    /// What it is asked to look at.
+    type Key: Clone + Debug + Display + Eq + Hash + Ord + Send + Sync;
 
     /// Calls `add` with each key that the change concerns. Must be quick and must not wait.
-    fn affected(&self, change: &Change, add: &mut dyn FnMut(Key));
+    fn affected(&self, change: &Change, add: &mut dyn FnMut(Self::Key));
 
     /// Makes the state of `key` as it should be, or brings it a step closer.
-    fn reconcile(&self, key: &Key) -> impl Future<Output = Result<Outcome, ApiError>> + Send;
+    fn reconcile(&self, key: &Self::Key) -> impl Future<Output = Result<Outcome, ApiError>> + Send;
 }
 
 /// Whoever wants to hear of every change.
@@ -38,9 +42,9 @@ pub(crate) trait Observer: Send + Sync {
 }
 
 /// A controller with its queue.
-pub(crate) struct Worker<C> {
+pub(crate) struct Worker<C: Controller> {
     controller: C,
-    queue: Mutex<Queue<Key>>,
+    queue: Mutex<Queue<C::Key>>,
     wake: Notify,
 }
 
@@ -62,8 +66,13 @@ impl<C: Controller> Worker<C> {
         Arc::new(Self { controller, queue: Mutex::new(Queue::new()), wake: Notify::new() })
     }
 
+    /// What the worker works with.
+    pub(crate) fn controller(&self) -> &C {
+        &self.controller
+    }
+
     /// Asks for a look at `key`.
-    pub(crate) fn add(&self, key: Key) {
+    pub(crate) fn add(&self, key: C::Key) {
         self.lock().add(key);
         self.wake.notify_one();
     }
@@ -103,7 +112,7 @@ impl<C: Controller> Worker<C> {
         }
     }
 
-    async fn look_at(&self, key: Key) {
+    async fn look_at(&self, key: C::Key) {
         let result = self.controller.reconcile(&key).await;
         let outcome = match &result {
             Ok(outcome) => *outcome,
@@ -120,7 +129,7 @@ impl<C: Controller> Worker<C> {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Queue<Key>> {
+    fn lock(&self) -> MutexGuard<'_, Queue<C::Key>> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use k8s_openapi::api::core::v1::{Container, Pod, ResourceRequirements};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
+use crate::quantity;
+
 /// Amounts by resource name: `cpu` in milli-cores, everything else in whole units.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Amounts(pub(crate) BTreeMap<String, i64>);
@@ -94,62 +96,17 @@ fn requests(resources: &ResourceRequirements) -> Amounts {
 
 /// A quantity in thousandths, rounded up.
 fn milli(text: &str) -> Option<i64> {
-    scaled(text, 1_000)
+    rounded_up(text, 1_000_000)
 }
 
 /// A quantity in whole units, rounded up.
 fn whole(text: &str) -> Option<i64> {
-    scaled(text, 1)
+    rounded_up(text, 1_000_000_000)
 }
 
-/// `text` times `factor`, rounded up; `None` for text that is not a Kubernetes quantity.
-fn scaled(text: &str, factor: i128) -> Option<i64> {
-    const NANO: i128 = 1_000_000_000;
-    let end = text.find(|c: char| !matches!(c, '0'..='9' | '.' | '+' | '-')).unwrap_or(text.len());
-    let (number, suffix) = text.split_at(end);
-    let (sign, digits) = match number.strip_prefix('-') {
-        Some(rest) => (-1, rest),
-        None => (1, number.strip_prefix('+').unwrap_or(number)),
-    };
-    let (integer, fraction) = digits.split_once('.').unwrap_or((digits, ""));
-    if integer.is_empty() && fraction.is_empty() {
-        return None;
-    }
-    let integer: i128 = if integer.is_empty() { 0 } else { integer.parse().ok()? };
-    let nanos: String = fraction.chars().chain(std::iter::repeat('0')).take(9).collect();
-    let mut nanos = integer.checked_mul(NANO)?.checked_add(nanos.parse().ok()?)?;
-    let (multiply, divide) = suffix_ratio(suffix)?;
-    nanos = nanos.checked_mul(multiply)?.checked_mul(factor)?;
-    let divisor = NANO * divide;
-    let rounded_up = (nanos + divisor - 1) / divisor;
-    i64::try_from(sign * rounded_up).ok()
-}
-
-/// What a suffix multiplies and divides by.
-fn suffix_ratio(suffix: &str) -> Option<(i128, i128)> {
-    Some(match suffix {
-        "" => (1, 1),
-        "n" => (1, 1_000_000_000),
-        "u" => (1, 1_000_000),
-        "m" => (1, 1_000),
-        "k" => (1_000, 1),
-        "M" => (1_000_000, 1),
-        "G" => (1_000_000_000, 1),
-        "T" => (1_000_000_000_000, 1),
-        "P" => (1_000_000_000_000_000, 1),
-        "E" => (1_000_000_000_000_000_000, 1),
-        "Ki" => (1 << 10, 1),
-        "Mi" => (1 << 20, 1),
-        "Gi" => (1 << 30, 1),
-        "Ti" => (1 << 40, 1),
-        "Pi" => (1 << 50, 1),
-        "Ei" => (1 << 60, 1),
-        exponent => {
-            let power: i32 = exponent.strip_prefix(['e', 'E'])?.parse().ok()?;
-            let ten = 10_i128.checked_pow(power.unsigned_abs().min(18))?;
-            if power < 0 { (1, ten) } else { (ten, 1) }
-        }
-    })
+fn rounded_up(text: &str, nanos_per_unit: i128) -> Option<i64> {
+    let units = quantity::nano(text)?.checked_add(nanos_per_unit - 1)?.div_euclid(nanos_per_unit);
+    i64::try_from(units).ok()
 }
 
 #[cfg(test)]
