@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use futures_util::{StreamExt, TryStreamExt};
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Event, Pod};
 use kube::api::{Api, ListParams, WatchEvent, WatchParams};
 use kube::{Client, ResourceExt};
 use tokio::sync::mpsc;
@@ -74,9 +74,8 @@ impl PodWatch {
         let deadline = tokio::time::Instant::now() + limit;
         while let Some(first) = missing.first() {
             let Ok(seen) = tokio::time::timeout_at(deadline, self.seen.recv()).await else {
-                let status = self.api.get_opt(first).await?.and_then(|p| p.status);
-                let status = serde_json::to_string(&status)?;
-                bail!("pod {first} is not {what:?} after {limit:?}; its status: {status}");
+                let why = self.describe(first).await?;
+                bail!("pod {first} is not {what:?} after {limit:?}; {why}");
             };
             let seen = seen.context("the watch on pods has ended")?;
             if seen.what == what && missing.remove(seen.name.as_str()) {
@@ -84,6 +83,17 @@ impl PodWatch {
             }
         }
         Ok(moments)
+    }
+
+    /// What the API server knows about a pod, for an error.
+    async fn describe(&self, name: &str) -> Result<String> {
+        let status = self.api.get_opt(name).await?.and_then(|p| p.status);
+        let events: Api<Event> = Api::namespaced(self.api.clone().into_client(), NAMESPACE);
+        let events = events.list(&ListParams::default()).await?.items;
+        let of_pod = events.into_iter().filter(|e| e.involved_object.name.as_deref() == Some(name));
+        let messages: Vec<String> = of_pod.filter_map(|e| e.message).collect();
+        let status = serde_json::to_string(&status)?;
+        Ok(format!("its events: {}; its status: {status}", messages.join("; ")))
     }
 }
 
