@@ -12,7 +12,7 @@ use super::bell::Bell;
 use super::shared::Node;
 use super::source::{SourceKind, Update};
 use super::worker::{Desired, Worker};
-use super::{mirror, orphans, spec};
+use super::{mirror, orphans, spec, status};
 use crate::runtime::types::RuntimeEvent;
 
 /// The safety net below events: everything looks again this often.
@@ -120,7 +120,10 @@ impl Dispatcher {
         if let Some(handle) = self.workers.get(spec::uid(&pod)) {
             let mirror = self.mirrors.get(&spec::key(&pod)).cloned();
             handle.desired.send_if_modified(|desired| {
-                let same = desired.pod == pod && desired.mirror == mirror;
+                let carrier =
+                    |m: &Option<Arc<Pod>>| m.as_ref().and_then(|m| m.metadata.uid.clone());
+                let same =
+                    is_same(&desired.pod, &pod) && carrier(&desired.mirror) == carrier(&mirror);
                 (desired.pod, desired.mirror) = (pod, mirror);
                 !same
             });
@@ -261,4 +264,16 @@ impl Dispatcher {
         }
         self.mirrors_stale = failed;
     }
+}
+
+/// Whether two versions of a pod differ in nothing that a worker acts on. Our own status writes come back through the watch;
+/// waking for them would double the work of every start.
+fn is_same(old: &Pod, new: &Pod) -> bool {
+    let foreign = |pod: &Pod| {
+        let conditions = pod.status.as_ref().and_then(|s| s.conditions.clone()).unwrap_or_default();
+        status::foreign_conditions(conditions)
+    };
+    let mut meta = old.metadata.clone();
+    meta.resource_version.clone_from(&new.metadata.resource_version);
+    meta == new.metadata && old.spec == new.spec && foreign(old) == foreign(new)
 }

@@ -17,7 +17,7 @@ mod phase;
 #[cfg(test)]
 mod tests;
 
-pub use conditions::is_true as condition_is_true;
+pub use conditions::{foreign as foreign_conditions, is_true as condition_is_true};
 
 /// Everything that the status depends on.
 #[derive(Debug, Clone, Copy)]

@@ -53,6 +53,12 @@ pub(super) fn all(input: &StatusInput, status: &PodStatus) -> Vec<PodCondition> 
     conditions
 }
 
+/// Those of the conditions that are not ours.
+pub fn foreign(mut conditions: Vec<PodCondition>) -> Vec<PodCondition> {
+    conditions.retain(|condition| !OWNED.contains(&condition.type_.as_str()));
+    conditions
+}
+
 pub fn is_true(status: &PodStatus, kind: &str) -> bool {
     find(status, kind).is_some_and(|c| c.status == "True")
 }

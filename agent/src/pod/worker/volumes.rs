@@ -31,8 +31,8 @@ pub(super) struct VolumeState {
     /// An object has changed since the content was made.
     pub dirty: bool,
     pub failures: u32,
-    generation: Option<i64>,
-    resource_version: Option<String>,
+    /// What the pod was told of itself: changes when its labels or annotations do.
+    told: u64,
 }
 
 impl Worker {
@@ -74,8 +74,7 @@ impl Worker {
         self.volumes.mounted = Some(mounted);
         self.volumes.dirty = false;
         self.volumes.failures = 0;
-        self.volumes.resource_version = desired.pod.metadata.resource_version.clone();
-        self.volumes.generation = desired.pod.metadata.generation;
+        self.volumes.told = told(&desired.pod);
         Ok(())
     }
 
@@ -84,7 +83,7 @@ impl Worker {
         let now = Timestamp::now();
         let token_due = self.volumes.refresh_at.is_some_and(|at| at <= now);
         let has_volumes = spec::spec(&desired.pod).is_some_and(|s| s.volumes.is_some());
-        let pod_changed = self.volumes.resource_version != desired.pod.metadata.resource_version;
+        let pod_changed = self.volumes.told != told(&desired.pod);
         let adopted = self.volumes.mounted.is_none();
         if !has_volumes || !(adopted || self.volumes.dirty || token_due || pod_changed) {
             return;
@@ -170,6 +169,12 @@ impl Worker {
         self.subscribe(pod);
         self.fetch_objects(pod).await
     }
+}
+
+fn told(pod: &Pod) -> u64 {
+    let meta = &pod.metadata;
+    let text = |map: &Option<_>| serde_json::to_vec(map).unwrap_or_default();
+    spec::fnv1a(&[&text(&meta.labels), b"\0", &text(&meta.annotations)])
 }
 
 fn refresh_time(now: Timestamp, expires: Timestamp) -> Timestamp {
