@@ -12,7 +12,7 @@ use super::backoff::CrashBackoff;
 use super::bell::Bell;
 use super::container::field_path;
 use super::image::PullBackoff;
-use super::plan::{self, Hold, Holds, Plan, View, Waiting};
+use super::plan::{self, Action, Hold, Holds, Plan, View, Waiting};
 use super::prober::Prober;
 use super::shared::Node;
 use super::spec;
@@ -86,6 +86,10 @@ pub(super) struct Worker {
     volumes: volumes::VolumeState,
     kill: kill::KillState,
     finish: finish::FinishState,
+    /// What was seen and done last.
+    last_step: Option<(Option<ObservedPod>, Vec<Action>)>,
+    /// How often in a row that changed nothing.
+    fruitless: u32,
 }
 
 /// Something that failed and will be tried again: longer each time, up to a minute.
@@ -115,6 +119,8 @@ impl Worker {
             volumes: volumes::VolumeState::default(),
             kill: kill::KillState::default(),
             finish: finish::FinishState::default(),
+            last_step: None,
+            fruitless: 0,
         }
     }
 
@@ -166,7 +172,14 @@ impl Worker {
             self.refresh_volumes(&desired).await;
             return Next::Sleep(earliest([plan.wake_at, deadline, self.volumes.refresh_at]));
         }
+        let step = (self.observed.clone(), plan.actions.clone());
         self.perform(&desired, plan).await;
+        if self.last_step.as_ref() == Some(&step) {
+            // The same was done for the same reason and changed nothing: not again at once.
+            self.fruitless += 1;
+            return Next::Sleep(Some(retry_at(Timestamp::now(), self.fruitless)));
+        }
+        (self.last_step, self.fruitless) = (Some(step), 0);
         Next::Again
     }
 

@@ -195,6 +195,12 @@ async fn end_observed(
     let running = matches!(seen.state, ContainerState::Running { .. });
     let with_hook = running && first.contains(&seen.id);
     end_container(node, pod, container, &seen.id, ip, grace, with_hook).await;
+    // Made but never started (the agent was killed in between): it has no end that could be recorded, so it goes as a whole.
+    if seen.state == ContainerState::Created
+        && let Err(error) = node.runtime.remove_container(&seen.id).await
+    {
+        tracing::warn!(pod = spec::key(pod), container = container.name, %error, "Container not removed, will retry");
+    }
 }
 
 /// The preStop hook inside the grace period, then the stop signal, then SIGKILL.
