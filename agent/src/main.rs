@@ -1,5 +1,8 @@
 //! `keelson`: the node side of Kubernetes in one program.
 
+use std::io::Write;
+use std::process::ExitCode;
+
 use clap::{Parser, Subcommand};
 use keelson_agent::command;
 use tracing_subscriber::EnvFilter;
@@ -21,8 +24,18 @@ enum Command {
     Logd(command::logd::LogdArgs),
 }
 
-fn main() -> anyhow::Result<()> {
-    let cli = Cli::parse();
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // The one place where an error of the whole program ends: with its causes, for a person.
+            drop(writeln!(std::io::stderr(), "keelson: {error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
     // Whoever makes a TLS connection later finds the one provider that is compiled in.
     drop(rustls::crypto::ring::default_provider().install_default());
     match cli.command {

@@ -103,6 +103,7 @@ impl Runtime {
         let run_dir = &runtime.inner.options.run_dir;
         pause::install(run_dir)?;
         runtime.inner.logs.start()?;
+        lease::delete_unfinished(&runtime.inner.connection).await?;
         tokio::spawn(events::follow(Arc::downgrade(&runtime.inner)));
         Ok(runtime)
     }

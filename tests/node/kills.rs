@@ -2,10 +2,10 @@
 
 use std::fs;
 use std::process::Command;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use keelson_tests::leak;
-use keelson_tests::node::{BUSYBOX, Node, PATIENCE, read};
+use keelson_tests::node::{BUSYBOX, Node, read, until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -79,7 +79,7 @@ fn keelson_is_killed_at_random_moments_of_start_update_and_delete() {
         let pods = node.kubectl(&["get", "pods", "--no-headers"]).unwrap();
         if pods.is_empty() { Ok(()) } else { Err(pods) }
     });
-    until("no leaks", || leak::no_pods_left(&node).map_err(|e| format!("{e:#}")));
+    leak::no_pods_left(&node);
 }
 
 #[test]
@@ -122,18 +122,5 @@ fn a_killed_shim_costs_one_restart_of_its_pod_and_nothing_else() {
         if again { Ok(()) } else { Err(pods) }
     });
     node.kubectl(&["delete", "deployment", "app"]).unwrap();
-    until("no leaks", || leak::no_pods_left(&node).map_err(|e| format!("{e:#}")));
-}
-
-/// Asks until it holds; the last answer is in the failure.
-#[track_caller]
-fn until(what: &str, mut holds: impl FnMut() -> Result<(), String>) {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        match holds() {
-            Ok(()) => return,
-            Err(last) => assert!(Instant::now() < deadline, "{what}: {last}"),
-        }
-        std::thread::sleep(Duration::from_millis(200));
-    }
+    leak::no_pods_left(&node);
 }

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use anyhow::{Result, bail};
 
-use crate::node::{Node, read};
+use crate::node::{Node, read, until};
 
 /// Checks that no trace of the node called `name` is left on the machine.
 ///
@@ -27,11 +27,16 @@ pub fn nothing_left_of(name: &str) -> Result<()> {
     conclude(left)
 }
 
-/// Checks that a node which has no pods any more has nothing of pods any more.
+/// Checks that a node without pods comes to have nothing of pods any more: with grace period 0 the object goes first.
 ///
-/// # Errors
-/// A list of what is left.
-pub fn no_pods_left(node: &Node) -> Result<()> {
+/// # Panics
+/// With a list of what is left.
+#[track_caller]
+pub fn no_pods_left(node: &Node) {
+    until("no leaks", || left_of_pods(node).map_err(|e| format!("{e:#}")));
+}
+
+fn left_of_pods(node: &Node) -> Result<()> {
     let mut left = Vec::new();
     for what in [["containers", "list", "-q"], ["leases", "list", "-q"], ["tasks", "list", "-q"]] {
         let mut ctr = Command::new("ctr");

@@ -311,3 +311,19 @@ pub fn read(command: &mut Command) -> Result<String> {
     }
     Ok(stdout)
 }
+
+/// Asks until it holds: for what has no watch.
+///
+/// # Panics
+/// With the last answer, when it does not come true.
+#[track_caller]
+pub fn until(what: &str, mut holds: impl FnMut() -> Result<(), String>) {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match holds() {
+            Ok(()) => return,
+            Err(last) => assert!(Instant::now() < deadline, "{what}: {last}"),
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}

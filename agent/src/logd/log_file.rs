@@ -55,13 +55,9 @@ impl LogFile {
     }
 
     fn rotate(&mut self) -> io::Result<()> {
-        let stamp = Timestamp::now().strftime("%Y%m%d-%H%M%S");
-        let mut rotated = with_suffix(&self.spec.path, &stamp.to_string());
-        let mut count = 0;
-        while rotated.exists() {
-            count += 1;
-            rotated = with_suffix(&self.spec.path, &format!("{stamp}.{count}"));
-        }
+        // To the nanosecond, so that the names of one second sort by time, too.
+        let stamp = Timestamp::now().strftime("%Y%m%d-%H%M%S.%9f");
+        let rotated = with_suffix(&self.spec.path, &stamp.to_string());
         fs::rename(&self.spec.path, &rotated)?;
         self.file = None;
         self.size = 0;

@@ -1,6 +1,6 @@
 //! Leases: what is created under one is not collected before it is deleted.
 
-use containerd_client::services::v1::{CreateRequest, DeleteRequest};
+use containerd_client::services::v1::{CreateRequest, DeleteRequest, ListRequest};
 
 use super::RuntimeError;
 use super::connection::Connection;
@@ -21,4 +21,18 @@ pub(crate) async fn create(connection: &Connection, purpose: &str) -> Result<Str
 /// Ends a lease. One that stays expires.
 pub(crate) async fn delete(connection: &Connection, id: &str) {
     drop(connection.leases().delete(DeleteRequest { id: id.to_owned(), sync: false }).await);
+}
+
+/// Ends the leases of container creations that an earlier agent did not finish; what they held is collected.
+///
+/// # Errors
+/// When containerd does not answer.
+pub(crate) async fn delete_unfinished(connection: &Connection) -> Result<(), RuntimeError> {
+    let reply = connection.leases().list(ListRequest::default()).await;
+    let leases = reply.map_err(RuntimeError::call("list", "leases"))?.into_inner().leases;
+    for lease in leases.iter().filter(|lease| lease.id.starts_with("keelson-container-")) {
+        // Waits for the collection: afterwards there is nothing of the unfinished ones.
+        drop(connection.leases().delete(DeleteRequest { id: lease.id.clone(), sync: true }).await);
+    }
+    Ok(())
 }

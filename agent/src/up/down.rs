@@ -31,7 +31,10 @@ pub fn run(layout: &Layout) -> Result<()> {
     let folders = [layout.run_dir.as_path(), layout.state_dir.as_path()];
     process::end_all(&process::with_argument_below(&folders), Signal::SIGTERM, Duration::from_secs(5));
     for mount in mounts_below(&folders)? {
-        if let Err(error) = umount2(&mount, MntFlags::MNT_DETACH) {
+        // One that went with the mount below it, or with its last process, is what we want.
+        if let Err(error) = umount2(&mount, MntFlags::MNT_DETACH)
+            && error != nix::errno::Errno::EINVAL
+        {
             left.push(format!("mount {}: {error}", mount.display()));
         }
     }

@@ -4,6 +4,7 @@ mod body;
 mod discovery;
 mod kubelet;
 mod openapi;
+mod protobuf;
 mod rest;
 mod review;
 mod route;

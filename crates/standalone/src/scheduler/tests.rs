@@ -129,6 +129,8 @@ fn heartbeats_are_not_worth_a_decision() {
     let quiet = node("a", &json!({}));
     let beat = node("a", &json!({"status": {"conditions": [{"type": "Ready", "status": "True", "lastHeartbeatTime": "2026-01-01T00:00:00Z"}]}}));
     assert!(scheduling_facts(&quiet) == scheduling_facts(&beat));
-    assert!(scheduling_facts(&quiet) != scheduling_facts(&node("a", &json!({"spec": {"unschedulable": true}}))));
-    assert!(scheduling_facts(&quiet) != scheduling_facts(&node("a", &json!({"status": {"conditions": []}}))));
+    let cordoned = node("a", &json!({"spec": {"unschedulable": true}}));
+    assert!(scheduling_facts(&quiet) != scheduling_facts(&cordoned));
+    let unready = node("a", &json!({"status": {"conditions": []}}));
+    assert!(scheduling_facts(&quiet) != scheduling_facts(&unready));
 }

@@ -46,11 +46,13 @@ pub(super) fn parse(media: &str, bytes: &[u8]) -> Result<Value, ApiError> {
             serde_saphyr::from_str(text)
                 .map_err(|e| ApiError::bad_request(format!("error parsing YAML: {e}")))
         }
-        "application/vnd.kubernetes.protobuf" => Err(ApiError::new(
-            415,
-            "UnsupportedMediaType",
-            "the body of the request was in an unknown format - accepted media types include: application/json, application/yaml",
-        )),
+        "application/vnd.kubernetes.protobuf" => super::protobuf::to_json(bytes).map_err(|why| {
+            let text = format!(
+                "the body of the request was in an unknown format ({why}) - accepted media types include: \
+                 application/json, application/yaml"
+            );
+            ApiError::new(415, "UnsupportedMediaType", text)
+        }),
         _ => serde_json::from_slice(bytes).map_err(|e| {
             ApiError::bad_request(format!("couldn't get version/kind; json parse error: {e}"))
         }),
