@@ -179,18 +179,19 @@ impl ImageStore {
         manifest: &Descriptor,
         repo_digest: Option<&str>,
     ) -> Result<ImageRef, RuntimeError> {
-        let image = unpack::unpack(&self.connection, manifest).await?;
+        let mut image = unpack::unpack(&self.connection, manifest).await?;
         let mut all = names.to_vec();
         all.extend(repo_digest.map(str::to_owned));
         all.push(image.id.clone());
         for name in &all {
             self.name(name, manifest).await?;
         }
+        image.repo_digest = repo_digest.unwrap_or(&image.id).to_owned();
+        let reference = image.reference();
         if let Ok(mut configs) = self.configs.lock() {
-            configs.remove(&image.id);
+            configs.insert(image.id.clone(), Arc::new(image));
         }
-        let repo_digest = repo_digest.unwrap_or(&image.id).to_owned();
-        Ok(ImageRef { id: image.id, repo_digest })
+        Ok(reference)
     }
 
     async fn name(&self, name: &str, target: &Descriptor) -> Result<(), RuntimeError> {

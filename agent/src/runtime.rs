@@ -27,7 +27,7 @@ use std::time::Duration;
 
 use containerd_client::services::v1::snapshots::MountsRequest;
 use containerd_client::types::Mount;
-use tokio::sync::{Semaphore, broadcast};
+use tokio::sync::{Notify, Semaphore, broadcast};
 
 pub use error::RuntimeError;
 pub use exec::{ExecRequest, ExecSession, TerminalSize};
@@ -78,7 +78,7 @@ pub struct Runtime {
     inner: Arc<Inner>,
 }
 
-struct Inner {
+pub(crate) struct Inner {
     options: RuntimeOptions,
     connection: Connection,
     events: broadcast::Sender<RuntimeEvent>,
@@ -104,6 +104,7 @@ impl Runtime {
         pause::install(run_dir)?;
         runtime.inner.logs.start()?;
         lease::delete_unfinished(&runtime.inner.connection).await?;
+        sandbox::sweep(&runtime.inner).await?;
         tokio::spawn(events::follow(Arc::downgrade(&runtime.inner)));
         Ok(runtime)
     }
@@ -274,16 +275,33 @@ impl Runtime {
 
 /// Ids of tasks in the making: they are neither lost nor not yet started.
 #[derive(Default)]
-struct Starting(Mutex<HashSet<String>>);
+struct Starting {
+    ids: Mutex<HashSet<String>>,
+    one_less: Notify,
+}
 
 impl Starting {
     fn contains(&self, id: &str) -> bool {
-        self.0.lock().is_ok_and(|ids| ids.contains(id))
+        self.ids.lock().is_ok_and(|ids| ids.contains(id))
+    }
+
+    /// Returns when the task of `id` is not in the making (any more): what shall end it must not come before it.
+    async fn finished(&self, id: &str) {
+        loop {
+            let changed = self.one_less.notified();
+            tokio::pin!(changed);
+            // From here on no notification is missed.
+            changed.as_mut().enable();
+            if !self.contains(id) {
+                return;
+            }
+            changed.await;
+        }
     }
 
     /// Counts `id` in until the value is dropped, also when the caller is cancelled.
     fn enter<'a>(&'a self, id: &str) -> StartingGuard<'a> {
-        if let Ok(mut ids) = self.0.lock() {
+        if let Ok(mut ids) = self.ids.lock() {
             ids.insert(id.to_owned());
         }
         StartingGuard { starting: self, id: id.to_owned() }
@@ -297,9 +315,10 @@ struct StartingGuard<'a> {
 
 impl Drop for StartingGuard<'_> {
     fn drop(&mut self) {
-        if let Ok(mut ids) = self.starting.0.lock() {
+        if let Ok(mut ids) = self.starting.ids.lock() {
             ids.remove(&self.id);
         }
+        self.starting.one_less.notify_waiters();
     }
 }
 

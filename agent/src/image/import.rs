@@ -71,7 +71,7 @@ async fn adopt(store: &ImageStore, entry: &BlobRef) -> Result<Vec<String>, Runti
         Some(_) => entry.descriptor(),
         None => select_platform(&document.manifests, &name)?.descriptor(),
     };
-    store.adopt(&[name.clone()], &manifest, None).await?;
+    store.adopt(std::slice::from_ref(&name), &manifest, None).await?;
     Ok(vec![name])
 }
 

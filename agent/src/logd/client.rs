@@ -15,7 +15,7 @@ use super::{LogSpec, Order, folder, socket};
 use crate::runtime::RuntimeError;
 
 /// After a container's end its pipes are empty at once, unless a process that it left behind still holds them.
-const DRAIN_LIMIT: Duration = Duration::from_secs(2);
+const DRAIN_LIMIT: Duration = Duration::from_secs(1);
 
 /// The way to the log writer of a node, which is started when it is not there.
 #[derive(Debug, Clone)]
@@ -71,8 +71,17 @@ impl Client {
         .await
     }
 
-    /// Waits until everything that container `id` printed is in its log, and removes its pipes.
+    /// Waits until everything that container `id` printed is in its log.
+    pub(crate) async fn drain(&self, id: &str) {
+        self.finish(id, false).await;
+    }
+
+    /// As [`Client::drain`], and removes the pipes.
     pub(crate) async fn close(&self, id: &str) {
+        self.finish(id, true).await;
+    }
+
+    async fn finish(&self, id: &str, remove: bool) {
         let (client, id) = (self.clone(), id.to_owned());
         let result = crate::runtime::blocking(move || {
             let folder = folder(&client.run_dir, &id);
@@ -80,7 +89,10 @@ impl Client {
                 return Ok(());
             }
             client.order(&Order::Drain(id), Some(DRAIN_LIMIT))?;
-            fs::remove_dir_all(&folder).map_err(RuntimeError::system("remove", &folder))
+            match remove {
+                true => fs::remove_dir_all(&folder).map_err(RuntimeError::system("remove", &folder)),
+                false => Ok(()),
+            }
         })
         .await;
         if let Err(error) = result {

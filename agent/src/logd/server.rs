@@ -14,7 +14,7 @@ use tokio::net::unix::pipe;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
-use tokio::task::{JoinHandle, LocalSet, spawn_local};
+use tokio::task::{LocalSet, spawn_local};
 
 use super::format::LineCutter;
 use super::log_file::LogFile;
@@ -112,7 +112,8 @@ fn read_container(run_dir: &Path, id: &str, open: &Open) -> io::Result<()> {
     let (left, streams) = watch::channel(pipes.len());
     let left = Rc::new(left);
     for (stream, pipe) in pipes {
-        let _: JoinHandle<()> = spawn_local(copy(stream, pipe, Rc::clone(&log), Rc::clone(&left)));
+        // It ends with its stream; `left` tells.
+        drop(spawn_local(copy(stream, pipe, Rc::clone(&log), Rc::clone(&left))));
     }
     open.borrow_mut().insert(id.to_owned(), Container { streams });
     Ok(())

@@ -10,7 +10,7 @@ use containerd_client::services::v1::{
     Container, CreateContainerRequest, CreateTaskRequest, DeleteContainerRequest, DeleteTaskRequest,
     GetContainerRequest, GetRequest, KillRequest, StartRequest, WaitRequest,
 };
-use containerd_client::types::v1::Status as TaskStatus;
+use containerd_client::types::v1::{Process, Status as TaskStatus};
 use jiff::Timestamp;
 use sha2::{Digest, Sha256};
 use tonic::{Code, Status};
@@ -150,6 +150,7 @@ pub(crate) async fn stop(inner: &Arc<Inner>, id: &str, grace: Duration) -> Resul
         Err(RuntimeError::NotFound { .. }) => return Ok(()),
         other => other?,
     };
+    inner.starting.finished(id).await;
     let signal = user::signal_number(&record.stop_signal);
     if !grace.is_zero() {
         send(inner, id, signal).await?;
@@ -166,6 +167,13 @@ pub(crate) async fn stop(inner: &Arc<Inner>, id: &str, grace: Duration) -> Resul
 
 /// Sends `signal` and reaps when the process has ended.
 pub(crate) async fn end_task(inner: &Arc<Inner>, id: &str, signal: u32) -> Result<(), RuntimeError> {
+    inner.starting.finished(id).await;
+    match task_of(inner, id).await?.map(|task| task.status()) {
+        None => return Ok(()),
+        // Never started: there is nothing to wait for, and deleting it ends what is there of it.
+        Some(TaskStatus::Created | TaskStatus::Stopped) => return reap(inner, id).await,
+        Some(_) => {}
+    }
     send(inner, id, signal).await?;
     let wait = WaitRequest { container_id: id.to_owned(), ..WaitRequest::default() };
     gone_is_fine(inner.connection.tasks().wait(wait).await.map(tonic::Response::into_inner))
@@ -183,24 +191,43 @@ async fn send(inner: &Inner, id: &str, signal: u32) -> Result<(), RuntimeError> 
     }
 }
 
-/// Brings an ended task's exit to the disk and then lets containerd forget the task. A running one, or none, is left.
-pub(crate) async fn reap(inner: &Arc<Inner>, id: &str) -> Result<(), RuntimeError> {
+/// The container's task, if it has one.
+async fn task_of(inner: &Inner, id: &str) -> Result<Option<Process>, RuntimeError> {
     let request = GetRequest { container_id: id.to_owned(), ..GetRequest::default() };
-    let process = match inner.connection.tasks().get(request).await {
-        Ok(reply) => reply.into_inner().process.unwrap_or_default(),
-        Err(status) if status.code() == Code::NotFound => return Ok(()),
-        Err(status) => return Err(RuntimeError::call("look up", id)(status)),
-    };
-    if process.status() != TaskStatus::Stopped {
-        return Ok(());
+    match inner.connection.tasks().get(request).await {
+        Ok(reply) => Ok(Some(reply.into_inner().process.unwrap_or_default())),
+        Err(status) if status.code() == Code::NotFound => Ok(None),
+        Err(status) => Err(RuntimeError::call("look up", id)(status)),
     }
-    if exit_record::read(&inner.options.root_dir, id).is_none() {
+}
+
+/// Brings an ended task's exit to the disk and then lets containerd forget the task.
+pub(crate) async fn reap(inner: &Arc<Inner>, id: &str) -> Result<(), RuntimeError> {
+    record_end(inner, id).await?;
+    forget_task(inner, id).await
+}
+
+/// Brings an ended task's output into its log and its exit to the disk. A running task, or none, is left alone.
+pub(crate) async fn record_end(inner: &Arc<Inner>, id: &str) -> Result<(), RuntimeError> {
+    let Some(process) = task_of(inner, id).await? else { return Ok(()) };
+    if process.status() == TaskStatus::Stopped && exit_record::read(&inner.options.root_dir, id).is_none() {
+        inner.logs.drain(id).await;
         let exit = exit_of(inner, id, process.exit_status, process.exited_at).await;
         exit_record::write(&inner.options.root_dir, id, &exit)?;
     }
+    Ok(())
+}
+
+/// Lets containerd forget a task that does not run.
+pub(crate) async fn forget_task(inner: &Arc<Inner>, id: &str) -> Result<(), RuntimeError> {
     let delete = DeleteTaskRequest { container_id: id.to_owned() };
-    gone_is_fine(inner.connection.tasks().delete(delete).await.map(tonic::Response::into_inner))
-        .map_err(RuntimeError::call("delete the task of", id))?;
+    match inner.connection.tasks().delete(delete).await {
+        Ok(_) => {}
+        Err(status) if status.code() == Code::NotFound => {}
+        // The shim went with its last task; containerd notices by itself.
+        Err(status) if status.message().contains("ttrpc: closed") => {}
+        Err(status) => return Err(RuntimeError::call("delete the task of", id)(status)),
+    }
     inner.logs.close(id).await;
     Ok(())
 }

@@ -48,41 +48,54 @@ pub(crate) async fn follow(runtime: Weak<Inner>) {
 
 async fn dispatch(inner: &Arc<Inner>, pods: &mut HashMap<String, String>, envelope: &Envelope) {
     let Some(any) = &envelope.event else { return };
-    let id = match envelope.topic.as_str() {
+    match envelope.topic.as_str() {
         "/tasks/exit" => match TaskExit::decode(any.value.as_slice()) {
             // An exec's process ends under another id.
             Ok(exit) if exit.id == exit.container_id => {
-                if let Err(error) = container::reap(inner, &exit.container_id).await {
-                    tracing::warn!(container = exit.container_id, %error, "An ended container is not cleaned up yet");
-                }
-                exit.container_id
+                let uid = pod_of(inner, pods, &exit.container_id).await;
+                // Not in the way of the next event: the output has to be written and a runc be run.
+                tokio::spawn(ended(Arc::clone(inner), exit.container_id, uid));
             }
-            _ => return,
+            _ => {}
         },
-        "/tasks/start" => match TaskStart::decode(any.value.as_slice()) {
-            Ok(start) => start.container_id,
-            Err(_) => return,
-        },
-        _ => match ContainerDelete::decode(any.value.as_slice()) {
-            Ok(delete) => {
-                if let Some(uid) = pods.remove(&delete.id) {
-                    drop(inner.events.send(RuntimeEvent::Pod { uid }));
-                }
-                return;
+        "/tasks/start" => {
+            if let Ok(start) = TaskStart::decode(any.value.as_slice()) {
+                tell(inner, pod_of(inner, pods, &start.container_id).await);
             }
-            Err(_) => return,
-        },
+        }
+        _ => {
+            if let Ok(delete) = ContainerDelete::decode(any.value.as_slice()) {
+                tell(inner, pods.remove(&delete.id));
+            }
+        }
+    }
+}
+
+/// The pod is told as soon as the exit is on the disk; that containerd forgets the task need not be waited for.
+async fn ended(inner: Arc<Inner>, id: String, uid: Option<String>) {
+    let recorded = container::record_end(&inner, &id).await;
+    tell(&inner, uid);
+    let result = match recorded {
+        Ok(()) => container::forget_task(&inner, &id).await,
+        Err(error) => Err(error),
     };
-    let uid = match pods.get(&id) {
-        Some(uid) => uid.clone(),
-        None => match observe::pod_of(inner, &id).await {
-            Some(uid) => {
-                pods.insert(id, uid.clone());
-                uid
-            }
-            None => return,
-        },
-    };
-    // Nobody listening is not an error.
-    drop(inner.events.send(RuntimeEvent::Pod { uid }));
+    if let Err(error) = result {
+        tracing::warn!(container = id, %error, "An ended container is not cleaned up yet");
+    }
+}
+
+fn tell(inner: &Inner, uid: Option<String>) {
+    if let Some(uid) = uid {
+        // Nobody listening is not an error.
+        drop(inner.events.send(RuntimeEvent::Pod { uid }));
+    }
+}
+
+async fn pod_of(inner: &Arc<Inner>, pods: &mut HashMap<String, String>, id: &str) -> Option<String> {
+    if let Some(uid) = pods.get(id) {
+        return Some(uid.clone());
+    }
+    let uid = observe::pod_of(inner, id).await?;
+    pods.insert(id.to_owned(), uid.clone());
+    Some(uid)
 }

@@ -129,9 +129,13 @@ async fn state_of(
     record: &ContainerRecord,
     task: Option<Process>,
 ) -> Result<ContainerState, RuntimeError> {
+    // Whatever containerd still has of it: what is on the disk has happened.
+    if let Some(exit) = exit_record::read(&inner.options.root_dir, id) {
+        return Ok(ContainerState::Exited(exit));
+    }
     let started_at = container::started_at(inner, id);
     match task {
-        Some(task) if task.status() == TaskStatus::Stopped => container::reap(inner, id).await?,
+        Some(task) if task.status() == TaskStatus::Stopped => container::record_end(inner, id).await?,
         Some(task) if task.status() == TaskStatus::Created => return Ok(ContainerState::Created),
         Some(task) => {
             let started_at = started_at.unwrap_or_else(Timestamp::now);

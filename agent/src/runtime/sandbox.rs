@@ -16,7 +16,7 @@ use containerd_client::services::v1::{
 use jiff::Timestamp;
 use keelson_cni::conflist::Conflist;
 use keelson_cni::invoke::{Attachment, Invoker};
-use keelson_netlink::netns::{self, Kind};
+use keelson_netlink::netns::{self, Kind, Netns};
 use keelson_netlink::route::Rtnl;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
@@ -284,7 +284,8 @@ async fn take_down(inner: &Arc<Inner>, id: &str, record: Option<SandboxRecord>) 
         let has_network = record.as_ref().is_none_or(|r| !r.host_network);
         if has_network {
             let pod = record.as_ref().map_or_else(|| id.clone(), |r| r.pod.uid.clone());
-            let netns = Some(dir.namespace("net")).filter(|path| path.exists());
+            // A crash can leave the file without the namespace on it.
+            let netns = Some(dir.namespace("net")).filter(|path| Netns::open(path).is_ok());
             let attachment = Attachment {
                 container_id: id.clone(),
                 netns,
@@ -310,7 +311,7 @@ fn release(dir: &SandboxDir) -> Result<(), RuntimeError> {
         netns::delete(&pin).map_err(|e| RuntimeError::invalid(chain(&e)))?;
     }
     // Not mounted is as good as unmounted.
-    drop(umount2(&dir.shm(), MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW));
+    umount2(&dir.shm(), MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).ok();
     Ok(())
 }
 
@@ -327,6 +328,26 @@ pub(crate) async fn remove(inner: &Arc<Inner>, id: &str) -> Result<(), RuntimeEr
         }
         _ => Ok(()),
     }
+}
+
+/// Takes down what is left of sandboxes that an earlier agent began and containerd never heard of.
+pub(crate) async fn sweep(inner: &Arc<Inner>) -> Result<(), RuntimeError> {
+    let folder = inner.options.run_dir.join("sandboxes");
+    for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
+        let id = entry.file_name().to_string_lossy().into_owned();
+        if record(inner, &id).await?.is_some() {
+            continue;
+        }
+        tracing::info!(sandbox = id, "Removing what is left of an unfinished sandbox");
+        if let Err(error) = take_down(inner, &id, None).await {
+            // Also one of the host's network, which has nothing to take down, ends here without a configuration.
+            tracing::warn!(sandbox = id, %error, "An unfinished sandbox was not taken down wholly");
+            release(&SandboxDir::of(inner, &id))?;
+        }
+        let path = entry.path();
+        fs::remove_dir_all(&path).map_err(RuntimeError::system("remove", &path))?;
+    }
+    Ok(())
 }
 
 /// After a failure: as if it had never been tried.

@@ -116,7 +116,7 @@ fn remove_netns(pin: &Path, left: &mut Vec<String>) {
         return;
     }
     // Not a mount any more is as good as unmounted.
-    let _ = umount2(pin, MntFlags::MNT_DETACH);
+    umount2(pin, MntFlags::MNT_DETACH).ok();
     if let Err(error) = fs::remove_file(pin) {
         left.push(format!("network namespace {}: {error}", pin.display()));
     }

@@ -32,11 +32,11 @@ pub(crate) fn end_all(pids: &[i32], first: Signal, patience: Duration) {
     let deadline = Instant::now() + patience;
     for (pid, _) in &watched {
         // Gone already is what we want.
-        let _ = kill(Pid::from_raw(*pid), first);
+        kill(Pid::from_raw(*pid), first).ok();
     }
     for (pid, fd) in &watched {
         if !ends_before(fd, deadline) {
-            let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
+            kill(Pid::from_raw(*pid), Signal::SIGKILL).ok();
             ends_before(fd, Instant::now() + Duration::from_secs(5));
         }
     }

@@ -176,15 +176,17 @@ fn agent_config(
     pull_netns: Option<PathBuf>,
     containerd: PathBuf,
 ) -> AgentConfig {
-    let mut agent = AgentConfig::default();
-    agent.node_name = node_name.to_owned();
-    agent.node_ips = addresses.to_vec();
-    agent.kubeconfig = Some(layout.kubeconfig("node"));
-    agent.root_dir.clone_from(&layout.state_dir);
-    agent.run_dir.clone_from(&layout.run_dir);
-    agent.cert_dir = Some(layout.state_dir.join("kubelet-pki"));
-    agent.pod_logs_dir = layout.pod_logs_dir();
-    agent.static_pod_path = Some(layout.manifest_dir());
+    let mut agent = AgentConfig {
+        node_name: node_name.to_owned(),
+        node_ips: addresses.to_vec(),
+        kubeconfig: Some(layout.kubeconfig("node")),
+        root_dir: layout.state_dir.clone(),
+        run_dir: layout.run_dir.clone(),
+        cert_dir: Some(layout.state_dir.join("kubelet-pki")),
+        pod_logs_dir: layout.pod_logs_dir(),
+        static_pod_path: Some(layout.manifest_dir()),
+        ..AgentConfig::default()
+    };
     agent.runtime.socket = containerd;
     agent.runtime.cni_conf_dir = layout.cni_conf_dir();
     agent.runtime.cgroup_root = layout.cgroup_root();

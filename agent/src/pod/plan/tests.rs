@@ -150,13 +150,13 @@ fn render(plan: &Plan) -> String {
                 format!("start {kind} {name}{attempt}")
             }
         };
-        let _ = write!(out, "{}{text}", if out.is_empty() { "" } else { "; " });
+        write!(out, "{}{text}", if out.is_empty() { "" } else { "; " }).unwrap();
     }
     for (name, waiting) in &plan.waiting {
-        let _ = write!(out, " [{name}: {}]", waiting.reason);
+        write!(out, " [{name}: {}]", waiting.reason).unwrap();
     }
     if let Some(at_time) = plan.wake_at {
-        let _ = write!(out, " wake@{}", at_time.duration_since(at(0)).as_secs());
+        write!(out, " wake@{}", at_time.duration_since(at(0)).as_secs()).unwrap();
     }
     if plan.finished {
         out.push_str(" finished");
