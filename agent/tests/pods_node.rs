@@ -16,6 +16,7 @@ use keelson_agent::config::CgroupDriver;
 use keelson_agent::events::EventRecorder;
 use keelson_agent::pod::{self, PodRegistry, Pods, PodsConfig};
 use keelson_agent::runtime::{Runtime, RuntimeOptions};
+use keelson_tests::image;
 use kube::api::{Api, DeleteParams, PostParams, WatchEvent, WatchParams};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
@@ -23,8 +24,6 @@ use tokio_util::sync::CancellationToken;
 const IMAGE: &str = "localhost/test/busybox:1";
 const PATIENCE: Duration = Duration::from_secs(60);
 
-#[path = "../../tests/src/image.rs"]
-mod image;
 
 /// What one node of the test owns; dropping it removes everything.
 struct Lab {

@@ -88,7 +88,6 @@ async fn each_kubectl(test: impl AsyncFn(&Node, &Kubectl)) {
 }
 
 #[tokio::test]
-#[ignore = "needs kubectl"]
 async fn exec_carries_streams_and_exit_codes() {
     each_kubectl(async |_, kubectl| {
         kubectl
@@ -108,7 +107,6 @@ async fn exec_carries_streams_and_exit_codes() {
 }
 
 #[tokio::test]
-#[ignore = "needs kubectl"]
 async fn exec_loses_nothing_of_much_data() {
     each_kubectl(async |_, kubectl| {
         let data: Vec<u8> = (0..8 << 20).map(|i: u32| (i % 251) as u8).collect();
@@ -122,7 +120,6 @@ async fn exec_loses_nothing_of_much_data() {
 }
 
 #[tokio::test]
-#[ignore = "needs kubectl"]
 async fn a_child_that_keeps_the_output_open_does_not_hold_exec_up() {
     each_kubectl(async |_, kubectl| {
         let command = ["exec", "web", "-c", "main", "--", "sh", "-c", "sleep 20 & echo done"];
@@ -132,7 +129,6 @@ async fn a_child_that_keeps_the_output_open_does_not_hold_exec_up() {
 }
 
 #[tokio::test]
-#[ignore = "needs kubectl"]
 async fn attach_talks_to_the_first_process() {
     each_kubectl(async |_, kubectl| {
         let mut child = kubectl.spawn(&["attach", "-i", "web", "-c", "main"]);
@@ -148,7 +144,6 @@ async fn attach_talks_to_the_first_process() {
 }
 
 #[tokio::test]
-#[ignore = "needs kubectl"]
 async fn logs_follow_until_the_container_ends() {
     each_kubectl(async |node, kubectl| {
         node.log("one");
@@ -172,7 +167,6 @@ async fn logs_follow_until_the_container_ends() {
 }
 
 #[tokio::test]
-#[ignore = "needs kubectl"]
 async fn why_there_are_no_logs() {
     each_kubectl(async |_, kubectl| {
         let text = "container \"slow\" in pod \"web\" is waiting to start: ContainerCreating";
@@ -184,7 +178,6 @@ async fn why_there_are_no_logs() {
 }
 
 #[tokio::test]
-#[ignore = "needs kubectl"]
 async fn port_forward_reaches_a_port_of_the_pod() {
     each_kubectl(async |_, kubectl| {
         let echo = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();

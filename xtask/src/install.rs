@@ -1,10 +1,11 @@
 //! Installs what a task needs and the machine lacks, from Debian.
 
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use crate::shell;
+use crate::{build, shell};
 
 /// A program that a task calls, and the Debian package that has it.
 #[derive(Debug, Clone, Copy)]
@@ -75,4 +76,24 @@ fn install(needs: &[Need]) -> Result<()> {
         }
         None => Ok(()),
     }
+}
+
+/// Debian's kubectl, the oldest that keelson supports, beside whichever the machine has.
+pub(crate) fn debian_kubectl() -> Result<PathBuf> {
+    let folder = build::target_dir().join("debian-kubectl");
+    let program = folder.join("usr/bin/kubectl");
+    if program.is_file() {
+        return Ok(program);
+    }
+    std::fs::create_dir_all(&folder)?;
+    shell::read(
+        Command::new("apt-get").current_dir(&folder).args(["download", "kubernetes-client"]),
+    )?;
+    let package = std::fs::read_dir(&folder)?
+        .flatten()
+        .map(|entry| entry.path())
+        .find(|path| path.extension().is_some_and(|e| e == "deb"))
+        .context("apt-get downloaded no package")?;
+    shell::read(Command::new("dpkg").arg("-x").arg(&package).arg(&folder))?;
+    Ok(program)
 }

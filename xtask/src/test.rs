@@ -109,6 +109,12 @@ fn node() -> Outcome {
         Err(error) => return Outcome::Failed(format!("{error:#}")),
     };
     let mut tests = build::cargo("test", Profile::Dev);
+    match install::debian_kubectl() {
+        Ok(kubectl) => {
+            tests.env("KEELSON_KUBECTL_120", &kubectl).env("KEELSON_TEST_KUBECTL", &kubectl);
+        }
+        Err(error) => println!("SKIPPED with Debian's kubectl: {error:#}"),
+    }
     // Two at a time: each test runs a whole node.
     tests.env("KEELSON_BIN_DIR", bin).args([
         "--workspace",
