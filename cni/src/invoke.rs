@@ -200,6 +200,12 @@ impl Invoker {
         }
     }
 
+    /// Whether an ADD of this attachment is remembered that no DEL has ended.
+    #[must_use]
+    pub fn remembers(&self, list: &Conflist, attachment: &Attachment) -> bool {
+        self.file(&list.name, attachment).exists()
+    }
+
     /// Runs CHECK of every plugin with the remembered result. A success without a look when the list's version is below
     /// 0.4.0, it says `disableCheck`, or nothing is remembered.
     ///

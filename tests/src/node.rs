@@ -10,7 +10,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use nix::mount::{MsFlags, mount};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use nix::unistd::Pid;
 
 use crate::image::{ImageSpec, write_busybox_archive};
@@ -40,7 +42,7 @@ impl Node {
     /// # Errors
     /// When it does not come up; the error holds the end of its log.
     pub fn start() -> Result<Node> {
-        Node::start_with("kt", &[])
+        Node::start_with(unique_name("kt"), &[])
     }
 
     /// Brings up a node without agent and proxy: somebody else runs them, in its network namespace. The names of
@@ -49,12 +51,12 @@ impl Node {
     /// # Errors
     /// As [`Node::start`].
     pub fn start_control_plane(prefix: &str) -> Result<Node> {
-        Node::start_with(prefix, &["--control-plane-only"])
+        let name = unique_name(prefix);
+        memory_run_dir(&name)?;
+        Node::start_with(name, &["--control-plane-only"])
     }
 
-    fn start_with(prefix: &str, flags: &'static [&'static str]) -> Result<Node> {
-        let count = COUNTER.fetch_add(1, Ordering::Relaxed);
-        let name = format!("{prefix}{}-{count}", std::process::id());
+    fn start_with(name: String, flags: &'static [&'static str]) -> Result<Node> {
         let api_port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         let scratch = tempfile::tempdir()?;
         let mut node = Node { name, api_port, child: None, flags, stopped: false, scratch };
@@ -276,6 +278,22 @@ impl Drop for Node {
             Ok(()) => {}
         }
     }
+}
+
+fn unique_name(prefix: &str) -> String {
+    format!("{prefix}{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed))
+}
+
+/// Makes the node's run folder one in memory, as it is wherever systemd runs, also on a machine whose /run is on a disk.
+/// `keelson down` unmounts it with everything else there.
+fn memory_run_dir(name: &str) -> Result<()> {
+    let folder = Path::new("/run").join(name);
+    fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    if statfs("/run")?.filesystem_type() == TMPFS_MAGIC {
+        return Ok(());
+    }
+    mount(Some("tmpfs"), &folder, Some("tmpfs"), MsFlags::empty(), Some("mode=755"))
+        .with_context(|| format!("cannot mount a tmpfs on {}", folder.display()))
 }
 
 /// One of the programs under test.

@@ -295,7 +295,13 @@ async fn take_down(inner: &Arc<Inner>, id: &str, record: Option<SandboxRecord>) 
             };
             let fail = |message| RuntimeError::Network { pod: pod.clone(), message };
             match Conflist::load_dir(&inner.options.cni_conf_dir) {
-                Ok(list) => invoker(&inner).del(&list, &attachment).map_err(|e| fail(chain(&e)))?,
+                Ok(list) => {
+                    let invoker = invoker(&inner);
+                    // Neither a namespace nor a remembered ADD: it was taken down before, no plugin need run again.
+                    if attachment.netns.is_some() || invoker.remembers(&list, &attachment) {
+                        invoker.del(&list, &attachment).map_err(|e| fail(chain(&e)))?;
+                    }
+                }
                 Err(error) => return Err(fail(chain(&error))),
             }
         }

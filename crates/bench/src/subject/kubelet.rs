@@ -40,7 +40,8 @@ impl PeerKubelet {
         fs::create_dir_all(folder.join("net.d"))?;
         let list = serde_json::to_vec_pretty(&conflist(&folder))?;
         fs::write(folder.join("net.d/10-bench.conflist"), list)?;
-        fs::write(folder.join("containerd.toml"), containerd_config(&folder)?)?;
+        let state = ground.node().run_dir().join("peer-containerd");
+        fs::write(folder.join("containerd.toml"), containerd_config(&folder, &state)?)?;
         let config = kubelet_config(ground.node(), &folder);
         fs::write(folder.join("kubelet.json"), serde_json::to_vec_pretty(&config)?)?;
         make_cgroups(ground.node().name())?;
@@ -128,16 +129,16 @@ fn conflist(folder: &Path) -> serde_json::Value {
     })
 }
 
-fn containerd_config(folder: &Path) -> Result<String> {
+fn containerd_config(folder: &Path, state: &Path) -> Result<String> {
     let has_bridge = |dir: &&&str| Path::new(dir).join("bridge").is_file();
     let bin = CNI_FOLDERS.iter().find(has_bridge).context(
         "the kubelet needs the reference CNI plugins (Debian: apt-get install containernetworking-plugins)",
     )?;
-    let folder = folder.display();
+    let (folder, state) = (folder.display(), state.display());
     Ok(format!(
         r#"version = 2
 root = "{folder}/containerd"
-state = "{folder}/containerd-state"
+state = "{state}"
 [grpc]
   address = "{folder}/containerd.sock"
 [debug]
