@@ -104,10 +104,10 @@ async fn measure(
         bench.serial(options.serial, false).await?;
     }
     bench.bursts(options.bursts, options.burst).await?;
-    let after = format!("after {} pods", options.burst);
-    bench.memory(&after, Some(30.0));
     let gone = format!("idle, {} pods gone", options.burst);
-    bench.idle(options.idle, &gone, Some(0.1)).await
+    bench.idle(options.idle, &gone, Some(0.1)).await?;
+    bench.memory(&format!("after {} pods", options.burst), Some(30.0));
+    Ok(())
 }
 
 /// The rows, with the goals where there is one.
