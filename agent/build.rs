@@ -11,9 +11,25 @@ fn main() {
     let mut command = Command::new(rustc);
     command.args(["--edition", "2024", "--crate-type", "bin", "--target"]);
     command.arg(env::var_os("TARGET").unwrap_or_default());
-    command.args(["-C", "panic=abort", "-C", "opt-level=z", "-C", "strip=symbols", "-C", "relocation-model=static"]);
+    command.args([
+        "-C",
+        "panic=abort",
+        "-C",
+        "opt-level=z",
+        "-C",
+        "strip=symbols",
+        "-C",
+        "relocation-model=static",
+    ]);
     // No C library and no start files: the program brings its own entry point.
-    command.args(["-C", "link-arg=-nostartfiles", "-C", "link-arg=-nostdlib", "-C", "link-arg=-static"]);
+    command.args([
+        "-C",
+        "link-arg=-nostartfiles",
+        "-C",
+        "link-arg=-nostdlib",
+        "-C",
+        "link-arg=-static",
+    ]);
     command.arg("-o").arg(&out).arg("pause/main.rs");
     match command.status() {
         Ok(status) if status.success() => {}

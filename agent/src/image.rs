@@ -35,7 +35,7 @@ pub(crate) struct ImageStore {
     pull_netns: Option<PathBuf>,
     /// Configurations by digest: content never changes.
     configs: Arc<Mutex<HashMap<String, Arc<ResolvedImage>>>>,
-    /// Fetches under way, by normalised name: who asks for the same image waits for the same fetch.
+    /// Fetches under way, by normalised name: of the same image there is one at a time.
     pulls: Arc<Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>>,
 }
 
@@ -100,7 +100,11 @@ impl ImageStore {
 
     /// The image of this name, if it is here and whole.
     pub(crate) async fn status(&self, image: &str) -> Result<Option<ImageRef>, RuntimeError> {
-        let name = if image.starts_with("sha256:") { image.to_owned() } else { Reference::parse(image)?.to_string() };
+        let name = if image.starts_with("sha256:") {
+            image.to_owned()
+        } else {
+            Reference::parse(image)?.to_string()
+        };
         let Some(target) = self.target(&name).await? else { return Ok(None) };
         Ok(Some(self.load(&name, &target).await?.reference()))
     }
@@ -111,7 +115,10 @@ impl ImageStore {
         if let Some(image) = cached {
             return Ok(image);
         }
-        let target = self.target(id).await?.ok_or_else(|| RuntimeError::NotFound { what: "image", id: id.into() })?;
+        let target = self
+            .target(id)
+            .await?
+            .ok_or_else(|| RuntimeError::NotFound { what: "image", id: id.into() })?;
         self.load(id, &target).await
     }
 
@@ -150,24 +157,21 @@ impl ImageStore {
         credentials: &[RegistryCredentials],
     ) -> Result<ImageRef, RuntimeError> {
         let reference = Reference::parse(image)?;
-        let turn = self.pulls.lock().map(|mut pulls| {
-            Arc::clone(pulls.entry(reference.to_string()).or_default())
-        });
-        let turn = turn.map_err(|_| RuntimeError::invalid("a pull panicked"))?;
-        let waited = turn.try_lock().is_err();
+        let turn = Arc::clone(
+            self.pulls
+                .lock()
+                .map_err(|_| RuntimeError::invalid("a pull panicked"))?
+                .entry(reference.to_string())
+                .or_default(),
+        );
+        // One after the other: the later ones find every blob in place, but ask the registry with their own
+        // credentials, which may not be good for this image.
         let guard = turn.lock().await;
-        let result = match waited {
-            true => self.status(image).await,
-            false => Ok(None),
-        };
-        let result = match result {
-            Ok(Some(there)) => Ok(there),
-            Ok(None) => pull::image(self, &reference, credentials).await,
-            Err(error) => Err(error),
-        };
+        let result = pull::image(self, &reference, credentials).await;
         drop(guard);
         if let Ok(mut pulls) = self.pulls.lock() {
-            pulls.remove(&reference.to_string());
+            // Ours and the map's: nobody else waits.
+            pulls.retain(|_, turn| Arc::strong_count(turn) > 1);
         }
         result
     }
@@ -197,11 +201,13 @@ impl ImageStore {
     async fn name(&self, name: &str, target: &Descriptor) -> Result<(), RuntimeError> {
         let image =
             Image { name: name.to_owned(), target: Some(target.clone()), ..Image::default() };
-        let create = CreateImageRequest { image: Some(image.clone()), ..CreateImageRequest::default() };
+        let create =
+            CreateImageRequest { image: Some(image.clone()), ..CreateImageRequest::default() };
         match self.connection.images().create(create).await {
             Ok(_) => Ok(()),
             Err(status) if status.code() == Code::AlreadyExists => {
-                let update = UpdateImageRequest { image: Some(image), ..UpdateImageRequest::default() };
+                let update =
+                    UpdateImageRequest { image: Some(image), ..UpdateImageRequest::default() };
                 let result = self.connection.images().update(update).await;
                 result.map(drop).map_err(RuntimeError::call("name image", name))
             }
@@ -218,13 +224,30 @@ impl ImageStore {
         }
     }
 
-    async fn load(&self, name: &str, target: &Descriptor) -> Result<Arc<ResolvedImage>, RuntimeError> {
+    /// The name by digest that a pull gave to `target`: the digest may be that of an index above it.
+    async fn repo_digest(
+        &self,
+        repository: &str,
+        target: &Descriptor,
+    ) -> Result<Option<String>, RuntimeError> {
+        let filters = vec![format!("target.digest=={}", target.digest)];
+        let reply = self.connection.images().list(ListImagesRequest { filters }).await;
+        let images = reply.map_err(RuntimeError::call("list", "images"))?.into_inner().images;
+        let prefix = format!("{repository}@");
+        Ok(images.into_iter().map(|image| image.name).find(|name| name.starts_with(&prefix)))
+    }
+
+    async fn load(
+        &self,
+        name: &str,
+        target: &Descriptor,
+    ) -> Result<Arc<ResolvedImage>, RuntimeError> {
         let mut image = unpack::read(&self.connection, target).await?;
         image.repo_digest = match Reference::parse(name) {
-            Ok(reference) if !name.starts_with("sha256:") => {
-                let digest = format!("{}@{}", reference.repository(), target.digest);
-                if self.target(&digest).await?.is_some() { digest } else { image.id.clone() }
-            }
+            Ok(reference) if !name.starts_with("sha256:") => self
+                .repo_digest(&reference.repository(), target)
+                .await?
+                .unwrap_or_else(|| image.id.clone()),
             _ => image.id.clone(),
         };
         let image = Arc::new(image);

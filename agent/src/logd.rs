@@ -38,6 +38,8 @@ pub(crate) enum Order {
     Open(String),
     /// Answer when everything that it printed is in its log.
     Drain(String),
+    /// Do not read its pipes any more.
+    Forget(String),
 }
 
 pub(crate) const DONE: &str = "done\n";

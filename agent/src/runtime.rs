@@ -333,19 +333,31 @@ impl MountCache {
         }
     }
 
-    async fn take_or_ask(&self, connection: &Connection, id: &str) -> Result<Vec<Mount>, RuntimeError> {
+    async fn take_or_ask(
+        &self,
+        connection: &Connection,
+        id: &str,
+    ) -> Result<Vec<Mount>, RuntimeError> {
         let cached = self.0.lock().ok().and_then(|mut cache| cache.remove(id));
         if let Some(mounts) = cached {
             return Ok(mounts);
         }
-        let request = MountsRequest { snapshotter: container::SNAPSHOTTER.into(), key: id.to_owned() };
+        let request =
+            MountsRequest { snapshotter: container::SNAPSHOTTER.into(), key: id.to_owned() };
         let reply = connection.snapshots().mounts(request).await;
-        Ok(reply.map_err(RuntimeError::call("find the root file system of", id))?.into_inner().mounts)
+        Ok(reply
+            .map_err(RuntimeError::call("find the root file system of", id))?
+            .into_inner()
+            .mounts)
     }
 }
 
 async fn version_of(connection: &Connection) -> Result<String, RuntimeError> {
-    let reply = connection.version().version(()).await.map_err(RuntimeError::call("tell", "its version"))?;
+    let reply = connection
+        .version()
+        .version(())
+        .await
+        .map_err(RuntimeError::call("tell", "its version"))?;
     let version = reply.into_inner().version;
     // Debian's build says "1.6.20~ds1".
     let number = version.trim_start_matches('v').split(['~', '-', '+']).next().unwrap_or_default();
@@ -358,7 +370,9 @@ fn check_version(version: &str) -> Result<(), RuntimeError> {
     if (major, minor) >= (1, 6) {
         return Ok(());
     }
-    Err(RuntimeError::invalid(format!("containerd {version} is too old: keelson needs 1.6 or newer")))
+    Err(RuntimeError::invalid(format!(
+        "containerd {version} is too old: keelson needs 1.6 or newer"
+    )))
 }
 
 #[cfg(test)]

@@ -60,10 +60,8 @@ impl Cluster {
         config.port = port;
         config.pod_cidrs = vec!["10.244.0.0/16".parse().unwrap()];
         let plane = keelson_standalone::start(config).await.unwrap();
-        let node = AgentConfig {
-            kubeconfig: Some(plane.admin_kubeconfig()),
-            ..AgentConfig::default()
-        };
+        let node =
+            AgentConfig { kubeconfig: Some(plane.admin_kubeconfig()), ..AgentConfig::default() };
         let client = agent::api_client(&node).await.unwrap().unwrap();
         Self { plane, client, dir }
     }

@@ -24,7 +24,6 @@ use tokio_util::sync::CancellationToken;
 const IMAGE: &str = "localhost/test/busybox:1";
 const PATIENCE: Duration = Duration::from_secs(60);
 
-
 /// What one node of the test owns; dropping it removes everything.
 struct Lab {
     netns: String,

@@ -62,9 +62,25 @@ pub struct Config {
 
 /// The keys that a plugin entry may have. Those of the second line are CNI's own.
 const KEYS: [&str; 19] = [
-    "podCIDRs", "clusterCIDRs", "exclude", "mtu", "masquerade", "dataDir", "lockTimeoutSecs",
-    "cniVersion", "cniVersions", "name", "type", "args", "capabilities", "runtimeConfig",
-    "prevResult", "dns", "disableCheck", "disableGC", "loadOnlyInlinedPlugins",
+    "podCIDRs",
+    "clusterCIDRs",
+    "exclude",
+    "mtu",
+    "masquerade",
+    "dataDir",
+    "lockTimeoutSecs",
+    "cniVersion",
+    "cniVersions",
+    "name",
+    "type",
+    "args",
+    "capabilities",
+    "runtimeConfig",
+    "prevResult",
+    "dns",
+    "disableCheck",
+    "disableGC",
+    "loadOnlyInlinedPlugins",
 ];
 
 /// Reads what is common to all verbs.
@@ -119,7 +135,11 @@ pub fn config(fields: &Map<String, Value>) -> Result<Config, CniError> {
         return Err(wrong("podCIDRs", &fields["podCIDRs"], "must have at least one range"));
     }
     if let Some(range) = pod_cidrs.iter().find(|cidr| !cidr.ip().eq(&cidr.network())) {
-        let text = format!("podCIDRs: {range} has host bits set; did you mean {}/{}?", range.network(), range.prefix());
+        let text = format!(
+            "podCIDRs: {range} has host bits set; did you mean {}/{}?",
+            range.network(),
+            range.prefix()
+        );
         return Err(CniError::new(code::BAD_CONFIG, text));
     }
     let cluster_cidrs = networks(fields, "clusterCIDRs")?;
@@ -159,10 +179,7 @@ pub fn valid_attachments(fields: &Map<String, Value>) -> Result<Vec<(String, Str
         .collect()
 }
 
-fn networks(
-    fields: &Map<String, Value>,
-    key: &str,
-) -> Result<Option<Vec<IpNetwork>>, CniError> {
+fn networks(fields: &Map<String, Value>, key: &str) -> Result<Option<Vec<IpNetwork>>, CniError> {
     let rule = "must be a list of ranges such as \"10.244.0.0/24\"";
     let list = match fields.get(key) {
         None => return Ok(None),
@@ -171,7 +188,8 @@ fn networks(
     };
     let parse = |(position, value): (usize, &Value)| {
         let text = value.as_str().unwrap_or_default();
-        text.parse().map_err(|_| wrong(&format!("{key}[{position}]"), value, "is not an address range"))
+        text.parse()
+            .map_err(|_| wrong(&format!("{key}[{position}]"), value, "is not an address range"))
     };
     list.iter().enumerate().map(parse).collect::<Result<_, _>>().map(Some)
 }
@@ -195,9 +213,9 @@ fn dns(fields: &Map<String, Value>) -> Result<Dns, CniError> {
         (None, None) => return Ok(Dns::default()),
     };
     // containerd sends the capability with capital or small names depending on its version.
-    let lower = value.as_object().map(|object| {
-        Value::Object(object.iter().map(|(k, v)| (dns_key(k), v.clone())).collect())
-    });
+    let lower = value
+        .as_object()
+        .map(|object| Value::Object(object.iter().map(|(k, v)| (dns_key(k), v.clone())).collect()));
     serde_json::from_value(lower.unwrap_or_default())
         .map_err(|e| wrong(key, value, "is not a DNS setting").with_details(e.to_string()))
 }
@@ -301,12 +319,24 @@ mod tests {
             (r#"{}"#, 7, "podCIDRs: missing"),
             (r#"{"podCIDRs":[]}"#, 7, "podCIDRs: [] must have at least one range"),
             (r#"{"podCIDRs":"10.0.0.0/8"}"#, 7, r#"podCIDRs: "10.0.0.0/8" must be a list"#),
-            (r#"{"podCIDRs":["10.0.0.0/33"]}"#, 7, r#"podCIDRs[0]: "10.0.0.0/33" is not an address range"#),
-            (r#"{"podCIDRs":["10.0.0.7/24"]}"#, 7, "podCIDRs: 10.0.0.7/24 has host bits set; did you mean 10.0.0.0/24?"),
+            (
+                r#"{"podCIDRs":["10.0.0.0/33"]}"#,
+                7,
+                r#"podCIDRs[0]: "10.0.0.0/33" is not an address range"#,
+            ),
+            (
+                r#"{"podCIDRs":["10.0.0.7/24"]}"#,
+                7,
+                "podCIDRs: 10.0.0.7/24 has host bits set; did you mean 10.0.0.0/24?",
+            ),
             (r#"{"podCIDRs":["10.0.0.0/24"],"podCIDR":1}"#, 2, "unsupported field podCIDR: 1"),
             (r#"{"podCIDRs":["10.0.0.0/24"],"ipam":{}}"#, 2, "unsupported field ipam: {}"),
             (r#"{"podCIDRs":["10.0.0.0/24"],"mtu":100}"#, 7, "mtu: 100 must be 1280 to 65535"),
-            (r#"{"podCIDRs":["10.0.0.0/24"],"masquerade":"yes"}"#, 7, r#"masquerade: "yes" must be true or false"#),
+            (
+                r#"{"podCIDRs":["10.0.0.0/24"],"masquerade":"yes"}"#,
+                7,
+                r#"masquerade: "yes" must be true or false"#,
+            ),
             (
                 r#"{"podCIDRs":["10.0.0.0/24"],"runtimeConfig":{"portMappings":[{"hostPort":70000}]}}"#,
                 7,
@@ -332,8 +362,16 @@ mod tests {
             (r#"{"cniVersion":"0.2.0","name":"a"}"#, 1, "cniVersion: \"0.2.0\""),
             (r#"{"cniVersion":"1.0.0"}"#, 7, "name: missing"),
             (r#"{"cniVersion":"1.0.0","name":"../x"}"#, 7, "name: \"../x\" must"),
-            (r#"{"cniVersion":"1.0.0","name":"a","dataDir":"x"}"#, 7, "dataDir: \"x\" must be an absolute path"),
-            (r#"{"cniVersion":"1.0.0","name":"a","lockTimeoutSecs":0}"#, 7, "lockTimeoutSecs: 0 must"),
+            (
+                r#"{"cniVersion":"1.0.0","name":"a","dataDir":"x"}"#,
+                7,
+                "dataDir: \"x\" must be an absolute path",
+            ),
+            (
+                r#"{"cniVersion":"1.0.0","name":"a","lockTimeoutSecs":0}"#,
+                7,
+                "lockTimeoutSecs: 0 must",
+            ),
         ];
         for (text, code, want) in cases {
             let error = network(&fields(text)).unwrap_err();

@@ -172,7 +172,8 @@ impl Edge<'_> {
             for (name, ranges) in [(family.pods, self.pods), (family.cluster, self.cluster)] {
                 batch.add_set(table, &Set { interval: true, ..Set::new(name, &address) });
                 let ranges = merged(ranges, family.v4);
-                let elements = ranges.iter().map(|(first, last)| (first.as_slice(), last.as_slice()));
+                let elements =
+                    ranges.iter().map(|(first, last)| (first.as_slice(), last.as_slice()));
                 batch.add_ranges(table, name, elements);
             }
             let port = [Field::Protocol, Field::Port];
@@ -295,10 +296,11 @@ fn add_chains(batch: &mut Batch, table: Table<'_>) {
 
 /// `fib daddr type local dnat to [daddr .] protocol . dport map @ports`
 fn dnat(family: Family, with_address: bool) -> Rule {
-    let local = family
-        .rule()
-        .fib_address_type(FibAddress::Destination, Register(0))
-        .compare(Register(0), Compare::Equal, &FIB_LOCAL.to_ne_bytes());
+    let local = family.rule().fib_address_type(FibAddress::Destination, Register(0)).compare(
+        Register(0),
+        Compare::Equal,
+        &FIB_LOCAL.to_ne_bytes(),
+    );
     let words = u8::try_from(family.length / 4).unwrap_or(4);
     let (rule, map, next) = if with_address {
         (family.load(local, family.destination, Register(0)), family.ports_at, words)

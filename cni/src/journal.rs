@@ -100,10 +100,8 @@ impl Journal {
     /// What the system refused; nothing has changed then.
     pub fn append(&mut self, entries: Vec<Entry>) -> Result<(), JournalError> {
         let text = lines(&entries).map_err(failed("write", &self.path))?;
-        let written = self
-            .file
-            .seek(SeekFrom::Start(self.length))
-            .and_then(|_| self.file.write_all(&text));
+        let written =
+            self.file.seek(SeekFrom::Start(self.length)).and_then(|_| self.file.write_all(&text));
         if let Err(source) = written {
             // If this fails, too, the next reader cuts the unfinished line off.
             self.file.set_len(self.length).ok();

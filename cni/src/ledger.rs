@@ -184,10 +184,7 @@ impl Ledger {
             cidrs.iter().any(|cidr| range(*cidr).contains(number(*ip)) && cidr.contains(*ip))
                 && !exclude.iter().any(|network| network.contains(*ip))
         };
-        self.freed
-            .iter()
-            .copied()
-            .find(|ip| allowed(ip) && !used.contains(ip) && !unusable(*ip))
+        self.freed.iter().copied().find(|ip| allowed(ip) && !used.contains(ip) && !unusable(*ip))
     }
 
     fn note_last(&mut self, ip: IpAddr) {

@@ -7,19 +7,19 @@
 //! | [`protocol`], [`version`], [`result`], [`error`] | the words that both sides speak |
 #![warn(missing_docs)]
 
-mod config;
+pub mod config;
 pub mod conflist;
 pub mod error;
-mod firewall;
-mod hostport;
+pub mod firewall;
+pub mod hostport;
 pub mod invoke;
-mod journal;
-mod ledger;
-mod names;
+pub mod journal;
+pub mod ledger;
+pub mod names;
 pub mod plugin;
 pub mod protocol;
 pub mod result;
 pub mod version;
-mod wire;
+pub mod wire;
 
 pub use conflist::default_conflist;

@@ -29,8 +29,7 @@ impl Names {
         let text = format!("{network}/{}/{}", key.container_id, key.ifname);
         let hash = mix(fnv1a(text.as_bytes()));
         let alias = format!("{}{}:{}", alias_prefix(network), key.container_id, key.ifname);
-        let alias =
-            if alias.len() > ALIAS_LIMIT { format!("keelson:#{hash:016x}") } else { alias };
+        let alias = if alias.len() > ALIAS_LIMIT { format!("keelson:#{hash:016x}") } else { alias };
         Self {
             host: format!("{LINK_PREFIX}{:011x}", hash & 0xfff_ffff_ffff),
             alias,

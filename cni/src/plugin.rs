@@ -51,7 +51,9 @@ pub fn main() -> ExitCode {
 fn run(verb: &str) -> Result<Option<Value>, (Version, CniError)> {
     if verb == "VERSION" {
         let versions: Vec<&str> = Version::ALL.map(Version::as_str).into();
-        return Ok(Some(json!({ "cniVersion": Version::NEWEST.as_str(), "supportedVersions": versions })));
+        return Ok(Some(
+            json!({ "cniVersion": Version::NEWEST.as_str(), "supportedVersions": versions }),
+        ));
     }
     let fields = read_input().map_err(|error| (Version::NEWEST, error))?;
     let network = config::network(&fields).map_err(|error| (Version::NEWEST, error))?;
@@ -59,17 +61,27 @@ fn run(verb: &str) -> Result<Option<Value>, (Version, CniError)> {
     dispatch(verb, &network, &fields).map_err(|error| (version, error))
 }
 
-fn dispatch(verb: &str, network: &Network, fields: &Map<String, Value>) -> Result<Option<Value>, CniError> {
+fn dispatch(
+    verb: &str,
+    network: &Network,
+    fields: &Map<String, Value>,
+) -> Result<Option<Value>, CniError> {
     let since = match verb {
         "ADD" | "DEL" => Version::V0_3_0,
         "CHECK" => Version::V0_4_0,
         "STATUS" | "GC" => Version::V1_1_0,
         other => {
-            return Err(CniError::new(code::BAD_ENVIRONMENT, format!("CNI_COMMAND {other:?} is no verb of CNI")));
+            return Err(CniError::new(
+                code::BAD_ENVIRONMENT,
+                format!("CNI_COMMAND {other:?} is no verb of CNI"),
+            ));
         }
     };
     if network.version < since {
-        let text = format!("{verb} needs cniVersion {since} or newer, the configuration says {}", network.version);
+        let text = format!(
+            "{verb} needs cniVersion {since} or newer, the configuration says {}",
+            network.version
+        );
         return Err(CniError::new(code::INCOMPATIBLE_VERSION, text));
     }
     match verb {
@@ -83,21 +95,24 @@ fn dispatch(verb: &str, network: &Network, fields: &Map<String, Value>) -> Resul
 
 fn read_input() -> Result<Map<String, Value>, CniError> {
     let mut text = Vec::new();
-    io::stdin()
-        .lock()
-        .take(MAX_INPUT)
-        .read_to_end(&mut text)
-        .map_err(|e| CniError::new(code::IO, "cannot read the configuration from standard input").caused_by(&e))?;
-    serde_json::from_slice(&text)
-        .map_err(|e| CniError::new(code::DECODE, "the configuration is not a JSON object").caused_by(&e))
+    io::stdin().lock().take(MAX_INPUT).read_to_end(&mut text).map_err(|e| {
+        CniError::new(code::IO, "cannot read the configuration from standard input").caused_by(&e)
+    })?;
+    serde_json::from_slice(&text).map_err(|e| {
+        CniError::new(code::DECODE, "the configuration is not a JSON object").caused_by(&e)
+    })
 }
 
 /// `CNI_CONTAINERID` and `CNI_IFNAME`.
 fn key() -> Result<Key, CniError> {
-    let bad = |name: &str, rule: &str| CniError::new(code::BAD_ENVIRONMENT, format!("{name} {rule}"));
+    let bad =
+        |name: &str, rule: &str| CniError::new(code::BAD_ENVIRONMENT, format!("{name} {rule}"));
     let container_id = std::env::var("CNI_CONTAINERID").unwrap_or_default();
     if !is_name(&container_id) {
-        return Err(bad("CNI_CONTAINERID", "must start with a letter or digit and hold only those and _ . -"));
+        return Err(bad(
+            "CNI_CONTAINERID",
+            "must start with a letter or digit and hold only those and _ . -",
+        ));
     }
     let ifname = std::env::var("CNI_IFNAME").unwrap_or_default();
     if !is_ifname(&ifname) {
@@ -111,11 +126,15 @@ fn pod_netns() -> Result<Netns, CniError> {
     if path.is_empty() {
         return Err(CniError::new(code::BAD_ENVIRONMENT, "CNI_NETNS is missing"));
     }
-    let pod = Netns::open(Path::new(&path))
-        .map_err(|e| CniError::new(code::UNKNOWN_CONTAINER, format!("CNI_NETNS {path}")).caused_by(&e))?;
+    let pod = Netns::open(Path::new(&path)).map_err(|e| {
+        CniError::new(code::UNKNOWN_CONTAINER, format!("CNI_NETNS {path}")).caused_by(&e)
+    })?;
     let own = Netns::current().and_then(|own| Ok(own.identity()? == pod.identity()?));
     if own.unwrap_or(false) && std::env::var_os("CNI_NETNS_OVERRIDE").is_none() {
-        return Err(CniError::new(code::BAD_ENVIRONMENT, format!("CNI_NETNS {path} is the plugin's own network")));
+        return Err(CniError::new(
+            code::BAD_ENVIRONMENT,
+            format!("CNI_NETNS {path} is the plugin's own network"),
+        ));
     }
     Ok(pod)
 }
@@ -145,10 +164,14 @@ fn reserve(
 ) -> Result<(Record, Vec<firewall::Forward>), CniError> {
     let mut journal = open_journal(network)?;
     let boot = boot_id()?;
-    let mut entries: Vec<Entry> = journal.ledger().stale(&boot).into_iter().map(Entry::Free).collect();
+    let mut entries: Vec<Entry> =
+        journal.ledger().stale(&boot).into_iter().map(Entry::Free).collect();
     if let Some(old) = journal.ledger().get(key).filter(|old| old.boot == boot) {
         if wire::is_attached(node, names).map_err(kernel)? {
-            let text = format!("{} of container {} is in network {} already", key.ifname, key.container_id, network.name);
+            let text = format!(
+                "{} of container {} is in network {} already",
+                key.ifname, key.container_id, network.name
+            );
             return Err(CniError::new(code::EXISTS, text));
         }
         // An ADD that was killed: begin anew.
@@ -157,21 +180,25 @@ fn reserve(
     }
     journal.append(entries).map_err(journal_error)?;
     let unusable = |ip| wire::in_use(node, ip).unwrap_or(false);
-    let ips = journal.ledger().choose(&config.pod_cidrs, &config.exclude, unusable).map_err(|e| {
-        CniError::new(code::TRY_AGAIN, format!("network {}: {e}", network.name))
-            .with_details("end pods on this node, or give it a larger range in podCIDRs")
-    })?;
+    let ips =
+        journal.ledger().choose(&config.pod_cidrs, &config.exclude, unusable).map_err(|e| {
+            CniError::new(code::TRY_AGAIN, format!("network {}: {e}", network.name))
+                .with_details("end pods on this node, or give it a larger range in podCIDRs")
+        })?;
     let record = Record {
         key: key.clone(),
         ips,
         host: names.host.clone(),
         netns: pod.path().to_owned(),
-        inode: pod.identity().map_err(|e| CniError::new(code::IO, "the pod's network namespace").caused_by(&e))?,
+        inode: pod
+            .identity()
+            .map_err(|e| CniError::new(code::IO, "the pod's network namespace").caused_by(&e))?,
         boot,
         ports: config.host_ports.clone(),
     };
     journal.append(vec![Entry::Take(record.clone())]).map_err(journal_error)?;
-    let forwards = journal.ledger().records().flat_map(|r| firewall::forwards(&r.ports, &r.ips)).collect();
+    let forwards =
+        journal.ledger().records().flat_map(|r| firewall::forwards(&r.ports, &r.ips)).collect();
     journal.unlock_and_sync().map_err(journal_error)?;
     Ok((record, forwards))
 }
@@ -200,7 +227,13 @@ fn connect(
             firewall::open_ports(&mut nft, &network.name, &own).map_err(port_error)?;
         }
     }
-    let wire = Wire { names, ifname: &record.key.ifname, ips: &record.ips, mtu, cluster: &config.cluster_cidrs };
+    let wire = Wire {
+        names,
+        ifname: &record.key.ifname,
+        ips: &record.ips,
+        mtu,
+        cluster: &config.cluster_cidrs,
+    };
     wire.attach(node, pod).map_err(kernel)?;
     Ok(mtu)
 }
@@ -216,15 +249,21 @@ fn enable_forwarding(ips: &[std::net::IpAddr]) -> Result<(), CniError> {
         (ips.iter().any(std::net::IpAddr::is_ipv6), "net/ipv6/conf/all/forwarding"),
     ] {
         if wanted {
-            sysctl::ensure(setting, "1")
-                .map_err(|e| CniError::new(code::NETWORK, "cannot switch forwarding on").caused_by(&e))?;
+            sysctl::ensure(setting, "1").map_err(|e| {
+                CniError::new(code::NETWORK, "cannot switch forwarding on").caused_by(&e)
+            })?;
         }
     }
     Ok(())
 }
 
 fn result(config: &Config, record: &Record, names: &Names, mtu: u32) -> AddResult {
-    let host = Interface { name: names.host.clone(), mac: names.host_mac.to_string(), mtu: Some(mtu), sandbox: String::new() };
+    let host = Interface {
+        name: names.host.clone(),
+        mac: names.host_mac.to_string(),
+        mtu: Some(mtu),
+        sandbox: String::new(),
+    };
     let pod = Interface {
         name: record.key.ifname.clone(),
         mac: names.pod_mac.to_string(),
@@ -240,7 +279,12 @@ fn result(config: &Config, record: &Record, names: &Names, mtu: u32) -> AddResul
         let everywhere = if ip.is_ipv4() { "0.0.0.0/0" } else { "::/0" };
         Some(RouteConfig { dst: everywhere.parse().ok()?, gw: Some(wire::gateway(*ip)) })
     });
-    AddResult { interfaces: vec![host, pod], ips: ips.collect(), routes: routes.collect(), dns: config.dns.clone() }
+    AddResult {
+        interfaces: vec![host, pod],
+        ips: ips.collect(),
+        routes: routes.collect(),
+        dns: config.dns.clone(),
+    }
 }
 
 /// Needs nothing but the record, and not even that: the link's name follows from the attachment.
@@ -277,14 +321,24 @@ fn check(network: &Network, config: &Config) -> Result<(), CniError> {
     let record = journal.ledger().get(&key).cloned();
     drop(journal);
     let damaged = |what: String| CniError::new(code::DAMAGED, what);
-    let record = record.ok_or_else(|| damaged(format!("no address is recorded for container {}", key.container_id)))?;
+    let record = record.ok_or_else(|| {
+        damaged(format!("no address is recorded for container {}", key.container_id))
+    })?;
     let mut node = rtnl()?;
-    let wire = Wire { names: &names, ifname: &key.ifname, ips: &record.ips, mtu: 0, cluster: &config.cluster_cidrs };
+    let wire = Wire {
+        names: &names,
+        ifname: &key.ifname,
+        ips: &record.ips,
+        mtu: 0,
+        cluster: &config.cluster_cidrs,
+    };
     if let Some(what) = wire.damage(&mut node, &pod).map_err(kernel)? {
         return Err(damaged(what));
     }
     if config.masquerade && !edge(network, config).is_current(&mut nft()?).map_err(packet_filter)? {
-        return Err(damaged("the masquerade table is missing or of another configuration".to_owned()));
+        return Err(damaged(
+            "the masquerade table is missing or of another configuration".to_owned(),
+        ));
     }
     Ok(())
 }
@@ -300,15 +354,18 @@ fn status(network: &Network, config: &Config) -> Result<(), CniError> {
     let free = journal.ledger().choose(&config.pod_cidrs, &config.exclude, |ip| {
         wire::in_use(&mut node, ip).unwrap_or(false)
     });
-    free.map(drop).map_err(|e| CniError::new(code::NOT_AVAILABLE, format!("network {}: {e}", network.name)))
+    free.map(drop)
+        .map_err(|e| CniError::new(code::NOT_AVAILABLE, format!("network {}: {e}", network.name)))
 }
 
 /// Frees whatever is not listed; goes on after an error and reports the first.
 fn gc(network: &Network, valid: &[(String, String)]) -> Result<(), CniError> {
-    let valid: HashSet<(&str, &str)> = valid.iter().map(|(id, ifname)| (id.as_str(), ifname.as_str())).collect();
+    let valid: HashSet<(&str, &str)> =
+        valid.iter().map(|(id, ifname)| (id.as_str(), ifname.as_str())).collect();
     let journal = open_journal(network)?;
     let listed = |key: &Key| valid.contains(&(key.container_id.as_str(), key.ifname.as_str()));
-    let stale: Vec<Record> = journal.ledger().records().filter(|r| !listed(&r.key)).cloned().collect();
+    let stale: Vec<Record> =
+        journal.ledger().records().filter(|r| !listed(&r.key)).cloned().collect();
     drop(journal);
     let mut node = rtnl()?;
     let mut first = Ok(());
@@ -319,7 +376,9 @@ fn gc(network: &Network, valid: &[(String, String)]) -> Result<(), CniError> {
 }
 
 fn rtnl() -> Result<Rtnl, CniError> {
-    Rtnl::open().map_err(|e| CniError::new(code::NETWORK, "cannot talk to the kernel's routing").caused_by(&e))
+    Rtnl::open().map_err(|e| {
+        CniError::new(code::NETWORK, "cannot talk to the kernel's routing").caused_by(&e)
+    })
 }
 
 fn nft() -> Result<Nft, CniError> {
@@ -332,9 +391,9 @@ fn open_journal(network: &Network) -> Result<Journal, CniError> {
 
 fn boot_id() -> Result<String, CniError> {
     let path = PathBuf::from("/proc/sys/kernel/random/boot_id");
-    std::fs::read_to_string(&path)
-        .map(|text| text.trim().to_owned())
-        .map_err(|e| CniError::new(code::IO, format!("cannot read {}", path.display())).caused_by(&e))
+    std::fs::read_to_string(&path).map(|text| text.trim().to_owned()).map_err(|e| {
+        CniError::new(code::IO, format!("cannot read {}", path.display())).caused_by(&e)
+    })
 }
 
 #[allow(clippy::needless_pass_by_value, reason = "for map_err")]
@@ -345,17 +404,25 @@ fn journal_error(error: JournalError) -> CniError {
 
 #[allow(clippy::needless_pass_by_value, reason = "for map_err")]
 fn kernel(error: WireError) -> CniError {
-    let code = if matches!(error, WireError::InterfaceExists { .. }) { code::EXISTS } else { code::NETWORK };
+    let code = if matches!(error, WireError::InterfaceExists { .. }) {
+        code::EXISTS
+    } else {
+        code::NETWORK
+    };
     CniError::new(code, "cannot connect the pod").with_details(chain(&error))
 }
 
 #[allow(clippy::needless_pass_by_value, reason = "for map_err")]
 fn packet_filter(error: NftError) -> CniError {
-    CniError::new(code::NETWORK, "cannot set up address translation (does this kernel have nftables with NAT?)")
-        .with_details(chain(&error))
+    CniError::new(
+        code::NETWORK,
+        "cannot set up address translation (does this kernel have nftables with NAT?)",
+    )
+    .with_details(chain(&error))
 }
 
 #[allow(clippy::needless_pass_by_value, reason = "for map_err")]
 fn port_error(error: NftError) -> CniError {
-    CniError::new(code::NETWORK, "a port of the node is taken or cannot be opened").with_details(chain(&error))
+    CniError::new(code::NETWORK, "a port of the node is taken or cannot be opened")
+        .with_details(chain(&error))
 }

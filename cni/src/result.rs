@@ -153,9 +153,24 @@ mod tests {
 
     #[test]
     fn each_version_has_its_own_shape() {
-        check(Version::V0_3_1, &expect_test::expect![[r#"{"cniVersion":"0.3.1","dns":{},"interfaces":[{"mac":"02:00:00:00:00:01","name":"eth0","sandbox":"/run/netns/a"}],"ips":[{"address":"10.66.0.2/32","gateway":"169.254.1.1","interface":0,"version":"4"}],"routes":[{"dst":"0.0.0.0/0"}]}"#]]);
-        check(Version::V1_0_0, &expect_test::expect![[r#"{"cniVersion":"1.0.0","dns":{},"interfaces":[{"mac":"02:00:00:00:00:01","name":"eth0","sandbox":"/run/netns/a"}],"ips":[{"address":"10.66.0.2/32","gateway":"169.254.1.1","interface":0}],"routes":[{"dst":"0.0.0.0/0"}]}"#]]);
-        check(Version::V1_1_0, &expect_test::expect![[r#"{"cniVersion":"1.1.0","dns":{},"interfaces":[{"mac":"02:00:00:00:00:01","mtu":1450,"name":"eth0","sandbox":"/run/netns/a"}],"ips":[{"address":"10.66.0.2/32","gateway":"169.254.1.1","interface":0}],"routes":[{"dst":"0.0.0.0/0"}]}"#]]);
+        check(
+            Version::V0_3_1,
+            &expect_test::expect![[
+                r#"{"cniVersion":"0.3.1","dns":{},"interfaces":[{"mac":"02:00:00:00:00:01","name":"eth0","sandbox":"/run/netns/a"}],"ips":[{"address":"10.66.0.2/32","gateway":"169.254.1.1","interface":0,"version":"4"}],"routes":[{"dst":"0.0.0.0/0"}]}"#
+            ]],
+        );
+        check(
+            Version::V1_0_0,
+            &expect_test::expect![[
+                r#"{"cniVersion":"1.0.0","dns":{},"interfaces":[{"mac":"02:00:00:00:00:01","name":"eth0","sandbox":"/run/netns/a"}],"ips":[{"address":"10.66.0.2/32","gateway":"169.254.1.1","interface":0}],"routes":[{"dst":"0.0.0.0/0"}]}"#
+            ]],
+        );
+        check(
+            Version::V1_1_0,
+            &expect_test::expect![[
+                r#"{"cniVersion":"1.1.0","dns":{},"interfaces":[{"mac":"02:00:00:00:00:01","mtu":1450,"name":"eth0","sandbox":"/run/netns/a"}],"ips":[{"address":"10.66.0.2/32","gateway":"169.254.1.1","interface":0}],"routes":[{"dst":"0.0.0.0/0"}]}"#
+            ]],
+        );
     }
 
     #[test]

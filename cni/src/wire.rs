@@ -102,17 +102,13 @@ impl Wire<'_> {
         let host = self.host_link(node)?;
         let pod_index = host.peer.unwrap_or_default();
         self.set_up_pod(&mut inside, pod_index)?;
-        node.perform_all(self.host_messages(host.index)).map_err(refused("set up the host side"))?;
+        node.perform_all(self.host_messages(host.index))
+            .map_err(refused("set up the host side"))?;
         let done = LinkChange { alias: Some(&self.names.alias), ..LinkChange::default() };
         node.change_link(host.index, &done).map_err(refused("mark the host side as done"))
     }
 
-    fn make_pair(
-        &self,
-        node: &mut Rtnl,
-        inside: &mut Rtnl,
-        pod: &Netns,
-    ) -> Result<(), WireError> {
+    fn make_pair(&self, node: &mut Rtnl, inside: &mut Rtnl, pod: &Netns) -> Result<(), WireError> {
         let host = self.names.host.as_str();
         let pair = VethPair {
             near: VethEnd { name: host, mac: Some(self.names.host_mac), netns: None },
@@ -147,7 +143,8 @@ impl Wire<'_> {
     }
 
     fn host_link(&self, node: &mut Rtnl) -> Result<Link, WireError> {
-        let found = node.link(self.names.host.as_str()).map_err(refused("look at the host side"))?;
+        let found =
+            node.link(self.names.host.as_str()).map_err(refused("look at the host side"))?;
         found.ok_or_else(|| WireError::Vanished { name: self.names.host.clone() })
     }
 
@@ -300,10 +297,8 @@ pub fn in_use(node: &mut Rtnl, ip: IpAddr) -> Result<bool, WireError> {
 /// When the kernel does not say.
 pub fn uplink_mtu(node: &mut Rtnl) -> Result<u32, WireError> {
     // Addresses for documentation: only the default route leads there.
-    let outside: [IpAddr; 2] = [
-        Ipv4Addr::new(192, 0, 2, 1).into(),
-        Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into(),
-    ];
+    let outside: [IpAddr; 2] =
+        [Ipv4Addr::new(192, 0, 2, 1).into(), Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into()];
     for address in outside {
         let route = node.route_to(address).map_err(refused("look for the uplink"))?;
         let Some(index) = route.and_then(|route| route.link) else { continue };

@@ -56,7 +56,9 @@ impl ImageArgs {
                     println!("{name}");
                 }
             }
-            Verb::Pull { image } => println!("{}", runtime.pull_image(&image, &[]).await?.repo_digest),
+            Verb::Pull { image } => {
+                println!("{}", runtime.pull_image(&image, &[]).await?.repo_digest)
+            }
             Verb::List => {
                 for image in runtime.list_images().await? {
                     println!("{}\t{}\t{}", image.names.join(","), image.digest, image.size);

@@ -26,10 +26,20 @@ pub struct UpArgs {
     #[arg(long, value_name = "NAME")]
     node_name: Option<String>,
     /// Pod addresses: one network per family
-    #[arg(long, value_delimiter = ',', default_value = "10.244.0.0/24,fd00:10:244::/64", value_name = "CIDRS")]
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "10.244.0.0/24,fd00:10:244::/64",
+        value_name = "CIDRS"
+    )]
     pod_cidrs: Vec<IpNetwork>,
     /// Service addresses: one network per family
-    #[arg(long, value_delimiter = ',', default_value = "10.96.0.0/16,fd00:10:96::/112", value_name = "CIDRS")]
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "10.96.0.0/16,fd00:10:96::/112",
+        value_name = "CIDRS"
+    )]
     service_cidrs: Vec<IpNetwork>,
     /// Use the containerd that answers here instead of starting one
     #[arg(long, value_name = "SOCKET")]
@@ -91,6 +101,7 @@ fn valid_name(text: &str) -> Result<String, String> {
     if starts_well && text.len() <= 32 && text.chars().all(allowed) {
         Ok(text.to_owned())
     } else {
-        Err("expected a lower-case letter, then letters, digits and '-', at most 32 in all".to_owned())
+        Err("expected a lower-case letter, then letters, digits and '-', at most 32 in all"
+            .to_owned())
     }
 }

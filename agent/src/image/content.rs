@@ -65,9 +65,14 @@ pub(super) struct Manifest {
     pub(super) manifests: Vec<BlobRef>,
 }
 
-pub(super) fn parse<'a, T: Deserialize<'a>>(what: &str, digest: &str, text: &'a [u8]) -> Result<T, RuntimeError> {
-    serde_json::from_slice(text)
-        .map_err(|e| RuntimeError::Image { message: format!("{what} {digest} cannot be read: {e}") })
+pub(super) fn parse<'a, T: Deserialize<'a>>(
+    what: &str,
+    digest: &str,
+    text: &'a [u8],
+) -> Result<T, RuntimeError> {
+    serde_json::from_slice(text).map_err(|e| RuntimeError::Image {
+        message: format!("{what} {digest} cannot be read: {e}"),
+    })
 }
 
 /// Whether the whole blob is here.
@@ -84,7 +89,9 @@ pub(super) async fn read(connection: &Connection, digest: &str) -> Result<Vec<u8
     while let Some(part) = stream.message().await.map_err(fail())? {
         data.extend_from_slice(&part.data);
         if data.len() > MAX_DOCUMENT {
-            return Err(RuntimeError::Image { message: format!("blob {digest} is too large for what it should be") });
+            return Err(RuntimeError::Image {
+                message: format!("blob {digest} is too large for what it should be"),
+            });
         }
     }
     Ok(data)
@@ -126,7 +133,12 @@ pub(super) async fn write(
             let data = part.unwrap_or_default();
             let at = offset;
             offset += i64::try_from(data.len()).unwrap_or(i64::MAX);
-            WriteContentRequest { action: WriteAction::Write.into(), offset: at, data, ..WriteContentRequest::default() }
+            WriteContentRequest {
+                action: WriteAction::Write.into(),
+                offset: at,
+                data,
+                ..WriteContentRequest::default()
+            }
         });
     let commit = WriteContentRequest {
         action: WriteAction::Commit.into(),
@@ -137,7 +149,9 @@ pub(super) async fn write(
         labels,
         ..WriteContentRequest::default()
     };
-    let stream = futures_util::stream::iter([first]).chain(writes).chain(futures_util::stream::iter([commit]));
+    let stream = futures_util::stream::iter([first])
+        .chain(writes)
+        .chain(futures_util::stream::iter([commit]));
     let result = async {
         let mut replies = connection.content().write(stream).await?.into_inner();
         while replies.message().await?.is_some() {}
@@ -161,7 +175,8 @@ pub(super) async fn write_bytes(
     labels: HashMap<String, String>,
     data: Vec<u8>,
 ) -> Result<(), RuntimeError> {
-    let parts: Vec<Result<Vec<u8>, String>> = data.chunks(CHUNK).map(|part| Ok(part.to_vec())).collect();
+    let parts: Vec<Result<Vec<u8>, String>> =
+        data.chunks(CHUNK).map(|part| Ok(part.to_vec())).collect();
     write(connection, blob, labels, futures_util::stream::iter(parts)).await
 }
 
@@ -174,11 +189,19 @@ pub(super) async fn label(
     let paths = labels.keys().map(|key| format!("labels.{key}")).collect();
     let info = Info { digest: digest.to_owned(), labels, ..Info::default() };
     let request = UpdateRequest { info: Some(info), update_mask: Some(FieldMask { paths }) };
-    connection.content().update(request).await.map(drop).map_err(RuntimeError::call("label blob", digest))
+    connection
+        .content()
+        .update(request)
+        .await
+        .map(drop)
+        .map_err(RuntimeError::call("label blob", digest))
 }
 
 /// Bytes of an image's configuration and layers.
-pub(super) async fn size_of(connection: &Connection, target: &Descriptor) -> Result<u64, RuntimeError> {
+pub(super) async fn size_of(
+    connection: &Connection,
+    target: &Descriptor,
+) -> Result<u64, RuntimeError> {
     let text = read(connection, &target.digest).await?;
     let manifest: Manifest = parse("manifest", &target.digest, &text)?;
     let blobs = manifest.config.iter().chain(&manifest.layers);

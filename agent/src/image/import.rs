@@ -33,12 +33,15 @@ pub(super) async fn archive(store: &ImageStore, path: &Path) -> Result<Vec<Strin
 
 async fn import(store: &ImageStore, path: &Path) -> Result<Vec<String>, RuntimeError> {
     let shown = path.display().to_string();
-    let bad = |why: String| RuntimeError::Image { message: format!("{shown} is not an OCI archive: {why}") };
+    let bad = |why: String| RuntimeError::Image {
+        message: format!("{shown} is not an OCI archive: {why}"),
+    };
     let (sender, mut blobs) = mpsc::channel::<Blob>(1);
     let file = path.to_owned();
     let reader = tokio::task::spawn_blocking(move || read_archive(&file, &sender));
     while let Some(blob) = blobs.recv().await {
-        let descriptor = Descriptor { digest: blob.digest, size: blob.size, ..Descriptor::default() };
+        let descriptor =
+            Descriptor { digest: blob.digest, size: blob.size, ..Descriptor::default() };
         if content::has(&store.connection, &descriptor.digest).await {
             // Its parts are not wanted; the reader notices that nobody takes them.
             continue;
@@ -49,20 +52,24 @@ async fn import(store: &ImageStore, path: &Path) -> Result<Vec<String>, RuntimeE
         content::write(&store.connection, &descriptor, HashMap::new(), parts).await?;
     }
     let index = reader.await.map_err(|e| bad(e.to_string()))?.map_err(bad)?;
-    let index: Manifest = serde_json::from_slice(&index).map_err(|e| bad(format!("index.json: {e}")))?;
+    let index: Manifest =
+        serde_json::from_slice(&index).map_err(|e| bad(format!("index.json: {e}")))?;
     let mut names = Vec::new();
     for entry in &index.manifests {
         names.extend(adopt(store, entry).await?);
     }
     if names.is_empty() {
-        return Err(bad("index.json names no image (annotation io.containerd.image.name)".to_owned()));
+        return Err(bad(
+            "index.json names no image (annotation io.containerd.image.name)".to_owned()
+        ));
     }
     Ok(names)
 }
 
 async fn adopt(store: &ImageStore, entry: &BlobRef) -> Result<Vec<String>, RuntimeError> {
     let annotation = |key: &str| entry.annotations.get(key).cloned();
-    let name = annotation("io.containerd.image.name").or_else(|| annotation("org.opencontainers.image.ref.name"));
+    let name = annotation("io.containerd.image.name")
+        .or_else(|| annotation("org.opencontainers.image.ref.name"));
     let Some(name) = name else { return Ok(Vec::new()) };
     let name = Reference::parse(&name)?.to_string();
     let text = content::read(&store.connection, &entry.digest).await?;
@@ -82,7 +89,12 @@ fn read_archive(path: &Path, blobs: &mpsc::Sender<Blob>) -> Result<Vec<u8>, Stri
     let mut archive = tar::Archive::new(file);
     for entry in archive.entries().map_err(|e| e.to_string())? {
         let mut entry = entry.map_err(|e| e.to_string())?;
-        let name = entry.path().map_err(|e| e.to_string())?.to_string_lossy().trim_start_matches("./").to_owned();
+        let name = entry
+            .path()
+            .map_err(|e| e.to_string())?
+            .to_string_lossy()
+            .trim_start_matches("./")
+            .to_owned();
         if name == "index.json" {
             let mut text = Vec::new();
             entry.by_ref().take(MAX_DOCUMENT).read_to_end(&mut text).map_err(|e| e.to_string())?;

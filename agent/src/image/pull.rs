@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::time::Duration;
 
 use containerd_client::types::Descriptor;
 use futures_util::{StreamExt, TryStreamExt};
@@ -18,6 +19,12 @@ use crate::runtime::{RuntimeError, lease};
 
 /// Layers of one image that are fetched side by side.
 const PARALLEL_LAYERS: usize = 3;
+
+/// A registry that does not answer must not hold up everybody who wants the same image.
+const CONNECT_LIMIT: Duration = Duration::from_secs(30);
+
+/// Between two pieces of a blob.
+const READ_LIMIT: Duration = Duration::from_secs(60);
 
 const ACCEPTED: &[&str] = &[
     "application/vnd.oci.image.index.v1+json",
@@ -37,7 +44,11 @@ pub struct RegistryCredentials {
 
 impl std::fmt::Debug for RegistryCredentials {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "RegistryCredentials {{ registry: {:?}, username: {:?}, .. }}", self.registry, self.username)
+        write!(
+            f,
+            "RegistryCredentials {{ registry: {:?}, username: {:?}, .. }}",
+            self.registry, self.username
+        )
     }
 }
 
@@ -52,7 +63,7 @@ impl RegistryCredentials {
     }
 }
 
-/// Fetches `reference`, trying every fitting credential and then none.
+/// Fetches `reference` with the first of the fitting credentials that works, or without any where none fit.
 pub(super) async fn image(
     store: &ImageStore,
     reference: &Reference,
@@ -63,7 +74,9 @@ pub(super) async fn image(
         .filter(|c| c.fit(reference))
         .map(|c| RegistryAuth::Basic(c.username.clone(), c.password.clone()))
         .collect();
-    tries.push(RegistryAuth::Anonymous);
+    if tries.is_empty() {
+        tries.push(RegistryAuth::Anonymous);
+    }
     let lease = lease::create(&store.connection, "pull").await?;
     let leased = ImageStore { connection: store.connection.under_lease(&lease), ..store.clone() };
     let result = elsewhere(leased, reference.clone(), tries).await;
@@ -85,7 +98,8 @@ async fn elsewhere(
     let (sender, receiver) = tokio::sync::oneshot::channel();
     let work = move || {
         if let Some(netns) = &store.pull_netns {
-            keelson_netlink::netns::enter(netns).map_err(|e| RuntimeError::invalid(e.to_string()))?;
+            keelson_netlink::netns::enter(netns)
+                .map_err(|e| RuntimeError::invalid(e.to_string()))?;
         }
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -140,13 +154,16 @@ async fn fetch(
         let chosen = select_platform(&manifest.manifests, &reference.to_string())?;
         digest.clone_from(&chosen.digest);
         let by_digest = name.clone_with_digest(digest.clone());
-        text = client.pull_manifest_raw(&by_digest, auth, ACCEPTED).await.map_err(|e| failed(&e))?.0;
+        text =
+            client.pull_manifest_raw(&by_digest, auth, ACCEPTED).await.map_err(|e| failed(&e))?.0;
         check_digest(&text, &digest)?;
         manifest = content::parse("manifest", &digest, &text)?;
     }
     let config = manifest.config.iter();
     futures_util::stream::iter(config.chain(&manifest.layers).map(Ok))
-        .try_for_each_concurrent(PARALLEL_LAYERS, |blob| fetch_blob(store, client, &name, reference, blob))
+        .try_for_each_concurrent(PARALLEL_LAYERS, |blob| {
+            fetch_blob(store, client, &name, reference, blob)
+        })
         .await?;
     let target = Descriptor {
         media_type: media_type(&text),
@@ -188,7 +205,10 @@ async fn fetch_blob(
 }
 
 /// The image for this machine out of an index.
-pub(super) fn select_platform<'a>(manifests: &'a [BlobRef], name: &str) -> Result<&'a BlobRef, RuntimeError> {
+pub(super) fn select_platform<'a>(
+    manifests: &'a [BlobRef],
+    name: &str,
+) -> Result<&'a BlobRef, RuntimeError> {
     let architecture = match std::env::consts::ARCH {
         "x86_64" => "amd64",
         "aarch64" => "arm64",
@@ -202,10 +222,15 @@ pub(super) fn select_platform<'a>(manifests: &'a [BlobRef], name: &str) -> Resul
         let offered: Vec<String> = manifests
             .iter()
             .filter_map(|entry| entry.platform.as_ref())
-            .map(|p| format!("{}/{}{}", p.os, p.architecture, p.variant.as_deref().unwrap_or_default()))
+            .map(|p| {
+                format!("{}/{}{}", p.os, p.architecture, p.variant.as_deref().unwrap_or_default())
+            })
             .collect();
         RuntimeError::Image {
-            message: format!("{name} has no image for linux/{architecture}, only for {}", offered.join(", ")),
+            message: format!(
+                "{name} has no image for linux/{architecture}, only for {}",
+                offered.join(", ")
+            ),
         }
     })
 }
@@ -215,7 +240,9 @@ fn check_digest(text: &[u8], digest: &str) -> Result<(), RuntimeError> {
     if digest == format!("sha256:{hex}") {
         return Ok(());
     }
-    Err(RuntimeError::Image { message: format!("the registry's manifest is not the one of digest {digest}") })
+    Err(RuntimeError::Image {
+        message: format!("the registry's manifest is not the one of digest {digest}"),
+    })
 }
 
 fn media_type(manifest: &[u8]) -> String {
@@ -224,24 +251,33 @@ fn media_type(manifest: &[u8]) -> String {
 }
 
 fn client(store: &ImageStore, reference: &Reference) -> Client {
-    let plain = is_local(reference.registry()) || is_plain_by_config(&store.certs_dir, reference.registry());
+    let plain = is_local(reference.registry())
+        || is_plain_by_config(&store.certs_dir, reference.registry());
     let protocol = if plain { ClientProtocol::Http } else { ClientProtocol::Https };
-    Client::new(ClientConfig { protocol, ..ClientConfig::default() })
+    Client::new(ClientConfig {
+        protocol,
+        connect_timeout: Some(CONNECT_LIMIT),
+        read_timeout: Some(READ_LIMIT),
+        ..ClientConfig::default()
+    })
 }
 
 /// A registry on this very machine is reached without TLS, as every container engine has it.
 fn is_local(registry: &str) -> bool {
-    let host = registry.rsplit_once(':').map_or(registry, |(host, _)| host).trim_matches(['[', ']']);
+    let host =
+        registry.rsplit_once(':').map_or(registry, |(host, _)| host).trim_matches(['[', ']']);
     host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
 /// `<certs.d>/<host:port>/hosts.toml` with a server (or a host) under http://.
 fn is_plain_by_config(certs_dir: &Path, registry: &str) -> bool {
-    let Ok(text) = std::fs::read_to_string(certs_dir.join(registry).join("hosts.toml")) else { return false };
+    let Ok(text) = std::fs::read_to_string(certs_dir.join(registry).join("hosts.toml")) else {
+        return false;
+    };
     let lines = text.lines().map(str::trim);
-    lines.filter(|line| line.starts_with("server") || line.starts_with("[host.")).any(|line| {
-        line.contains(&format!("\"http://{registry}\""))
-    })
+    lines
+        .filter(|line| line.starts_with("server") || line.starts_with("[host."))
+        .any(|line| line.contains(&format!("\"http://{registry}\"")))
 }
 
 fn oci_reference(reference: &Reference) -> Result<oci_client::Reference, RuntimeError> {
@@ -249,7 +285,9 @@ fn oci_reference(reference: &Reference) -> Result<oci_client::Reference, Runtime
     let (tag, digest) = (reference.tag().map(str::to_owned), reference.digest().map(str::to_owned));
     Ok(match (tag, digest) {
         (_, Some(digest)) => oci_client::Reference::with_digest(registry, path, digest),
-        (tag, None) => oci_client::Reference::with_tag(registry, path, tag.unwrap_or_else(|| "latest".into())),
+        (tag, None) => {
+            oci_client::Reference::with_tag(registry, path, tag.unwrap_or_else(|| "latest".into()))
+        }
     })
 }
 
@@ -264,7 +302,11 @@ mod tests {
     #[test]
     fn credentials_fit_their_registry_and_no_other() {
         let fit = |registry: &str, image: &str| {
-            let c = RegistryCredentials { registry: registry.into(), username: "u".into(), password: "p".into() };
+            let c = RegistryCredentials {
+                registry: registry.into(),
+                username: "u".into(),
+                password: "p".into(),
+            };
             c.fit(&Reference::parse(image).unwrap())
         };
         assert!(fit("https://index.docker.io/v1/", "nginx"));
@@ -276,15 +318,23 @@ mod tests {
 
     #[test]
     fn passwords_are_not_printed() {
-        let c = RegistryCredentials { registry: "r".into(), username: "u".into(), password: "secret".into() };
+        let c = RegistryCredentials {
+            registry: "r".into(),
+            username: "u".into(),
+            password: "secret".into(),
+        };
         assert!(!format!("{c:?}").contains("secret"));
     }
 
     #[test]
     fn only_loopback_is_local() {
-        for (registry, local) in
-            [("localhost:5000", true), ("127.0.0.1:5000", true), ("[::1]:5000", true), ("10.0.0.1:5000", false), ("a.io", false)]
-        {
+        for (registry, local) in [
+            ("localhost:5000", true),
+            ("127.0.0.1:5000", true),
+            ("[::1]:5000", true),
+            ("10.0.0.1:5000", false),
+            ("a.io", false),
+        ] {
             assert_eq!(is_local(registry), local, "{registry}");
         }
     }

@@ -40,7 +40,10 @@ impl Reference {
             Some(_) => ("docker.io".to_owned(), name.to_owned()),
             None => ("docker.io".to_owned(), format!("library/{name}")),
         };
-        let part = |part: &str| !part.is_empty() && part.chars().all(|c| matches!(c, 'a'..='z' | '0'..='9' | '.' | '_' | '-'));
+        let part = |part: &str| {
+            !part.is_empty()
+                && part.chars().all(|c| matches!(c, 'a'..='z' | '0'..='9' | '.' | '_' | '-'))
+        };
         if !path.split('/').all(part) {
             return Err(bad("a repository has lower-case letters, digits and . _ - /"));
         }
@@ -83,12 +86,16 @@ impl fmt::Display for Reference {
 }
 
 fn is_digest(text: &str) -> bool {
-    text.strip_prefix("sha256:").is_some_and(|hex| hex.len() == 64 && hex.bytes().all(|b| b.is_ascii_hexdigit()))
+    text.strip_prefix("sha256:")
+        .is_some_and(|hex| hex.len() == 64 && hex.bytes().all(|b| b.is_ascii_hexdigit()))
 }
 
 fn is_tag(text: &str) -> bool {
     let inner = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
-    !text.is_empty() && text.len() <= 128 && !text.starts_with(['.', '-']) && text.chars().all(inner)
+    !text.is_empty()
+        && text.len() <= 128
+        && !text.starts_with(['.', '-'])
+        && text.chars().all(inner)
 }
 
 #[cfg(test)]

@@ -30,7 +30,10 @@ struct RootFs {
 }
 
 /// Reads an image's manifest and configuration.
-pub(super) async fn read(connection: &Connection, target: &Descriptor) -> Result<ResolvedImage, RuntimeError> {
+pub(super) async fn read(
+    connection: &Connection,
+    target: &Descriptor,
+) -> Result<ResolvedImage, RuntimeError> {
     Ok(load(connection, target).await?.2)
 }
 
@@ -66,12 +69,15 @@ async fn load(
 }
 
 /// Unpacks every layer that is not unpacked yet. The layers' blobs must be here, under the caller's lease.
-pub(super) async fn unpack(connection: &Connection, target: &Descriptor) -> Result<ResolvedImage, RuntimeError> {
+pub(super) async fn unpack(
+    connection: &Connection,
+    target: &Descriptor,
+) -> Result<ResolvedImage, RuntimeError> {
     let (layers, diff_ids, image) = load(connection, target).await?;
     let chain = chain_ids(&diff_ids);
     for (position, layer) in layers.iter().enumerate() {
         let parent = if position == 0 { "" } else { chain[position - 1].as_str() };
-        unpack_layer(connection, layer, parent, &chain[position]).await?;
+        unpack_layer(connection, layer, &diff_ids[position], parent, &chain[position]).await?;
     }
     let mut labels = HashMap::new();
     labels.insert(format!("containerd.io/gc.ref.snapshot.{SNAPSHOTTER}"), image.chain_id.clone());
@@ -88,6 +94,7 @@ pub(super) async fn unpack(connection: &Connection, target: &Descriptor) -> Resu
 async fn unpack_layer(
     connection: &Connection,
     layer: &BlobRef,
+    diff_id: &str,
     parent: &str,
     chain_id: &str,
 ) -> Result<(), RuntimeError> {
@@ -111,6 +118,14 @@ async fn unpack_layer(
         .mounts;
     let apply = ApplyRequest { diff: Some(layer.descriptor()), mounts, ..ApplyRequest::default() };
     let result = match connection.diff().apply(apply).await {
+        // What was unpacked must be what the configuration names: the snapshot serves every image with this chain.
+        Ok(reply) if reply.get_ref().applied.as_ref().is_none_or(|blob| blob.digest != diff_id) => {
+            let message = format!(
+                "layer {} does not hold what the image's configuration names",
+                layer.digest
+            );
+            Err(RuntimeError::Image { message })
+        }
         Ok(_) => {
             let commit = CommitSnapshotRequest {
                 snapshotter: SNAPSHOTTER.into(),
@@ -139,8 +154,10 @@ fn chain_ids(diff_ids: &[String]) -> Vec<String> {
         let next = match chain.last() {
             None => diff_id.clone(),
             Some(parent) => {
-                let hex: String =
-                    Sha256::digest(format!("{parent} {diff_id}")).iter().map(|b| format!("{b:02x}")).collect();
+                let hex: String = Sha256::digest(format!("{parent} {diff_id}"))
+                    .iter()
+                    .map(|b| format!("{b:02x}"))
+                    .collect();
                 format!("sha256:{hex}")
             }
         };

@@ -49,7 +49,13 @@ impl Client {
     ///
     /// # Errors
     /// When the pipes cannot be made or the log writer does not answer.
-    pub(crate) async fn open(&self, id: &str, spec: LogSpec, tty: bool, stdin: bool) -> Result<Pipes, RuntimeError> {
+    pub(crate) async fn open(
+        &self,
+        id: &str,
+        spec: LogSpec,
+        tty: bool,
+        stdin: bool,
+    ) -> Result<Pipes, RuntimeError> {
         let (client, id) = (self.clone(), id.to_owned());
         crate::runtime::blocking(move || {
             let folder = folder(&client.run_dir, &id);
@@ -62,7 +68,8 @@ impl Client {
             if !tty {
                 pipes.stderr = fifo(&folder, "stderr")?;
             }
-            let text = serde_json::to_vec(&spec).map_err(|e| RuntimeError::invalid(e.to_string()))?;
+            let text =
+                serde_json::to_vec(&spec).map_err(|e| RuntimeError::invalid(e.to_string()))?;
             let path = folder.join("log.json");
             fs::write(&path, text).map_err(RuntimeError::system("write", &path))?;
             client.order(&Order::Open(id), None)?;
@@ -73,30 +80,34 @@ impl Client {
 
     /// Waits until everything that container `id` printed is in its log.
     pub(crate) async fn drain(&self, id: &str) {
-        self.finish(id, false).await;
+        let (client, id) = (self.clone(), id.to_owned());
+        let result =
+            crate::runtime::blocking(move || client.order(&Order::Drain(id), Some(DRAIN_LIMIT)))
+                .await;
+        if let Err(error) = result {
+            tracing::warn!(%error, "The end of a container's log may be missing");
+        }
     }
 
-    /// As [`Client::drain`], and removes the pipes.
+    /// Removes the pipes of container `id`, which prints no more or never did.
     pub(crate) async fn close(&self, id: &str) {
-        self.finish(id, true).await;
-    }
-
-    async fn finish(&self, id: &str, remove: bool) {
         let (client, id) = (self.clone(), id.to_owned());
         let result = crate::runtime::blocking(move || {
             let folder = folder(&client.run_dir, &id);
             if !folder.exists() {
                 return Ok(());
             }
-            client.order(&Order::Drain(id), Some(DRAIN_LIMIT))?;
-            match remove {
-                true => fs::remove_dir_all(&folder).map_err(RuntimeError::system("remove", &folder)),
-                false => Ok(()),
+            client.order(&Order::Forget(id), Some(DRAIN_LIMIT))?;
+            match fs::remove_dir_all(&folder) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                    Err(RuntimeError::system("remove", &folder)(e))
+                }
+                _ => Ok(()),
             }
         })
         .await;
         if let Err(error) = result {
-            tracing::warn!(%error, "The end of a container's log may be missing");
+            tracing::warn!(%error, "The pipes of a container's log are not removed");
         }
     }
 
@@ -124,16 +135,23 @@ impl Client {
             return Ok(stream);
         }
         self.spawn().map_err(RuntimeError::system("start the log writer for", &self.run_dir))?;
-        UnixStream::connect(&path).map_err(RuntimeError::system("connect to the log writer on", &path))
+        UnixStream::connect(&path)
+            .map_err(RuntimeError::system("connect to the log writer on", &path))
     }
 
     /// Starts `keelson logd`, which says that it listens by closing its standard output.
     fn spawn(&self) -> std::io::Result<()> {
         fs::create_dir_all(&self.run_dir)?;
-        let log = fs::OpenOptions::new().create(true).append(true).open(self.run_dir.join("logd.log"))?;
+        let log =
+            fs::OpenOptions::new().create(true).append(true).open(self.run_dir.join("logd.log"))?;
         let mut command = Command::new(program()?);
         command.arg("logd").arg("--run-dir").arg(&self.run_dir);
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).process_group(0).current_dir("/");
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(log)
+            .process_group(0)
+            .current_dir("/");
         let mut child = command.spawn()?;
         if let Some(stdout) = child.stdout.take() {
             let mut line = String::new();

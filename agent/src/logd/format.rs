@@ -13,7 +13,13 @@ pub(crate) struct LineCutter {
 
 impl LineCutter {
     /// Takes what was read and appends every complete line, formatted, to `out`.
-    pub(crate) fn feed(&mut self, stream: &str, mut data: &[u8], now: Timestamp, out: &mut Vec<u8>) {
+    pub(crate) fn feed(
+        &mut self,
+        stream: &str,
+        mut data: &[u8],
+        now: Timestamp,
+        out: &mut Vec<u8>,
+    ) {
         while let Some(end) = data.iter().position(|byte| *byte == b'\n') {
             self.take(&data[..end], stream, now, out);
             self.emit(stream, b'F', now, out);

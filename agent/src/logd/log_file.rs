@@ -66,7 +66,8 @@ impl LogFile {
 
     /// `max_files` counts the current file, too.
     fn remove_oldest(&self) -> io::Result<()> {
-        let (Some(folder), Some(name)) = (self.spec.path.parent(), self.spec.path.file_name()) else {
+        let (Some(folder), Some(name)) = (self.spec.path.parent(), self.spec.path.file_name())
+        else {
             return Ok(());
         };
         let prefix = format!("{}.", name.to_string_lossy());
@@ -104,7 +105,8 @@ mod tests {
         for number in 0..10 {
             log.append(format!("line {number}\n").as_bytes());
         }
-        let mut files: Vec<PathBuf> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().path()).collect();
+        let mut files: Vec<PathBuf> =
+            fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().path()).collect();
         files.sort();
         assert_eq!(files.len(), 3, "{files:?}");
         // The current file sorts first, the rotated ones by time.

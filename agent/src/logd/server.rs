@@ -9,12 +9,13 @@ use std::rc::Rc;
 
 use anyhow::{Context, Result};
 use jiff::Timestamp;
+use nix::fcntl::{Flock, FlockArg};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::unix::pipe;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
-use tokio::task::{LocalSet, spawn_local};
+use tokio::task::{JoinHandle, LocalSet, spawn_local};
 
 use super::format::LineCutter;
 use super::log_file::LogFile;
@@ -29,6 +30,8 @@ type Open = Rc<RefCell<HashMap<String, Container>>>;
 struct Container {
     /// How many of its streams have not ended.
     streams: watch::Receiver<usize>,
+    /// One reader per stream.
+    readers: Vec<JoinHandle<()>>,
 }
 
 /// Reads and writes logs for the node of `run_dir` until SIGTERM.
@@ -42,12 +45,16 @@ pub fn serve(run_dir: &Path) -> Result<()> {
 
 async fn run(run_dir: &Path) -> Result<()> {
     let path = socket(run_dir);
-    if UnixStream::connect(&path).await.is_ok() {
+    let lock = fs::File::create(run_dir.join("logd.lock"))?;
+    // Two readers of one pipe would each get a part of the lines. Held until this process ends, however it does.
+    let Ok(_lock) = Flock::lock(lock, FlockArg::LockExclusiveNonblock) else {
+        wait_for_other(&path).await;
         println!("running already");
         return Ok(());
-    }
+    };
     drop(fs::remove_file(&path));
-    let listener = UnixListener::bind(&path).with_context(|| format!("cannot listen on {}", path.display()))?;
+    let listener = UnixListener::bind(&path)
+        .with_context(|| format!("cannot listen on {}", path.display()))?;
     let open: Open = Rc::default();
     for entry in fs::read_dir(run_dir.join("io")).into_iter().flatten().flatten() {
         let id = entry.file_name().to_string_lossy().into_owned();
@@ -69,6 +76,16 @@ async fn run(run_dir: &Path) -> Result<()> {
     Ok(fs::remove_file(&path)?)
 }
 
+/// Another one holds the lock and is about to listen.
+async fn wait_for_other(path: &Path) {
+    for _ in 0..100 {
+        if UnixStream::connect(path).await.is_ok() {
+            return;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+}
+
 async fn serve_client(run_dir: PathBuf, stream: UnixStream, open: Open) {
     let (reader, mut writer) = stream.into_split();
     let mut lines = BufReader::new(reader).lines();
@@ -84,7 +101,11 @@ async fn serve_client(run_dir: PathBuf, stream: UnixStream, open: Open) {
                 if let Some(mut streams) = streams {
                     // The sender goes with the last stream: that is the end, too.
                     drop(streams.wait_for(|left| *left == 0).await);
-                    open.borrow_mut().remove(&id);
+                }
+            }
+            Ok(Order::Forget(id)) => {
+                if let Some(container) = open.borrow_mut().remove(&id) {
+                    container.readers.iter().for_each(JoinHandle::abort);
                 }
             }
             Err(error) => tracing::warn!(%error, "An order was not understood"),
@@ -111,11 +132,9 @@ fn read_container(run_dir: &Path, id: &str, open: &Open) -> io::Result<()> {
     }
     let (left, streams) = watch::channel(pipes.len());
     let left = Rc::new(left);
-    for (stream, pipe) in pipes {
-        // It ends with its stream; `left` tells.
-        drop(spawn_local(copy(stream, pipe, Rc::clone(&log), Rc::clone(&left))));
-    }
-    open.borrow_mut().insert(id.to_owned(), Container { streams });
+    let read = |(stream, pipe)| spawn_local(copy(stream, pipe, Rc::clone(&log), Rc::clone(&left)));
+    let readers = pipes.into_iter().map(read).collect();
+    open.borrow_mut().insert(id.to_owned(), Container { streams, readers });
     Ok(())
 }
 

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::StreamExt;
 use futures_util::future::join_all;
 
 use super::image::chain;
@@ -15,26 +16,55 @@ use crate::volume::teardown;
 /// kubelet's grace for containers whose pod is unknown.
 const GRACE: Duration = Duration::from_secs(1);
 
-/// Removes the containers, folders and cgroups of all pods but `known`. Called once, when all sources have told everything.
+/// So many pods are removed side by side: most of it is waiting for processes to end.
+const PARALLEL: usize = 8;
+
+/// Between two attempts at what could not be removed.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// Removes the containers, folders and cgroups of all pods but `known`. Called once, when all sources have told
+/// everything; what cannot be removed is tried again, for nobody else will.
 pub(super) async fn remove(node: Arc<Node>, known: HashSet<String>) {
-    let observed = match node.runtime.observe_all().await {
-        Ok(observed) => observed,
-        Err(error) => {
-            tracing::warn!(%error, "Cannot look for orphaned pods");
-            return;
+    let orphans = loop {
+        match node.runtime.observe_all().await {
+            Ok(observed) => {
+                let unknown = |pod: &ObservedPod| !known.contains(&pod.pod.uid);
+                break observed.into_iter().filter(unknown).map(|pod| pod.pod.uid).collect();
+            }
+            Err(error) => {
+                tracing::warn!(%error, "Cannot look for orphaned pods");
+                tokio::time::sleep(RETRY).await;
+            }
         }
     };
-    for pod in observed.iter().filter(|pod| !known.contains(&pod.pod.uid)) {
-        tracing::info!(
-            pod = pod.pod.name,
-            pod_uid = pod.pod.uid,
-            "Removing a pod that nobody wants"
-        );
-        if let Err(problem) = remove_pod(&node, pod).await {
-            tracing::warn!(pod = pod.pod.name, problem, "Orphaned pod not removed");
+    let mut left: Vec<String> = orphans;
+    while !left.is_empty() {
+        let failed = futures_util::stream::iter(left)
+            .map(|uid| remove_orphan(&node, uid))
+            .buffer_unordered(PARALLEL)
+            .filter_map(std::future::ready)
+            .collect()
+            .await;
+        left = failed;
+        if !left.is_empty() {
+            tokio::time::sleep(RETRY).await;
         }
     }
     remove_leftovers(&node, &known);
+}
+
+/// Answers the uid again when it could not be removed.
+async fn remove_orphan(node: &Node, uid: String) -> Option<String> {
+    let problem = match node.runtime.observe(&uid).await {
+        Ok(None) => return None,
+        Ok(Some(pod)) => {
+            tracing::info!(pod = pod.pod.name, pod_uid = uid, "Removing a pod that nobody wants");
+            remove_pod(node, &pod).await.err()?
+        }
+        Err(error) => chain(&error),
+    };
+    tracing::warn!(pod_uid = uid, problem, "Orphaned pod not removed");
+    Some(uid)
 }
 
 async fn remove_pod(node: &Node, pod: &ObservedPod) -> Result<(), String> {

@@ -65,9 +65,9 @@ impl Connection {
         let channel = containerd_client::connect(socket)
             .await
             .map_err(|source| RuntimeError::Unreachable { socket: socket.to_owned(), source })?;
-        let namespace = namespace
-            .parse()
-            .map_err(|_| RuntimeError::invalid(format!("containerd namespace {namespace:?} is not plain text")))?;
+        let namespace = namespace.parse().map_err(|_| {
+            RuntimeError::invalid(format!("containerd namespace {namespace:?} is not plain text"))
+        })?;
         Ok(Connection { channel, scope: Scope { namespace, lease: None } })
     }
 

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use containerd_client::services::v1::snapshots::{PrepareSnapshotRequest, RemoveSnapshotRequest};
 use containerd_client::services::v1::{
-    Container, CreateContainerRequest, CreateTaskRequest, DeleteContainerRequest, DeleteTaskRequest,
-    GetContainerRequest, GetRequest, KillRequest, StartRequest, WaitRequest,
+    Container, CreateContainerRequest, CreateTaskRequest, DeleteContainerRequest,
+    DeleteTaskRequest, GetContainerRequest, GetRequest, KillRequest, StartRequest, WaitRequest,
 };
 use containerd_client::types::v1::{Process, Status as TaskStatus};
 use jiff::Timestamp;
@@ -74,13 +74,19 @@ pub(crate) async fn create(
         let stop_signal = image.config.stop_signal.clone().unwrap_or_default();
         let cgroup = spec::cgroup_of(&pod.cgroup_parent, &id);
         let reference = image.reference();
-        let record =
-            Record::Container(ContainerRecord::new(sandbox_id, &pod, config, &reference, stop_signal, cgroup));
+        let record = Record::Container(ContainerRecord::new(
+            sandbox_id,
+            &pod,
+            config,
+            &reference,
+            stop_signal,
+            cgroup,
+        ));
         let request = Container {
             id: id.clone(),
             labels: record.labels(),
             image: config.image_name.clone(),
-            runtime: Some(sandbox::runtime_of(inner, "")),
+            runtime: Some(sandbox::runtime_of(inner, &pod.runtime_handler)),
             spec: Some(spec::to_any(&oci)?),
             snapshotter: SNAPSHOTTER.into(),
             snapshot_key: id.clone(),
@@ -88,7 +94,11 @@ pub(crate) async fn create(
             ..Container::default()
         };
         let create = CreateContainerRequest { container: Some(request) };
-        leased.containers().create(create).await.map_err(RuntimeError::call("create container", &config.name))?;
+        leased
+            .containers()
+            .create(create)
+            .await
+            .map_err(RuntimeError::call("create container", &config.name))?;
         inner.mounts.insert(&id, mounts);
         Ok(())
     }
@@ -123,10 +133,14 @@ pub(crate) async fn start(inner: &Arc<Inner>, id: &str) -> Result<(), RuntimeErr
         terminal: record.tty,
         ..CreateTaskRequest::default()
     };
-    mark_started(inner, id)?;
     let result = async {
         inner.connection.tasks().create(create).await?;
-        inner.connection.tasks().start(StartRequest { container_id: id.to_owned(), ..StartRequest::default() }).await
+        mark_started(inner, id).map_err(|error| Status::internal(error.to_string()))?;
+        inner
+            .connection
+            .tasks()
+            .start(StartRequest { container_id: id.to_owned(), ..StartRequest::default() })
+            .await
     }
     .await;
     let Err(status) = result else { return Ok(()) };
@@ -145,7 +159,11 @@ pub(crate) async fn start(inner: &Arc<Inner>, id: &str) -> Result<(), RuntimeErr
     Err(RuntimeError::Start { message: exit.message })
 }
 
-pub(crate) async fn stop(inner: &Arc<Inner>, id: &str, grace: Duration) -> Result<(), RuntimeError> {
+pub(crate) async fn stop(
+    inner: &Arc<Inner>,
+    id: &str,
+    grace: Duration,
+) -> Result<(), RuntimeError> {
     let record = match record(inner, id).await {
         Err(RuntimeError::NotFound { .. }) => return Ok(()),
         other => other?,
@@ -166,7 +184,11 @@ pub(crate) async fn stop(inner: &Arc<Inner>, id: &str, grace: Duration) -> Resul
 }
 
 /// Sends `signal` and reaps when the process has ended.
-pub(crate) async fn end_task(inner: &Arc<Inner>, id: &str, signal: u32) -> Result<(), RuntimeError> {
+pub(crate) async fn end_task(
+    inner: &Arc<Inner>,
+    id: &str,
+    signal: u32,
+) -> Result<(), RuntimeError> {
     inner.starting.finished(id).await;
     match task_of(inner, id).await?.map(|task| task.status()) {
         None => return Ok(()),
@@ -182,7 +204,8 @@ pub(crate) async fn end_task(inner: &Arc<Inner>, id: &str, signal: u32) -> Resul
 }
 
 async fn send(inner: &Inner, id: &str, signal: u32) -> Result<(), RuntimeError> {
-    let kill = KillRequest { container_id: id.to_owned(), signal, all: false, ..KillRequest::default() };
+    let kill =
+        KillRequest { container_id: id.to_owned(), signal, all: false, ..KillRequest::default() };
     match inner.connection.tasks().kill(kill).await {
         Ok(_) => Ok(()),
         // Ended already, or never started.
@@ -210,7 +233,9 @@ pub(crate) async fn reap(inner: &Arc<Inner>, id: &str) -> Result<(), RuntimeErro
 /// Brings an ended task's output into its log and its exit to the disk. A running task, or none, is left alone.
 pub(crate) async fn record_end(inner: &Arc<Inner>, id: &str) -> Result<(), RuntimeError> {
     let Some(process) = task_of(inner, id).await? else { return Ok(()) };
-    if process.status() == TaskStatus::Stopped && exit_record::read(&inner.options.root_dir, id).is_none() {
+    if process.status() == TaskStatus::Stopped
+        && exit_record::read(&inner.options.root_dir, id).is_none()
+    {
         inner.logs.drain(id).await;
         let exit = exit_of(inner, id, process.exit_status, process.exited_at).await;
         exit_record::write(&inner.options.root_dir, id, &exit)?;
@@ -232,7 +257,12 @@ pub(crate) async fn forget_task(inner: &Arc<Inner>, id: &str) -> Result<(), Runt
     Ok(())
 }
 
-async fn exit_of(inner: &Inner, id: &str, status: u32, exited_at: Option<prost_types::Timestamp>) -> Exit {
+async fn exit_of(
+    inner: &Inner,
+    id: &str,
+    status: u32,
+    exited_at: Option<prost_types::Timestamp>,
+) -> Exit {
     let record = record(inner, id).await.ok();
     let oom = record.as_ref().is_some_and(|record| spec::was_oom_killed(&record.cgroup));
     let code = i32::try_from(status).unwrap_or(UNKNOWN_CODE);
@@ -268,11 +298,15 @@ pub(crate) fn lost(inner: &Inner, id: &str) -> Exit {
 pub(crate) async fn remove(inner: &Arc<Inner>, id: &str) -> Result<(), RuntimeError> {
     end_task(inner, id, libc::SIGKILL.cast_unsigned()).await?;
     let request = DeleteContainerRequest { id: id.to_owned() };
-    gone_is_fine(inner.connection.containers().delete(request).await.map(tonic::Response::into_inner))
-        .map_err(RuntimeError::call("remove container", id))?;
+    gone_is_fine(
+        inner.connection.containers().delete(request).await.map(tonic::Response::into_inner),
+    )
+    .map_err(RuntimeError::call("remove container", id))?;
     let snapshot = RemoveSnapshotRequest { snapshotter: SNAPSHOTTER.into(), key: id.to_owned() };
-    gone_is_fine(inner.connection.snapshots().remove(snapshot).await.map(tonic::Response::into_inner))
-        .map_err(RuntimeError::call("remove the root file system of", id))?;
+    gone_is_fine(
+        inner.connection.snapshots().remove(snapshot).await.map(tonic::Response::into_inner),
+    )
+    .map_err(RuntimeError::call("remove the root file system of", id))?;
     inner.logs.close(id).await;
     exit_record::remove(&inner.options.root_dir, id);
     drop(fs::remove_file(started_marker(inner, id)));
@@ -283,10 +317,13 @@ pub(crate) async fn remove(inner: &Arc<Inner>, id: &str) -> Result<(), RuntimeEr
 pub(crate) async fn record(inner: &Inner, id: &str) -> Result<ContainerRecord, RuntimeError> {
     let not_found = || RuntimeError::NotFound { what: "container", id: id.to_owned() };
     let request = GetContainerRequest { id: id.to_owned() };
-    let reply = inner.connection.containers().get(request).await.map_err(|status: Status| match status.code() {
-        Code::NotFound => not_found(),
-        _ => RuntimeError::call("look up container", id)(status),
-    })?;
+    let reply =
+        inner.connection.containers().get(request).await.map_err(|status: Status| match status
+            .code()
+        {
+            Code::NotFound => not_found(),
+            _ => RuntimeError::call("look up container", id)(status),
+        })?;
     match reply.into_inner().container.as_ref().and_then(Record::of) {
         Some(Record::Container(record)) => Ok(record),
         _ => Err(not_found()),
@@ -295,13 +332,19 @@ pub(crate) async fn record(inner: &Inner, id: &str) -> Result<ContainerRecord, R
 
 async fn running_pid(inner: &Inner, id: &str) -> Result<u32, RuntimeError> {
     let request = GetRequest { container_id: id.to_owned(), ..GetRequest::default() };
-    let reply =
-        inner.connection.tasks().get(request).await.map_err(RuntimeError::call("find the process of", id))?;
+    let reply = inner
+        .connection
+        .tasks()
+        .get(request)
+        .await
+        .map_err(RuntimeError::call("find the process of", id))?;
     let process = reply.into_inner().process.unwrap_or_default();
     if process.status() == TaskStatus::Running {
         Ok(process.pid)
     } else {
-        Err(RuntimeError::invalid(format!("container {id}, whose processes shall be shared, is not running")))
+        Err(RuntimeError::invalid(format!(
+            "container {id}, whose processes shall be shared, is not running"
+        )))
     }
 }
 

@@ -55,7 +55,10 @@ impl RuntimeError {
     }
 
     /// For `map_err` on an operation on `path`.
-    pub(crate) fn system(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> RuntimeError {
+    pub(crate) fn system(
+        action: &'static str,
+        path: impl Into<PathBuf>,
+    ) -> impl FnOnce(io::Error) -> RuntimeError {
         let path = path.into();
         move |source| RuntimeError::System { action, path, source }
     }

@@ -23,7 +23,8 @@ pub(crate) async fn follow(runtime: Weak<Inner>) {
     while let Some(inner) = runtime.upgrade() {
         let filters = ["/tasks/exit", "/tasks/start", "/containers/delete"]
             .map(|topic| format!(r#"topic=="{topic}",namespace=="{}""#, inner.options.namespace));
-        let subscribed = inner.connection.events().subscribe(SubscribeRequest { filters: filters.into() }).await;
+        let subscribed =
+            inner.connection.events().subscribe(SubscribeRequest { filters: filters.into() }).await;
         match subscribed {
             Ok(reply) => {
                 failing = false;
@@ -38,7 +39,10 @@ pub(crate) async fn follow(runtime: Weak<Inner>) {
             }
             Err(status) => {
                 if !std::mem::replace(&mut failing, true) {
-                    tracing::error!(error = status.message(), "containerd does not answer; trying again");
+                    tracing::error!(
+                        error = status.message(),
+                        "containerd does not answer; trying again"
+                    );
                 }
                 tokio::time::sleep(RETRY).await;
             }
@@ -91,7 +95,11 @@ fn tell(inner: &Inner, uid: Option<String>) {
     }
 }
 
-async fn pod_of(inner: &Arc<Inner>, pods: &mut HashMap<String, String>, id: &str) -> Option<String> {
+async fn pod_of(
+    inner: &Arc<Inner>,
+    pods: &mut HashMap<String, String>,
+    id: &str,
+) -> Option<String> {
     if let Some(uid) = pods.get(id) {
         return Some(uid.clone());
     }

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use containerd_client::services::v1::{
-    CloseIoRequest, DeleteProcessRequest, ExecProcessRequest, GetContainerRequest, KillRequest, ResizePtyRequest,
-    StartRequest, WaitRequest,
+    CloseIoRequest, DeleteProcessRequest, ExecProcessRequest, GetContainerRequest, KillRequest,
+    ResizePtyRequest, StartRequest, WaitRequest,
 };
 use futures_util::future::BoxFuture;
 use nix::sys::stat::Mode;
@@ -85,7 +85,9 @@ pub(crate) async fn run(
     request: ExecRequest,
 ) -> Result<ExecSession, RuntimeError> {
     if request.command.is_empty() {
-        return Err(RuntimeError::invalid("you must specify at least one command for the container"));
+        return Err(RuntimeError::invalid(
+            "you must specify at least one command for the container",
+        ));
     }
     let exec_id = container::new_id(&[id, "exec"]);
     let spec = process_spec(inner, id, &request).await?;
@@ -207,19 +209,28 @@ async fn wait(
                 };
                 drop(killer.kill(kill).await);
                 drop(ended.await);
-                let delete = DeleteProcessRequest { container_id: id.to_owned(), exec_id: exec_id.to_owned() };
+                let delete = DeleteProcessRequest {
+                    container_id: id.to_owned(),
+                    exec_id: exec_id.to_owned(),
+                };
                 drop(killer.delete_process(delete).await);
                 return Err(RuntimeError::invalid(format!("command timed out after {limit:?}")));
             }
         },
     };
-    let code = status.map_err(RuntimeError::call("wait for a process in", id))?.into_inner().exit_status;
+    let code =
+        status.map_err(RuntimeError::call("wait for a process in", id))?.into_inner().exit_status;
     let delete = DeleteProcessRequest { container_id: id.to_owned(), exec_id: exec_id.to_owned() };
     drop(killer.delete_process(delete).await);
     Ok(i32::try_from(code).unwrap_or(255))
 }
 
-async fn resize_terminal(inner: Arc<Inner>, id: String, exec_id: String, mut sizes: mpsc::Receiver<TerminalSize>) {
+async fn resize_terminal(
+    inner: Arc<Inner>,
+    id: String,
+    exec_id: String,
+    mut sizes: mpsc::Receiver<TerminalSize>,
+) {
     while let Some(size) = sizes.recv().await {
         let request = ResizePtyRequest {
             container_id: id.clone(),
@@ -235,14 +246,19 @@ async fn resize_terminal(inner: Arc<Inner>, id: String, exec_id: String, mut siz
 /// The container's own process description with another command.
 async fn process_spec(inner: &Inner, id: &str, request: &ExecRequest) -> Result<Any, RuntimeError> {
     let get = GetContainerRequest { id: id.to_owned() };
-    let reply = inner.connection.containers().get(get).await.map_err(|status| not_running(id, status))?;
-    let spec = reply.into_inner().container.and_then(|container| container.spec).unwrap_or_default();
-    let mut spec: Value = serde_json::from_slice(&spec.value)
-        .map_err(|e| RuntimeError::invalid(format!("container {id} has no readable specification: {e}")))?;
+    let reply =
+        inner.connection.containers().get(get).await.map_err(|status| not_running(id, status))?;
+    let spec =
+        reply.into_inner().container.and_then(|container| container.spec).unwrap_or_default();
+    let mut spec: Value = serde_json::from_slice(&spec.value).map_err(|e| {
+        RuntimeError::invalid(format!("container {id} has no readable specification: {e}"))
+    })?;
     let mut process = spec["process"].take();
     process["args"] = request.command.clone().into();
     process["terminal"] = request.tty.into();
-    if request.tty && let Some(env) = process["env"].as_array_mut() {
+    if request.tty
+        && let Some(env) = process["env"].as_array_mut()
+    {
         env.push("TERM=xterm".into());
     }
     let value = serde_json::to_vec(&process).map_err(|e| RuntimeError::invalid(e.to_string()))?;
@@ -255,7 +271,9 @@ fn receiver(path: &Path) -> Result<pipe::Receiver, RuntimeError> {
 
 fn not_running(id: &str, status: tonic::Status) -> RuntimeError {
     match status.code() {
-        tonic::Code::NotFound => RuntimeError::NotFound { what: "running container", id: id.to_owned() },
+        tonic::Code::NotFound => {
+            RuntimeError::NotFound { what: "running container", id: id.to_owned() }
+        }
         _ => RuntimeError::call("run a process in", id)(status),
     }
 }

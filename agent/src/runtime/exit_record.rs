@@ -49,8 +49,11 @@ pub(crate) fn write(root_dir: &Path, id: &str, exit: &Exit) -> Result<(), Runtim
         finished_at: exit.finished_at,
     };
     let text = serde_json::to_vec(&stored).map_err(|e| RuntimeError::invalid(e.to_string()))?;
-    keelson_durable::write(&path, &text, 0o600)
-        .map_err(|error| RuntimeError::System { action: "write", path, source: error.source })
+    keelson_durable::write(&path, &text, 0o600).map_err(|error| RuntimeError::System {
+        action: "write",
+        path,
+        source: error.source,
+    })
 }
 
 /// Forgets the end of container `id`.

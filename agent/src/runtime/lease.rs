@@ -14,7 +14,11 @@ pub(crate) async fn create(connection: &Connection, purpose: &str) -> Result<Str
     let end = jiff::Timestamp::now() + LIFETIME;
     let labels = [("containerd.io/gc.expire".to_owned(), format!("{end:.0}"))].into();
     let request = CreateRequest { id: id.clone(), labels };
-    connection.leases().create(request).await.map_err(RuntimeError::call("create lease for", purpose))?;
+    connection
+        .leases()
+        .create(request)
+        .await
+        .map_err(RuntimeError::call("create lease for", purpose))?;
     Ok(id)
 }
 

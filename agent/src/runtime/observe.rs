@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use containerd_client::services::v1::{
-    Container, CreateNamespaceRequest, GetRequest, ListContainersRequest, ListTasksRequest, Namespace,
+    Container, CreateNamespaceRequest, GetRequest, ListContainersRequest, ListTasksRequest,
+    Namespace,
 };
 use containerd_client::types::v1::{Process, Status as TaskStatus};
 use jiff::Timestamp;
@@ -16,7 +17,10 @@ use super::types::{ContainerState, ImageRef, ObservedContainer, ObservedPod, Obs
 use super::{Inner, RuntimeError, container, exit_record};
 
 /// Makes our containerd namespace if it is not there.
-pub(crate) async fn ensure_namespace(connection: &Connection, name: &str) -> Result<(), RuntimeError> {
+pub(crate) async fn ensure_namespace(
+    connection: &Connection,
+    name: &str,
+) -> Result<(), RuntimeError> {
     let namespace = Namespace { name: name.to_owned(), ..Namespace::default() };
     let request = CreateNamespaceRequest { namespace: Some(namespace) };
     match connection.namespaces().create(request).await {
@@ -37,7 +41,8 @@ pub(crate) async fn all(inner: &Arc<Inner>) -> Result<Vec<ObservedPod>, RuntimeE
         .map_err(RuntimeError::call("list", "tasks"))?
         .into_inner()
         .tasks;
-    let tasks: HashMap<String, Process> = tasks.into_iter().map(|task| (task.id.clone(), task)).collect();
+    let tasks: HashMap<String, Process> =
+        tasks.into_iter().map(|task| (task.id.clone(), task)).collect();
     let mut pods = BTreeMap::new();
     for container in containers {
         let task = tasks.get(&container.id).cloned();
@@ -46,7 +51,10 @@ pub(crate) async fn all(inner: &Arc<Inner>) -> Result<Vec<ObservedPod>, RuntimeE
     Ok(finish(pods))
 }
 
-pub(crate) async fn pod(inner: &Arc<Inner>, uid: &str) -> Result<Option<ObservedPod>, RuntimeError> {
+pub(crate) async fn pod(
+    inner: &Arc<Inner>,
+    uid: &str,
+) -> Result<Option<ObservedPod>, RuntimeError> {
     let filter = format!(r#"labels."{LABEL_POD_UID}"=={uid}"#);
     let mut pods = BTreeMap::new();
     for container in list(inner, vec![filter]).await? {
@@ -112,14 +120,19 @@ async fn add(
 }
 
 /// Ready: its pause process runs, or is on its way in this very process.
-fn sandbox_is_ready(inner: &Inner, id: &str, record: &SandboxRecord, task: Option<&Process>) -> bool {
+fn sandbox_is_ready(
+    inner: &Inner,
+    id: &str,
+    record: &SandboxRecord,
+    task: Option<&Process>,
+) -> bool {
     if record.boot != boot_id() {
         return false;
     }
     match task.map(Process::status) {
-        Some(TaskStatus::Running | TaskStatus::Created) => true,
+        Some(TaskStatus::Running) => true,
+        Some(TaskStatus::Created) | None => inner.starting.contains(id),
         Some(_) => false,
-        None => inner.starting.contains(id),
     }
 }
 
@@ -135,7 +148,9 @@ async fn state_of(
     }
     let started_at = container::started_at(inner, id);
     match task {
-        Some(task) if task.status() == TaskStatus::Stopped => container::record_end(inner, id).await?,
+        Some(task) if task.status() == TaskStatus::Stopped => {
+            container::record_end(inner, id).await?
+        }
         Some(task) if task.status() == TaskStatus::Created => return Ok(ContainerState::Created),
         Some(task) => {
             let started_at = started_at.unwrap_or_else(Timestamp::now);

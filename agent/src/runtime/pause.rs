@@ -29,6 +29,9 @@ pub(crate) fn install(run_dir: &Path) -> Result<(), RuntimeError> {
     if fs::read(&program).is_ok_and(|there| there == PROGRAM) {
         return Ok(());
     }
-    keelson_durable::write(&program, PROGRAM, 0o555)
-        .map_err(|error| RuntimeError::System { action: "write", path: program.clone(), source: error.source })
+    keelson_durable::write(&program, PROGRAM, 0o555).map_err(|error| RuntimeError::System {
+        action: "write",
+        path: program.clone(),
+        source: error.source,
+    })
 }

@@ -43,6 +43,8 @@ pub(crate) struct SandboxRecord {
     /// The boot in which it was made: a sandbox does not live longer.
     pub(crate) boot: String,
     pub(crate) host_ports: serde_json::Value,
+    #[serde(default)]
+    pub(crate) runtime_handler: String,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -126,7 +128,11 @@ impl Record {
 }
 
 impl SandboxRecord {
-    pub(crate) fn new(config: &SandboxConfig, ips: Vec<IpAddr>, host_ports: serde_json::Value) -> Self {
+    pub(crate) fn new(
+        config: &SandboxConfig,
+        ips: Vec<IpAddr>,
+        host_ports: serde_json::Value,
+    ) -> Self {
         Self {
             pod: (&config.pod).into(),
             attempt: config.attempt,
@@ -139,6 +145,7 @@ impl SandboxRecord {
             cgroup_parent: config.cgroup_parent.clone(),
             boot: boot_id(),
             host_ports,
+            runtime_handler: config.runtime_handler.clone(),
         }
     }
 }

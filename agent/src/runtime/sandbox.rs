@@ -10,8 +10,8 @@ use std::sync::Arc;
 
 use containerd_client::services::v1::container::Runtime as OciRuntime;
 use containerd_client::services::v1::{
-    Container, CreateContainerRequest, CreateTaskRequest, DeleteContainerRequest, GetContainerRequest,
-    StartRequest,
+    Container, CreateContainerRequest, CreateTaskRequest, DeleteContainerRequest,
+    GetContainerRequest, StartRequest,
 };
 use jiff::Timestamp;
 use keelson_cni::conflist::Conflist;
@@ -100,14 +100,21 @@ async fn make(
         ..Container::default()
     };
     let create = CreateContainerRequest { container: Some(request) };
-    inner.connection.containers().create(create).await.map_err(RuntimeError::call("create sandbox", id))?;
+    inner
+        .connection
+        .containers()
+        .create(create)
+        .await
+        .map_err(RuntimeError::call("create sandbox", id))?;
     let started = {
         let (inner, id) = (Arc::clone(inner), id.to_owned());
         tokio::spawn(async move { start_pause(&inner, &id).await })
     };
     if config.share_pid {
         // Containers join pause's PID namespace, which exists only once pause does.
-        started.await.map_err(|e| RuntimeError::invalid(format!("starting pause was cancelled: {e}")))??;
+        started
+            .await
+            .map_err(|e| RuntimeError::invalid(format!("starting pause was cancelled: {e}")))??;
     }
     Ok(ObservedSandbox {
         id: id.to_owned(),
@@ -174,12 +181,15 @@ fn pin_namespaces(dir: &SandboxDir, config: &SandboxConfig) -> Result<(), Runtim
             Rtnl::open().and_then(|mut rtnl| rtnl.set_up("lo")).map_err(std::io::Error::other)
         })
     };
-    pinned.map_err(|error| RuntimeError::Network { pod: pod_name(config), message: chain(&error) })?;
+    pinned
+        .map_err(|error| RuntimeError::Network { pod: pod_name(config), message: chain(&error) })?;
     if host_network {
         // containerd may live in another network namespace than the node does.
         fs::write(&net, "").map_err(RuntimeError::system("create", &net))?;
         mount(Some("/proc/self/ns/net"), &net, None::<&str>, MsFlags::MS_BIND, None::<&str>)
-            .map_err(|e| RuntimeError::system("pin the node's network namespace to", &net)(e.into()))?;
+            .map_err(|e| {
+                RuntimeError::system("pin the node's network namespace to", &net)(e.into())
+            })?;
     }
     Ok(())
 }
@@ -195,7 +205,11 @@ fn add_network(
     let attachment = attachment(id, Some(dir.namespace("net")), config);
     let added = invoker(inner).add(&list, &attachment).map_err(|e| fail(chain(&e)))?;
     let ips = added.result.container_ips();
-    if ips.is_empty() { Err(fail(format!("the CNI network {} gave it no address", list.name))) } else { Ok(ips) }
+    if ips.is_empty() {
+        Err(fail(format!("the CNI network {} gave it no address", list.name)))
+    } else {
+        Ok(ips)
+    }
 }
 
 fn attachment(id: &str, netns: Option<PathBuf>, config: &SandboxConfig) -> Attachment {
@@ -208,11 +222,19 @@ fn attachment(id: &str, netns: Option<PathBuf>, config: &SandboxConfig) -> Attac
     .map(|(key, value)| (key.to_owned(), value.clone()));
     let mut capabilities = serde_json::Map::new();
     capabilities.insert("portMappings".into(), port_mappings(config));
-    Attachment { container_id: id.to_owned(), netns, ifname: "eth0".into(), args: args.into(), capabilities }
+    Attachment {
+        container_id: id.to_owned(),
+        netns,
+        ifname: "eth0".into(),
+        args: args.into(),
+        capabilities,
+    }
 }
 
 fn port_mappings(config: &SandboxConfig) -> serde_json::Value {
-    let PodNetwork::Cni { host_ports } = &config.network else { return serde_json::Value::Array(Vec::new()) };
+    let PodNetwork::Cni { host_ports } = &config.network else {
+        return serde_json::Value::Array(Vec::new());
+    };
     let mapping = |port: &HostPort| {
         let mut mapping = serde_json::json!({
             "hostPort": port.host_port, "containerPort": port.container_port, "protocol": port.protocol,
@@ -239,13 +261,25 @@ async fn start_pause(inner: &Inner, id: &str) -> Result<(), RuntimeError> {
     let create = CreateTaskRequest { container_id: id.to_owned(), ..CreateTaskRequest::default() };
     let result = async {
         inner.connection.tasks().create(create).await?;
-        inner.connection.tasks().start(StartRequest { container_id: id.to_owned(), ..StartRequest::default() }).await
+        inner
+            .connection
+            .tasks()
+            .start(StartRequest { container_id: id.to_owned(), ..StartRequest::default() })
+            .await
     }
     .await;
     match result {
         Ok(_) => Ok(()),
         Err(status) => {
-            tracing::warn!(sandbox = id, error = status.message(), "The sandbox's pause process does not start");
+            tracing::warn!(
+                sandbox = id,
+                error = status.message(),
+                "The sandbox's pause process does not start"
+            );
+            if let Some(uid) = super::observe::pod_of(inner, id).await {
+                // Nobody listening is not an error.
+                drop(inner.events.send(super::types::RuntimeEvent::Pod { uid }));
+            }
             Err(RuntimeError::call("start sandbox", id)(status))
         }
     }
@@ -261,10 +295,12 @@ pub(crate) fn runtime_of(inner: &Inner, handler: &str) -> OciRuntime {
 pub(crate) async fn record(inner: &Inner, id: &str) -> Result<Option<SandboxRecord>, RuntimeError> {
     let request = GetContainerRequest { id: id.to_owned() };
     match inner.connection.containers().get(request).await {
-        Ok(reply) => Ok(reply.into_inner().container.as_ref().and_then(Record::of).and_then(|r| match r {
-            Record::Sandbox(sandbox) => Some(sandbox),
-            Record::Container(_) => None,
-        })),
+        Ok(reply) => {
+            Ok(reply.into_inner().container.as_ref().and_then(Record::of).and_then(|r| match r {
+                Record::Sandbox(sandbox) => Some(sandbox),
+                Record::Container(_) => None,
+            }))
+        }
         Err(status) if status.code() == tonic::Code::NotFound => Ok(None),
         Err(status) => Err(RuntimeError::call("look up sandbox", id)(status)),
     }
@@ -277,7 +313,11 @@ pub(crate) async fn stop(inner: &Arc<Inner>, id: &str) -> Result<(), RuntimeErro
 }
 
 /// Takes the network down and unpins the namespaces.
-async fn take_down(inner: &Arc<Inner>, id: &str, record: Option<SandboxRecord>) -> Result<(), RuntimeError> {
+async fn take_down(
+    inner: &Arc<Inner>,
+    id: &str,
+    record: Option<SandboxRecord>,
+) -> Result<(), RuntimeError> {
     let (inner, id) = (Arc::clone(inner), id.to_owned());
     blocking(move || {
         let dir = SandboxDir::of(&inner, &id);
@@ -324,8 +364,10 @@ fn release(dir: &SandboxDir) -> Result<(), RuntimeError> {
 pub(crate) async fn remove(inner: &Arc<Inner>, id: &str) -> Result<(), RuntimeError> {
     stop(inner, id).await?;
     let request = DeleteContainerRequest { id: id.to_owned() };
-    gone_is_fine(inner.connection.containers().delete(request).await.map(tonic::Response::into_inner))
-        .map_err(RuntimeError::call("remove sandbox", id))?;
+    gone_is_fine(
+        inner.connection.containers().delete(request).await.map(tonic::Response::into_inner),
+    )
+    .map_err(RuntimeError::call("remove sandbox", id))?;
     super::exit_record::remove(&inner.options.root_dir, id);
     let dir = SandboxDir::of(inner, id);
     match fs::remove_dir_all(dir.path()) {
@@ -358,6 +400,7 @@ pub(crate) async fn sweep(inner: &Arc<Inner>) -> Result<(), RuntimeError> {
 
 /// After a failure: as if it had never been tried.
 async fn undo(inner: &Arc<Inner>, id: &str, config: &SandboxConfig) {
+    drop(container::end_task(inner, id, libc::SIGKILL.cast_unsigned()).await);
     let request = DeleteContainerRequest { id: id.to_owned() };
     drop(inner.connection.containers().delete(request).await);
     let record = (config.network == PodNetwork::Host)

@@ -45,27 +45,76 @@ const DEFAULT_CAPABILITIES: &[&str] = &[
 
 /// Every capability that Linux has, by number.
 const ALL_CAPABILITIES: &[&str] = &[
-    "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_SETGID",
-    "CAP_SETUID", "CAP_SETPCAP", "CAP_LINUX_IMMUTABLE", "CAP_NET_BIND_SERVICE", "CAP_NET_BROADCAST",
-    "CAP_NET_ADMIN", "CAP_NET_RAW", "CAP_IPC_LOCK", "CAP_IPC_OWNER", "CAP_SYS_MODULE", "CAP_SYS_RAWIO",
-    "CAP_SYS_CHROOT", "CAP_SYS_PTRACE", "CAP_SYS_PACCT", "CAP_SYS_ADMIN", "CAP_SYS_BOOT", "CAP_SYS_NICE",
-    "CAP_SYS_RESOURCE", "CAP_SYS_TIME", "CAP_SYS_TTY_CONFIG", "CAP_MKNOD", "CAP_LEASE", "CAP_AUDIT_WRITE",
-    "CAP_AUDIT_CONTROL", "CAP_SETFCAP", "CAP_MAC_OVERRIDE", "CAP_MAC_ADMIN", "CAP_SYSLOG", "CAP_WAKE_ALARM",
-    "CAP_BLOCK_SUSPEND", "CAP_AUDIT_READ", "CAP_PERFMON", "CAP_BPF", "CAP_CHECKPOINT_RESTORE",
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_DAC_READ_SEARCH",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_KILL",
+    "CAP_SETGID",
+    "CAP_SETUID",
+    "CAP_SETPCAP",
+    "CAP_LINUX_IMMUTABLE",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_NET_BROADCAST",
+    "CAP_NET_ADMIN",
+    "CAP_NET_RAW",
+    "CAP_IPC_LOCK",
+    "CAP_IPC_OWNER",
+    "CAP_SYS_MODULE",
+    "CAP_SYS_RAWIO",
+    "CAP_SYS_CHROOT",
+    "CAP_SYS_PTRACE",
+    "CAP_SYS_PACCT",
+    "CAP_SYS_ADMIN",
+    "CAP_SYS_BOOT",
+    "CAP_SYS_NICE",
+    "CAP_SYS_RESOURCE",
+    "CAP_SYS_TIME",
+    "CAP_SYS_TTY_CONFIG",
+    "CAP_MKNOD",
+    "CAP_LEASE",
+    "CAP_AUDIT_WRITE",
+    "CAP_AUDIT_CONTROL",
+    "CAP_SETFCAP",
+    "CAP_MAC_OVERRIDE",
+    "CAP_MAC_ADMIN",
+    "CAP_SYSLOG",
+    "CAP_WAKE_ALARM",
+    "CAP_BLOCK_SUSPEND",
+    "CAP_AUDIT_READ",
+    "CAP_PERFMON",
+    "CAP_BPF",
+    "CAP_CHECKPOINT_RESTORE",
 ];
 
 /// Bit of CAP_SYS_RESOURCE in a capability mask.
 const CAP_SYS_RESOURCE: u32 = 24;
 
 const MASKED: &[&str] = &[
-    "/proc/acpi", "/proc/asound", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list",
-    "/proc/timer_stats", "/proc/sched_debug", "/sys/firmware", "/sys/devices/virtual/powercap", "/proc/scsi",
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/proc/sched_debug",
+    "/sys/firmware",
+    "/sys/devices/virtual/powercap",
+    "/proc/scsi",
 ];
 
-const READ_ONLY: &[&str] = &["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+const READ_ONLY: &[&str] =
+    &["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
 /// The pause process of a sandbox.
-pub(crate) fn pause(inner: &Inner, id: &str, config: &SandboxConfig, record: &SandboxRecord) -> Value {
+pub(crate) fn pause(
+    inner: &Inner,
+    id: &str,
+    config: &SandboxConfig,
+    record: &SandboxRecord,
+) -> Value {
     let dir = SandboxDir::of(inner, id);
     let mut namespaces = vec![json!({ "type": "mount" })];
     if !config.host_pid {
@@ -99,7 +148,10 @@ pub(crate) fn pause(inner: &Inner, id: &str, config: &SandboxConfig, record: &Sa
 }
 
 /// A container of a pod.
-#[allow(clippy::too_many_arguments, reason = "each is one thing that the specification is made from")]
+#[allow(
+    clippy::too_many_arguments,
+    reason = "each is one thing that the specification is made from"
+)]
 pub(crate) fn container(
     inner: &Inner,
     id: &str,
@@ -115,7 +167,9 @@ pub(crate) fn container(
     let dir = SandboxDir::of(inner, sandbox_id);
     let mut namespaces = vec![json!({ "type": "mount" })];
     match target_pid {
-        Some(pid) => namespaces.push(json!({ "type": "pid", "path": format!("/proc/{pid}/ns/pid") })),
+        Some(pid) => {
+            namespaces.push(json!({ "type": "pid", "path": format!("/proc/{pid}/ns/pid") }))
+        }
         None if sandbox.host_pid => {}
         None => namespaces.push(json!({ "type": "pid" })),
     }
@@ -182,7 +236,9 @@ fn process(
 ) -> Result<Value, RuntimeError> {
     let args = arguments(config, image);
     if args.is_empty() {
-        return Err(RuntimeError::invalid("no command specified: neither the container nor its image has one"));
+        return Err(RuntimeError::invalid(
+            "no command specified: neither the container nor its image has one",
+        ));
     }
     let capabilities = capabilities(config);
     let bounding: &[String] = &capabilities;
@@ -253,11 +309,14 @@ fn capabilities(config: &ContainerConfig) -> Vec<String> {
     };
     let add: Vec<String> = security.add_capabilities.iter().map(full).collect();
     let drop: Vec<String> = security.drop_capabilities.iter().map(full).collect();
-    let has = |list: &[String], name: &str| list.iter().any(|entry| entry == name || entry == "CAP_ALL");
+    let has =
+        |list: &[String], name: &str| list.iter().any(|entry| entry == name || entry == "CAP_ALL");
     let default = |name: &str| DEFAULT_CAPABILITIES.contains(&name) && !has(&drop, name);
     // What is added by name survives a drop of ALL.
     let wanted = |name: &str| {
-        add.iter().any(|a| a == name) || (has(&add, name) && !drop.iter().any(|d| d == name)) || default(name)
+        add.iter().any(|a| a == name)
+            || (has(&add, name) && !drop.iter().any(|d| d == name))
+            || default(name)
     };
     ALL_CAPABILITIES.iter().filter(|name| wanted(name)).map(|&name| name.to_owned()).collect()
 }
@@ -315,7 +374,11 @@ fn shared_namespaces(dir: &SandboxDir, sandbox: &SandboxRecord) -> Vec<Value> {
     shared
 }
 
-fn annotations(sandbox_id: &str, kind: &str, name: &str) -> std::collections::BTreeMap<String, String> {
+fn annotations(
+    sandbox_id: &str,
+    kind: &str,
+    name: &str,
+) -> std::collections::BTreeMap<String, String> {
     [(ANNOTATION_TYPE, kind), (ANNOTATION_SANDBOX, sandbox_id), (ANNOTATION_NAME, name)]
         .map(|(key, value)| (key.to_owned(), value.to_owned()))
         .into()
@@ -325,7 +388,10 @@ fn cgroups_path(inner: &Inner, parent: &str, id: &str) -> String {
     match inner.options.cgroup_driver {
         CgroupDriver::Cgroupfs => cgroup_of(parent, id),
         CgroupDriver::Systemd => {
-            format!("{}:keelson:{id}", Path::new(parent).file_name().unwrap_or_default().to_string_lossy())
+            format!(
+                "{}:keelson:{id}",
+                Path::new(parent).file_name().unwrap_or_default().to_string_lossy()
+            )
         }
     }
 }
@@ -356,7 +422,11 @@ pub(crate) fn oom_score_floor() -> i32 {
     if mask & (1 << CAP_SYS_RESOURCE) != 0 {
         return -1000;
     }
-    let own = fs::read_to_string("/proc/self/oom_score_adj").unwrap_or_default().trim().parse().unwrap_or(0);
+    let own = fs::read_to_string("/proc/self/oom_score_adj")
+        .unwrap_or_default()
+        .trim()
+        .parse()
+        .unwrap_or(0);
     tracing::info!(
         oom_score_adj = own,
         "Without CAP_SYS_RESOURCE no container gets a lower oom_score_adj than keelson's own"
@@ -366,8 +436,9 @@ pub(crate) fn oom_score_floor() -> i32 {
 
 /// As containerd keeps specifications: JSON under a URL of its own. Checked against the specification's types.
 pub(crate) fn to_any(spec: &Value) -> Result<Any, RuntimeError> {
-    serde_json::from_value::<Spec>(spec.clone())
-        .map_err(|e| RuntimeError::invalid(format!("the container's specification is not valid: {e}")))?;
+    serde_json::from_value::<Spec>(spec.clone()).map_err(|e| {
+        RuntimeError::invalid(format!("the container's specification is not valid: {e}"))
+    })?;
     let value = serde_json::to_vec(spec).map_err(|e| RuntimeError::invalid(e.to_string()))?;
     Ok(Any { type_url: "types.containerd.io/opencontainers/runtime-spec/1/Spec".into(), value })
 }

@@ -189,7 +189,10 @@ pub struct ObservedContainer {
 #[derive(Debug, Clone, PartialEq)]
 pub enum ContainerState {
     Created,
-    Running { started_at: Timestamp, pid: u32 },
+    Running {
+        started_at: Timestamp,
+        pid: u32,
+    },
     Exited(Exit),
     /// containerd has the container but cannot say what became of its task.
     Unknown,

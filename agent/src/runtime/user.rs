@@ -104,7 +104,9 @@ fn from_files(
         (Some(fields), _) => parse(fields[2], "uid")?,
         (None, true) => wanted.parse().unwrap_or(0),
         (None, false) => {
-            return Err(RuntimeError::invalid(format!("unable to find user {wanted} in the image's /etc/passwd")));
+            return Err(RuntimeError::invalid(format!(
+                "unable to find user {wanted} in the image's /etc/passwd"
+            )));
         }
     };
     if security.run_as_non_root && uid == 0 {
@@ -114,7 +116,9 @@ fn from_files(
     }
     let gid = match (security.run_as_group, group_part, &entry) {
         (Some(gid), _, _) => id(gid, "runAsGroup")?,
-        (None, "", Some(fields)) if security.run_as_user.is_none() || fields.len() > 3 => parse(fields[3], "gid")?,
+        (None, "", Some(fields)) if security.run_as_user.is_none() || fields.len() > 3 => {
+            parse(fields[3], "gid")?
+        }
         (None, "", _) => 0,
         (None, name, _) if security.run_as_user.is_none() => group_id(name, group)?,
         (None, _, _) => 0,
@@ -138,19 +142,26 @@ fn group_id(name: &str, group: &str) -> Result<u32, RuntimeError> {
     if let Ok(gid) = name.parse() {
         return Ok(gid);
     }
-    let entry = group.lines().map(|l| l.split(':').collect::<Vec<_>>()).find(|f| f.len() > 2 && f[0] == name);
+    let entry = group
+        .lines()
+        .map(|l| l.split(':').collect::<Vec<_>>())
+        .find(|f| f.len() > 2 && f[0] == name);
     match entry {
         Some(fields) => parse(fields[2], "gid"),
-        None => Err(RuntimeError::invalid(format!("unable to find group {name} in the image's /etc/group"))),
+        None => Err(RuntimeError::invalid(format!(
+            "unable to find group {name} in the image's /etc/group"
+        ))),
     }
 }
 
 fn parse(text: &str, what: &str) -> Result<u32, RuntimeError> {
-    text.parse().map_err(|_| RuntimeError::invalid(format!("{what} {text:?} in the image is not a number")))
+    text.parse()
+        .map_err(|_| RuntimeError::invalid(format!("{what} {text:?} in the image is not a number")))
 }
 
 fn id(value: i64, what: &str) -> Result<u32, RuntimeError> {
-    u32::try_from(value).map_err(|_| RuntimeError::invalid(format!("{what} {value} is no user or group id")))
+    u32::try_from(value)
+        .map_err(|_| RuntimeError::invalid(format!("{what} {value} is no user or group id")))
 }
 
 /// The number of `SIGTERM`, `TERM` or `15`; SIGTERM for anything else.
@@ -165,7 +176,8 @@ pub(crate) fn signal_number(name: &str) -> u32 {
     if let Some(offset) = full.strip_prefix("SIGRTMIN+").and_then(|n| n.parse::<u32>().ok()) {
         return 34 + offset.min(30);
     }
-    nix::sys::signal::Signal::from_str(&full).map_or(SIGTERM, |signal| (signal as i32).cast_unsigned())
+    nix::sys::signal::Signal::from_str(&full)
+        .map_or(SIGTERM, |signal| (signal as i32).cast_unsigned())
 }
 
 #[cfg(test)]
@@ -177,7 +189,11 @@ mod tests {
 
     fn check(image_user: &str, security: &ContainerSecurity, want: (u32, u32, &[u32])) {
         let user = from_files(image_user, security, PASSWD, GROUP).unwrap();
-        assert_eq!((user.uid, user.gid, user.groups.as_slice()), want, "{image_user:?} {security:?}");
+        assert_eq!(
+            (user.uid, user.gid, user.groups.as_slice()),
+            want,
+            "{image_user:?} {security:?}"
+        );
     }
 
     #[test]
@@ -194,17 +210,33 @@ mod tests {
 
     #[test]
     fn the_pod_beats_the_image_and_root_can_be_forbidden() {
-        let user = ContainerSecurity { run_as_user: Some(1000), run_as_group: Some(3), ..Default::default() };
+        let user = ContainerSecurity {
+            run_as_user: Some(1000),
+            run_as_group: Some(3),
+            ..Default::default()
+        };
         check("root", &user, (1000, 3, &[50]));
         let strict = ContainerSecurity { run_as_non_root: true, ..Default::default() };
-        assert!(from_files("", &strict, PASSWD, GROUP).unwrap_err().to_string().contains("will run as root"));
-        assert!(from_files("web", &strict, PASSWD, GROUP).unwrap_err().to_string().contains("non-numeric"));
+        assert!(
+            from_files("", &strict, PASSWD, GROUP)
+                .unwrap_err()
+                .to_string()
+                .contains("will run as root")
+        );
+        assert!(
+            from_files("web", &strict, PASSWD, GROUP)
+                .unwrap_err()
+                .to_string()
+                .contains("non-numeric")
+        );
         check("1000", &strict, (1000, 1001, &[50]));
     }
 
     #[test]
     fn signals_by_name_and_number() {
-        for (text, want) in [("SIGQUIT", 3), ("int", 2), ("9", 9), ("", 15), ("SIGRTMIN+3", 37), ("x", 15)] {
+        for (text, want) in
+            [("SIGQUIT", 3), ("int", 2), ("9", 9), ("", 15), ("SIGRTMIN+3", 37), ("x", 15)]
+        {
             assert_eq!(signal_number(text), want, "{text}");
         }
     }

@@ -160,7 +160,10 @@ fn read_pid(layout: &Layout) -> Result<i32> {
 fn log_tail(layout: &Layout) -> String {
     let text = fs::read_to_string(log_path(layout)).unwrap_or_default();
     let lines: Vec<&str> = text.lines().collect();
-    format!("containerd does not start; the end of its log:\n{}", lines[lines.len().saturating_sub(10)..].join("\n"))
+    format!(
+        "containerd does not start; the end of its log:\n{}",
+        lines[lines.len().saturating_sub(10)..].join("\n")
+    )
 }
 
 fn pid_path(layout: &Layout) -> PathBuf {

@@ -29,7 +29,11 @@ pub fn run(layout: &Layout) -> Result<()> {
     process::end_all(&containers, Signal::SIGTERM, CONTAINER_PATIENCE);
     // Shims, containerd and the log writer all name our folders in their arguments.
     let folders = [layout.run_dir.as_path(), layout.state_dir.as_path()];
-    process::end_all(&process::with_argument_below(&folders), Signal::SIGTERM, Duration::from_secs(5));
+    process::end_all(
+        &process::with_argument_below(&folders),
+        Signal::SIGTERM,
+        Duration::from_secs(5),
+    );
     for mount in mounts_below(&folders)? {
         // One that went with the mount below it, or with its last process, is what we want.
         if let Err(error) = umount2(&mount, MntFlags::MNT_DETACH)
@@ -97,7 +101,8 @@ fn remove_cgroup(folder: &Path, left: &mut Vec<String>) {
 
 /// Mount points at or below `folders`, the deepest and newest first.
 fn mounts_below(folders: &[&Path]) -> Result<Vec<PathBuf>> {
-    let mountinfo = fs::read_to_string("/proc/self/mountinfo").context("cannot read the list of mounts")?;
+    let mountinfo =
+        fs::read_to_string("/proc/self/mountinfo").context("cannot read the list of mounts")?;
     let mounts = mountinfo.lines().filter_map(|line| line.split(' ').nth(4)).map(unescape);
     let mut below: Vec<PathBuf> =
         mounts.filter(|mount| folders.iter().any(|folder| mount.starts_with(folder))).collect();
@@ -107,7 +112,11 @@ fn mounts_below(folders: &[&Path]) -> Result<Vec<PathBuf>> {
 
 /// mountinfo writes space, tab, newline and backslash as three octal digits (proc_pid_mountinfo(5)).
 fn unescape(field: &str) -> PathBuf {
-    let text = field.replace(r"\040", " ").replace(r"\011", "\t").replace(r"\012", "\n").replace(r"\134", "\\");
+    let text = field
+        .replace(r"\040", " ")
+        .replace(r"\011", "\t")
+        .replace(r"\012", "\n")
+        .replace(r"\134", "\\");
     PathBuf::from(text)
 }
 

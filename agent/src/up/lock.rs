@@ -22,7 +22,10 @@ pub(crate) fn take(path: &Path) -> Result<NodeLock> {
     let mut lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(lock) => lock,
         Err((mut file, _)) => {
-            bail!("this node is running already (process {}); `keelson down` stops it", read_pid(&mut file)?)
+            bail!(
+                "this node is running already (process {}); `keelson down` stops it",
+                read_pid(&mut file)?
+            )
         }
     };
     lock.set_len(0).and_then(|()| lock.write_all(std::process::id().to_string().as_bytes()))?;

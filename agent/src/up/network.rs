@@ -55,10 +55,15 @@ pub(crate) fn ensure(layout: &Layout) -> Result<()> {
         };
         here.create_veth(&pair).context("cannot make the node's cable")?;
     }
-    configure(&mut here, NODE_LINK, NODE, Some(OUTSIDE)).context("cannot configure the node's end of its cable")?;
-    configure(&mut there, OUTSIDE_LINK, OUTSIDE, None).context("cannot configure the outer end of the node's cable")?;
+    configure(&mut here, NODE_LINK, NODE, Some(OUTSIDE))
+        .context("cannot configure the node's end of its cable")?;
+    configure(&mut there, OUTSIDE_LINK, OUTSIDE, None)
+        .context("cannot configure the outer end of the node's cable")?;
     // Pods are behind the node. The plugin sets these, too; a NodePort must not wait for the first pod.
-    node.run(|| sysctl::ensure("net/ipv4/ip_forward", "1").and_then(|_| sysctl::ensure("net/ipv6/conf/all/forwarding", "1")))??;
+    node.run(|| {
+        sysctl::ensure("net/ipv4/ip_forward", "1")
+            .and_then(|_| sysctl::ensure("net/ipv6/conf/all/forwarding", "1"))
+    })??;
     Ok(())
 }
 
@@ -67,14 +72,20 @@ fn ensure_netns(path: &Path) -> Result<Netns> {
         return Ok(netns);
     }
     if let Some(folder) = path.parent() {
-        fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+        fs::create_dir_all(folder)
+            .with_context(|| format!("cannot create {}", folder.display()))?;
     }
     // A file without a namespace mounted on it is what a crash or a reboot leaves.
     keelson_netlink::netns::delete(path)?;
     Ok(Netns::create(path)?)
 }
 
-fn configure(rtnl: &mut Rtnl, name: &str, addresses: [IpAddr; 2], gateways: Option<[IpAddr; 2]>) -> Result<()> {
+fn configure(
+    rtnl: &mut Rtnl,
+    name: &str,
+    addresses: [IpAddr; 2],
+    gateways: Option<[IpAddr; 2]>,
+) -> Result<()> {
     rtnl.set_up(name)?;
     let link = rtnl.link(name)?.with_context(|| format!("there is no link {name}"))?.index;
     for address in addresses {

@@ -67,8 +67,13 @@ pub fn run(config: UpConfig) -> Result<()> {
 }
 
 fn make_folders(layout: &Layout) -> Result<()> {
-    let folders =
-        [layout.state_dir.clone(), layout.run_dir.clone(), layout.cni_conf_dir(), layout.cni_data_dir(), layout.manifest_dir()];
+    let folders = [
+        layout.state_dir.clone(),
+        layout.run_dir.clone(),
+        layout.cni_conf_dir(),
+        layout.cni_data_dir(),
+        layout.manifest_dir(),
+    ];
     for folder in &folders {
         let mut builder = fs::DirBuilder::new();
         builder.recursive(true).mode(0o700);
@@ -86,7 +91,8 @@ fn settle(config: &UpConfig) -> Result<Ground> {
     let addresses = if config.host_network {
         node_addresses(&[])
     } else {
-        let outside = fs::File::open("/proc/self/ns/net").context("cannot open our network namespace")?;
+        let outside =
+            fs::File::open("/proc/self/ns/net").context("cannot open our network namespace")?;
         network::ensure(layout)?;
         keelson_netlink::netns::enter(&layout.netns())?;
         // Kept open for the life of the process: registries are reached from there.
@@ -112,8 +118,9 @@ fn settle(config: &UpConfig) -> Result<Ground> {
 
 fn listen(address: IpAddr, port: u16) -> Result<TcpListener> {
     let address = SocketAddr::new(address, port);
-    let listener = TcpListener::bind(address)
-        .with_context(|| format!("cannot listen on {address} (is it in use? --api-port takes another port)"))?;
+    let listener = TcpListener::bind(address).with_context(|| {
+        format!("cannot listen on {address} (is it in use? --api-port takes another port)")
+    })?;
     listener.set_nonblocking(true)?;
     Ok(listener)
 }
@@ -122,7 +129,8 @@ async fn serve(config: &UpConfig, ground: Ground) -> Result<()> {
     let layout = &config.layout;
     report("Control plane");
     let standalone = standalone_config(config, ground.listeners, &ground.addresses);
-    let control_plane = keelson_standalone::start(standalone).await.context("the control plane does not start")?;
+    let control_plane =
+        keelson_standalone::start(standalone).await.context("the control plane does not start")?;
     write_conflist(&layout.cni_conf_dir(), &layout.cni_data_dir(), &config.pod_cidrs)?;
     let shutdown = CancellationToken::new();
     let node_name = match &config.node_name {
@@ -134,15 +142,24 @@ async fn serve(config: &UpConfig, ground: Ground) -> Result<()> {
         sd_notify::notify(&[NotifyState::Ready]).ok();
     } else {
         report("Agent and proxy");
-        let agent = agent_config(layout, &node_name, &ground.addresses, ground.pull_netns, ground.containerd);
+        let agent = agent_config(
+            layout,
+            &node_name,
+            &ground.addresses,
+            ground.pull_netns,
+            ground.containerd,
+        );
         let proxy = proxy_config(layout, &node_name, &ground.addresses, &config.pod_cidrs);
         let stop = shutdown.clone();
         parts.spawn(async move { agent::run(agent, stop).await.context("the agent failed") });
         let stop = shutdown.clone();
-        parts.spawn(async move { keelson_proxy::run(proxy, stop).await.context("the service proxy failed") });
+        parts.spawn(async move {
+            keelson_proxy::run(proxy, stop).await.context("the service proxy failed")
+        });
     }
     tracing::info!(kubeconfig = %layout.kubeconfig("admin").display(), "The node's API answers");
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let (mut terminate, mut interrupt) =
+        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let result = tokio::select! {
         _ = terminate.recv() => Ok(()),
         _ = interrupt.recv() => Ok(()),
@@ -156,7 +173,11 @@ async fn serve(config: &UpConfig, ground: Ground) -> Result<()> {
     result
 }
 
-fn standalone_config(config: &UpConfig, listeners: Vec<TcpListener>, addresses: &[IpAddr]) -> StandaloneConfig {
+fn standalone_config(
+    config: &UpConfig,
+    listeners: Vec<TcpListener>,
+    addresses: &[IpAddr],
+) -> StandaloneConfig {
     let first = |v4: bool| config.service_cidrs.iter().copied().find(|cidr| cidr.is_ipv4() == v4);
     let mut standalone = StandaloneConfig::new(config.layout.control_plane_dir(), listeners);
     standalone.advertise_address = addresses.first().copied().unwrap_or(Ipv4Addr::LOCALHOST.into());
@@ -195,7 +216,12 @@ fn agent_config(
     agent
 }
 
-fn proxy_config(layout: &Layout, node_name: &str, addresses: &[IpAddr], pod_cidrs: &[IpNetwork]) -> ProxyConfig {
+fn proxy_config(
+    layout: &Layout,
+    node_name: &str,
+    addresses: &[IpAddr],
+    pod_cidrs: &[IpNetwork],
+) -> ProxyConfig {
     ProxyConfig {
         kubeconfig: Some(layout.kubeconfig("proxy")),
         node_name: node_name.to_owned(),

@@ -69,9 +69,11 @@ pub fn sync_parent(path: &Path) -> Result<(), DurableError> {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    File::open(parent)
-        .and_then(|dir| dir.sync_all())
-        .map_err(|source| DurableError { step: "sync the folder of", path: path.to_owned(), source })
+    File::open(parent).and_then(|dir| dir.sync_all()).map_err(|source| DurableError {
+        step: "sync the folder of",
+        path: path.to_owned(),
+        source,
+    })
 }
 
 fn write_temp(temp: &Path, content: &[u8], mode: u32) -> io::Result<()> {

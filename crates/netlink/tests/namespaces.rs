@@ -1,4 +1,5 @@
 //! rtnetlink and namespaces against the real kernel. Needs root; touches only namespaces that it makes.
+#![allow(clippy::unwrap_used, reason = "a test ends where something that it needs does not hold")]
 
 use std::net::IpAddr;
 use std::os::fd::AsFd;

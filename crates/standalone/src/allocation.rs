@@ -266,7 +266,8 @@ impl Allocator {
         causes: &mut Vec<Cause>,
     ) {
         let spec = &mut service["spec"];
-        let balanced = spec["type"] == "LoadBalancer" && spec["allocateLoadBalancerNodePorts"] != false;
+        let balanced =
+            spec["type"] == "LoadBalancer" && spec["allocateLoadBalancerNodePorts"] != false;
         let wants = spec["type"] == "NodePort" || balanced;
         let mut chosen: Vec<(u16, String)> = Vec::new();
         for (index, port) in spec["ports"].as_array_mut().into_iter().flatten().enumerate() {

@@ -191,7 +191,12 @@ impl ControlPlane {
 
     fn write_kubeconfigs(&self) -> anyhow::Result<()> {
         self.kubeconfig_for("admin", "kubernetes-admin", &["system:masters"], None)?;
-        self.kubeconfig_for("proxy", "system:kube-proxy", &["system:node-proxier", "system:kube-proxy"], None)?;
+        self.kubeconfig_for(
+            "proxy",
+            "system:kube-proxy",
+            &["system:node-proxier", "system:kube-proxy"],
+            None,
+        )?;
         self.kubeconfig_for("node", "system:node:keelson", &["system:nodes"], None)?;
         Ok(())
     }
@@ -253,9 +258,10 @@ fn certificate_names(config: &StandaloneConfig) -> (Vec<IpAddr>, Vec<String>) {
     ];
     addresses.extend(network.api_address());
     addresses.extend(config.listeners.iter().filter_map(|l| l.local_addr().ok()).map(|a| a.ip()));
-    let mut names: Vec<String> = ["localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc"]
-        .map(str::to_owned)
-        .to_vec();
+    let mut names: Vec<String> =
+        ["localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc"]
+            .map(str::to_owned)
+            .to_vec();
     names.push(format!("kubernetes.default.svc.{}", config.cluster_domain));
     for extra in &config.extra_sans {
         match extra.parse() {

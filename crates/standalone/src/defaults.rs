@@ -87,7 +87,9 @@ fn namespace(value: &mut Value) {
 
 fn secret(value: &mut Value) {
     set_text(value, "type", "Opaque");
-    let Some(plain) = value.as_object_mut().and_then(|map| map.remove("stringData")) else { return };
+    let Some(plain) = value.as_object_mut().and_then(|map| map.remove("stringData")) else {
+        return;
+    };
     let Some(plain) = plain.as_object() else { return };
     if !value["data"].is_object() {
         value["data"] = json!({});
@@ -151,9 +153,7 @@ pub(crate) fn keep_service_allocation(old: &Value, new: &mut Value) {
         let old_ports = old["ports"].as_array().cloned().unwrap_or_default();
         let taken: Vec<i64> = each(new, "ports").filter_map(|p| p["nodePort"].as_i64()).collect();
         for port in each(new, "ports") {
-            let same = |o: &&Value| {
-                o["port"] == port["port"] && o["protocol"] == port["protocol"]
-            };
+            let same = |o: &&Value| o["port"] == port["port"] && o["protocol"] == port["protocol"];
             let before = old_ports.iter().find(same).and_then(|o| o["nodePort"].as_i64());
             if let Some(before) = before.filter(|n| *n != 0 && !taken.contains(n)) {
                 if port["nodePort"] == 0 {

@@ -23,6 +23,9 @@ mod validation;
 pub use control_plane::{ControlPlane, StandaloneConfig, start};
 pub use error::{ApiError, Cause};
 pub use object::Object;
-pub use registry::{Api, DeleteOptions, PatchType, Preconditions, Propagation, Registry, ServiceNetwork, TypedEvent, TypedWatch};
+pub use registry::{
+    Api, DeleteOptions, PatchType, Preconditions, Propagation, Registry, ServiceNetwork,
+    TypedEvent, TypedWatch,
+};
 pub use selectors::Selector;
 pub use store::{Event, EventType, StoreError, Watch};

@@ -76,8 +76,14 @@ mod tests {
     fn quantities() {
         let one = 1_000_000_000;
         for (text, want) in [
-            ("1", one), ("100m", one / 10), ("1.5Gi", one * 3 * 512 * 1024 * 1024), ("2e3", 2000 * one),
-            ("-1k", -1000 * one), (".5", one / 2), ("5n", 5), ("1E", one * 10_i128.pow(18)),
+            ("1", one),
+            ("100m", one / 10),
+            ("1.5Gi", one * 3 * 512 * 1024 * 1024),
+            ("2e3", 2000 * one),
+            ("-1k", -1000 * one),
+            (".5", one / 2),
+            ("5n", 5),
+            ("1E", one * 10_i128.pow(18)),
         ] {
             assert_eq!(nano(text), Some(want), "{text}");
         }

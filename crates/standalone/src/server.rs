@@ -44,7 +44,6 @@ pub(crate) struct Server {
     pub(crate) registry: Registry,
     pub(crate) tokens: Arc<Tokens>,
     pub(crate) kubelets: kubelet::Kubelets,
-    pub(crate) ca_pem: String,
     pub(crate) stop: CancellationToken,
     pub(crate) tasks: TaskTracker,
 }
@@ -58,8 +57,7 @@ impl Server {
         tasks: TaskTracker,
     ) -> anyhow::Result<Self> {
         let kubelets = kubelet::Kubelets::new(authority)?;
-        let ca_pem = authority.ca_pem.clone();
-        Ok(Self { registry, tokens, kubelets, ca_pem, stop, tasks })
+        Ok(Self { registry, tokens, kubelets, stop, tasks })
     }
 
     /// Serves on one listener until the stop signal.
@@ -92,10 +90,8 @@ impl Server {
 
     async fn connection(self: Arc<Self>, stream: tokio::net::TcpStream, acceptor: TlsAcceptor) {
         drop(stream.set_nodelay(true));
-        let handshake = tokio::time::timeout(
-            std::time::Duration::from_secs(10),
-            acceptor.accept(stream),
-        );
+        let handshake =
+            tokio::time::timeout(std::time::Duration::from_secs(10), acceptor.accept(stream));
         let stream = match handshake.await {
             Ok(Ok(stream)) => stream,
             Ok(Err(error)) => return tracing::debug!(%error, "TLS handshake failed"),
@@ -175,7 +171,8 @@ impl Server {
             return Ok(peer);
         }
         let header = request.headers().get(http::header::AUTHORIZATION);
-        let Some(token) = header.and_then(|h| h.to_str().ok()).and_then(|h| h.strip_prefix("Bearer "))
+        let Some(token) =
+            header.and_then(|h| h.to_str().ok()).and_then(|h| h.strip_prefix("Bearer "))
         else {
             return Ok(Identity::anonymous());
         };
@@ -193,10 +190,9 @@ impl Server {
             "" => Ok(body::json(StatusCode::OK, &discovery::root())),
             health if is_health(health) => Ok(body::text(StatusCode::OK, "ok")),
             path if path.starts_with("/openapi") => openapi::document(path, accept),
-            path => discovery::document(path, accept)
-                .ok_or_else(|| {
-                    ApiError::new(404, "NotFound", "the server could not find the requested resource")
-                }),
+            path => discovery::document(path, accept).ok_or_else(|| {
+                ApiError::new(404, "NotFound", "the server could not find the requested resource")
+            }),
         }
     }
 }

@@ -115,9 +115,8 @@ impl Store {
     /// Makes a change durable and visible, together with others that wait at the same time.
     pub(crate) async fn write(&self, write: Write) -> Answer {
         let (answer, outcome) = oneshot::channel();
-        let stopped = || {
-            WriteError::Disk(ApiError::new(503, "ServiceUnavailable", "the store has stopped"))
-        };
+        let stopped =
+            || WriteError::Disk(ApiError::new(503, "ServiceUnavailable", "the store has stopped"));
         self.jobs.send((write, answer)).map_err(|_| stopped())?;
         outcome.await.map_err(|_| stopped())?
     }

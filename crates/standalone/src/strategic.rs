@@ -27,10 +27,15 @@ const RETAIN_KEYS: &str = "$retainKeys";
 fn list_kind(field: &str, elements: &[Value], have: &[Value]) -> ListKind {
     let has = |key: &str| elements.iter().chain(have).any(|e| !e[key].is_null());
     match field {
-        "containers" | "initContainers" | "ephemeralContainers" | "volumes" | "env"
-        | "imagePullSecrets" | "secrets" | "resourceClaims" | "schedulingGates" => {
-            ListKind::Keyed("name")
-        }
+        "containers"
+        | "initContainers"
+        | "ephemeralContainers"
+        | "volumes"
+        | "env"
+        | "imagePullSecrets"
+        | "secrets"
+        | "resourceClaims"
+        | "schedulingGates" => ListKind::Keyed("name"),
         "ports" if has("containerPort") => ListKind::Keyed("containerPort"),
         "ports" if has("port") => ListKind::Keyed("port"),
         "volumeMounts" => ListKind::Keyed("mountPath"),
@@ -52,7 +57,9 @@ fn list_kind(field: &str, elements: &[Value], have: &[Value]) -> ListKind {
 /// 400 when the patch makes no sense.
 pub(crate) fn merge(target: &mut Value, patch: &Value) -> Result<(), ApiError> {
     let Some(patch) = patch.as_object() else {
-        return Err(ApiError::bad_request("error decoding patch: a strategic merge patch is an object"));
+        return Err(ApiError::bad_request(
+            "error decoding patch: a strategic merge patch is an object",
+        ));
     };
     if !target.is_object() {
         *target = Value::Object(Map::new());

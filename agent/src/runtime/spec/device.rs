@@ -43,8 +43,9 @@ pub(super) fn rules(privileged: bool) -> Vec<Value> {
 
 /// One device of the node: its node in the container and the rule that allows it.
 pub(super) fn one(path: &Path) -> Result<(Value, Value), RuntimeError> {
-    let node = node(path)
-        .ok_or_else(|| RuntimeError::invalid(format!("{} is not a device of this node", path.display())))?;
+    let node = node(path).ok_or_else(|| {
+        RuntimeError::invalid(format!("{} is not a device of this node", path.display()))
+    })?;
     let rule = json!({ "allow": true, "type": node["type"], "major": node["major"], "minor": node["minor"],
         "access": "rwm" });
     Ok((node, rule))

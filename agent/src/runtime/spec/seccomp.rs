@@ -11,14 +11,70 @@ use super::super::RuntimeError;
 /// or seldom audited paths. A list of what is forbidden makes a program of a hundred instructions instead of a
 /// thousand, which every system call of the container has to run through.
 const FORBIDDEN: &[&str] = &[
-    "acct", "add_key", "bpf", "clock_adjtime", "clock_settime", "create_module", "delete_module", "finit_module",
-    "fsconfig", "fsmount", "fsopen", "fspick", "get_kernel_syms", "init_module", "io_uring_enter", "io_uring_register",
-    "io_uring_setup", "ioperm", "iopl", "kcmp", "kexec_file_load", "kexec_load", "keyctl", "lookup_dcookie", "mbind",
-    "migrate_pages", "mount", "mount_setattr", "move_mount", "move_pages", "name_to_handle_at", "nfsservctl",
-    "open_by_handle_at", "open_tree", "perf_event_open", "personality", "pivot_root", "process_vm_readv",
-    "process_vm_writev", "query_module", "quotactl", "quotactl_fd", "reboot", "request_key", "set_mempolicy",
-    "setdomainname", "sethostname", "setns", "settimeofday", "stime", "swapoff", "swapon", "_sysctl", "sysfs",
-    "syslog", "umount", "umount2", "unshare", "uselib", "userfaultfd", "ustat", "vhangup", "vm86", "vm86old",
+    "acct",
+    "add_key",
+    "bpf",
+    "clock_adjtime",
+    "clock_settime",
+    "create_module",
+    "delete_module",
+    "finit_module",
+    "fsconfig",
+    "fsmount",
+    "fsopen",
+    "fspick",
+    "get_kernel_syms",
+    "init_module",
+    "io_uring_enter",
+    "io_uring_register",
+    "io_uring_setup",
+    "ioperm",
+    "iopl",
+    "kcmp",
+    "kexec_file_load",
+    "kexec_load",
+    "keyctl",
+    "lookup_dcookie",
+    "mbind",
+    "migrate_pages",
+    "mount",
+    "mount_setattr",
+    "move_mount",
+    "move_pages",
+    "name_to_handle_at",
+    "nfsservctl",
+    "open_by_handle_at",
+    "open_tree",
+    "perf_event_open",
+    "personality",
+    "pivot_root",
+    "process_vm_readv",
+    "process_vm_writev",
+    "query_module",
+    "quotactl",
+    "quotactl_fd",
+    "reboot",
+    "request_key",
+    "set_mempolicy",
+    "setdomainname",
+    "sethostname",
+    "setns",
+    "settimeofday",
+    "stime",
+    "swapoff",
+    "swapon",
+    "_sysctl",
+    "sysfs",
+    "syslog",
+    "umount",
+    "umount2",
+    "unshare",
+    "uselib",
+    "userfaultfd",
+    "ustat",
+    "vhangup",
+    "vm86",
+    "vm86old",
 ];
 
 /// The profile of `seccompProfile: {type: RuntimeDefault}`.
@@ -64,7 +120,8 @@ pub(super) fn localhost(profile: &str, root_dir: &Path) -> Result<Value, Runtime
     }
     let path = root_dir.join("seccomp").join(name);
     let text = fs::read(&path).map_err(|e| bad(&format!("cannot read {}: {e}", path.display())))?;
-    serde_json::from_slice(&text).map_err(|e| bad(&format!("{} is no seccomp profile: {e}", path.display())))
+    serde_json::from_slice(&text)
+        .map_err(|e| bad(&format!("{} is no seccomp profile: {e}", path.display())))
 }
 
 #[cfg(test)]
@@ -78,13 +135,18 @@ mod tests {
             localhost(bad, dir.path()).unwrap_err();
         }
         fs::create_dir(dir.path().join("seccomp")).unwrap();
-        fs::write(dir.path().join("seccomp/mine.json"), r#"{"defaultAction":"SCMP_ACT_LOG"}"#).unwrap();
-        assert_eq!(localhost("Localhost/mine.json", dir.path()).unwrap()["defaultAction"], "SCMP_ACT_LOG");
+        fs::write(dir.path().join("seccomp/mine.json"), r#"{"defaultAction":"SCMP_ACT_LOG"}"#)
+            .unwrap();
+        assert_eq!(
+            localhost("Localhost/mine.json", dir.path()).unwrap()["defaultAction"],
+            "SCMP_ACT_LOG"
+        );
     }
 
     #[test]
     fn the_default_is_a_valid_profile() {
-        let profile: oci_spec::runtime::LinuxSeccomp = serde_json::from_value(runtime_default()).unwrap();
+        let profile: oci_spec::runtime::LinuxSeccomp =
+            serde_json::from_value(runtime_default()).unwrap();
         assert!(profile.syscalls().as_ref().unwrap().len() > 8);
     }
 }

@@ -33,7 +33,8 @@ fn addresses_are_given_once_and_given_back() {
 #[test]
 fn a_taken_node_port_is_refused_with_its_field() {
     let allocator = network(false);
-    let spec = json!({"type": "NodePort", "ports": [{"port": 80, "protocol": "TCP", "nodePort": 30001}]});
+    let spec =
+        json!({"type": "NodePort", "ports": [{"port": 80, "protocol": "TCP", "nodePort": 30001}]});
     let mut first = service(spec.clone());
     allocator.reserve(None, &mut first).unwrap().keep();
     let error = allocator.reserve(None, &mut service(spec)).err().unwrap();
@@ -43,11 +44,13 @@ fn a_taken_node_port_is_refused_with_its_field() {
     );
     // The failed one holds nothing: two more ports and no address are in use.
     for _ in 0..2 {
-        let mut other = service(json!({"type": "NodePort", "ports": [{"port": 80, "protocol": "TCP"}]}));
+        let mut other =
+            service(json!({"type": "NodePort", "ports": [{"port": 80, "protocol": "TCP"}]}));
         allocator.reserve(None, &mut other).unwrap().keep();
         assert_ne!(other["spec"]["ports"][0]["nodePort"], 30001);
     }
-    let outside = json!({"type": "NodePort", "ports": [{"port": 80, "protocol": "TCP", "nodePort": 80}]});
+    let outside =
+        json!({"type": "NodePort", "ports": [{"port": 80, "protocol": "TCP", "nodePort": 80}]});
     let error = allocator.reserve(None, &mut service(outside)).err().unwrap();
     assert!(error.message.contains("The range of valid ports is 30000-30002"), "{error}");
 }
@@ -55,14 +58,18 @@ fn a_taken_node_port_is_refused_with_its_field() {
 #[test]
 fn an_update_keeps_what_stays_and_frees_what_goes() {
     let allocator = network(false);
-    let mut old = service(json!({"type": "NodePort", "ports": [{"port": 80, "protocol": "TCP", "nodePort": 30000}]}));
+    let mut old = service(
+        json!({"type": "NodePort", "ports": [{"port": 80, "protocol": "TCP", "nodePort": 30000}]}),
+    );
     allocator.reserve(None, &mut old).unwrap().keep();
     let mut new = old.clone();
     new["spec"]["type"] = "ClusterIP".into();
     new["spec"]["ports"][0].as_object_mut().unwrap().remove("nodePort");
     allocator.reserve(Some(&old), &mut new).unwrap().keep();
     assert_eq!(new["spec"]["clusterIP"], old["spec"]["clusterIP"]);
-    let mut other = service(json!({"type": "NodePort", "ports": [{"port": 80, "protocol": "TCP", "nodePort": 30000}]}));
+    let mut other = service(
+        json!({"type": "NodePort", "ports": [{"port": 80, "protocol": "TCP", "nodePort": 30000}]}),
+    );
     assert!(allocator.reserve(None, &mut other).is_ok());
 }
 

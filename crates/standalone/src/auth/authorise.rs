@@ -72,8 +72,14 @@ fn node_may(wants: &Attributes<'_>) -> bool {
         ("", "pods", "eviction") | ("", "serviceaccounts", "token") => verb == "create",
         (
             "",
-            "services" | "endpoints" | "configmaps" | "secrets" | "serviceaccounts" | "namespaces"
-            | "persistentvolumes" | "persistentvolumeclaims",
+            "services"
+            | "endpoints"
+            | "configmaps"
+            | "secrets"
+            | "serviceaccounts"
+            | "namespaces"
+            | "persistentvolumes"
+            | "persistentvolumeclaims",
             "",
         )
         | ("discovery.k8s.io", "endpointslices", "")
@@ -105,10 +111,7 @@ fn proxy_may(wants: &Attributes<'_>) -> bool {
 pub(crate) fn refusal(identity: &Identity, wants: &Attributes<'_>) -> String {
     let user = &identity.user;
     if wants.resource.is_empty() {
-        return format!(
-            "forbidden: User \"{user}\" cannot {} path \"{}\"",
-            wants.verb, wants.path
-        );
+        return format!("forbidden: User \"{user}\" cannot {} path \"{}\"", wants.verb, wants.path);
     }
     let qualified = if wants.group.is_empty() {
         wants.resource.to_owned()

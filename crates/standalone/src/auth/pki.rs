@@ -19,7 +19,7 @@ const LEAF_YEARS: i16 = 5;
 
 /// Why there are no certificates.
 #[derive(Debug, thiserror::Error)]
-pub enum PkiError {
+pub(crate) enum PkiError {
     /// A file cannot be read.
     #[error("cannot read {path}")]
     Read {
@@ -33,7 +33,9 @@ pub enum PkiError {
     #[error(transparent)]
     Write(#[from] keelson_durable::DurableError),
     /// One of the CA's two files is missing.
-    #[error("{missing} is missing beside {present}: restore it, or remove both to make a new CA (all kubeconfigs change then)")]
+    #[error(
+        "{missing} is missing beside {present}: restore it, or remove both to make a new CA (all kubeconfigs change then)"
+    )]
     Half {
         /// The file that is not there.
         missing: PathBuf,

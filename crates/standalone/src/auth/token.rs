@@ -58,17 +58,23 @@ impl Tokens {
             "kubernetes.io": bound,
         });
         let encode = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
-        let signed = format!("{}.{}", encode(&json!({"alg": "ES256", "typ": "JWT"})), encode(&body));
+        let signed =
+            format!("{}.{}", encode(&json!({"alg": "ES256", "typ": "JWT"})), encode(&body));
         let signature = self.key.sign(&self.random, signed.as_bytes())?;
         Ok(format!("{signed}.{}", URL_SAFE_NO_PAD.encode(signature)))
     }
 
     /// Who a token stands for, and its audiences. None when it is not ours, is over, or when what it
     /// is bound to is gone.
-    pub(crate) fn check(&self, token: &str, registry: &Registry) -> Option<(Identity, Vec<String>)> {
+    pub(crate) fn check(
+        &self,
+        token: &str,
+        registry: &Registry,
+    ) -> Option<(Identity, Vec<String>)> {
         let body = self.body(token)?;
         let now = jiff::Timestamp::now().as_second();
-        if body["iss"] != ISSUER || body["exp"].as_i64()? <= now || body["nbf"].as_i64()? > now + 60 {
+        if body["iss"] != ISSUER || body["exp"].as_i64()? <= now || body["nbf"].as_i64()? > now + 60
+        {
             return None;
         }
         let bound = &body["kubernetes.io"];

@@ -105,7 +105,8 @@ pub(super) async fn expire_events(registry: Registry, stop: CancellationToken) {
                 continue;
             }
             let options = DeleteOptions::default();
-            let gone = registry.delete(&kinds::EVENT, &event.namespace, &event.name, &options).await;
+            let gone =
+                registry.delete(&kinds::EVENT, &event.namespace, &event.name, &options).await;
             if let Err(error) = gone
                 && !error.is_not_found()
             {

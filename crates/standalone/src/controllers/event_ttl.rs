@@ -150,7 +150,10 @@ mod tests {
         ends.put(&event("c", "2026-01-01T00:40:00Z"));
         assert_eq!(ends.wait(at("2026-01-01T01:00:00Z")), Some(TOGETHER));
         assert_eq!(ends.take_ended(at("2026-01-01T00:59:59Z")), []);
-        assert_eq!(ends.take_ended(at("2026-01-01T01:01:00Z")), [Key::new("n", "a"), Key::new("n", "b")]);
+        assert_eq!(
+            ends.take_ended(at("2026-01-01T01:01:00Z")),
+            [Key::new("n", "a"), Key::new("n", "b")]
+        );
         ends.remove(&Key::new("n", "c"));
         assert_eq!(ends.take_ended(at("2026-01-02T00:00:00Z")), []);
     }

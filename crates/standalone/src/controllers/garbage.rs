@@ -101,7 +101,12 @@ impl Garbage {
         self.remove_finalizer(id, ORPHAN).await
     }
 
-    async fn drop_owners(&self, id: &Id, meta: &ObjectMeta, uids: &[String]) -> Result<(), ApiError> {
+    async fn drop_owners(
+        &self,
+        id: &Id,
+        meta: &ObjectMeta,
+        uids: &[String],
+    ) -> Result<(), ApiError> {
         let mut meta = meta.clone();
         if let Some(owners) = &mut meta.owner_references {
             owners.retain(|owner| !uids.contains(&owner.uid));
@@ -123,7 +128,8 @@ impl Garbage {
 
     async fn patch(&self, id: &Id, patch: &serde_json::Value) -> Result<(), ApiError> {
         let (namespace, name) = (&id.key.namespace, &id.key.name);
-        let patched = self.registry.patch(id.kind(), namespace, name, PatchType::Merge, patch).await;
+        let patched =
+            self.registry.patch(id.kind(), namespace, name, PatchType::Merge, patch).await;
         match patched {
             Err(error) if !error.is_not_found() => Err(error),
             _ => Ok(()),

@@ -67,7 +67,8 @@ impl Namespaces {
         let mut namespace = namespace.clone();
         namespace.metadata.resource_version = None;
         let status = namespace.status.get_or_insert_default();
-        let wanted = conditions(status.conditions.take().unwrap_or_default(), remains, Timestamp::now());
+        let wanted =
+            conditions(status.conditions.take().unwrap_or_default(), remains, Timestamp::now());
         status.phase = Some("Terminating".to_owned());
         status.conditions = Some(wanted);
         match self.namespaces.update_status(&namespace).await {
@@ -86,7 +87,8 @@ impl Controller for Namespaces {
             Change::Namespace(delta) => delta.new.clone(),
             Change::Pod(delta) if delta.new.is_none() => {
                 let pod = delta.latest();
-                let name = pod.and_then(|pod| pod.metadata.namespace.as_deref()).unwrap_or_default();
+                let name =
+                    pod.and_then(|pod| pod.metadata.namespace.as_deref()).unwrap_or_default();
                 self.cluster.namespaces.get(&Key::new("", name))
             }
             _ => None,
@@ -97,7 +99,8 @@ impl Controller for Namespaces {
     }
 
     async fn reconcile(&self, key: &Key) -> Result<Outcome, ApiError> {
-        let Some(namespace) = self.cluster.namespaces.get(key).filter(|held| is_leaving(held)) else {
+        let Some(namespace) = self.cluster.namespaces.get(key).filter(|held| is_leaving(held))
+        else {
             return Ok(Outcome::Done);
         };
         let remains = self.empty(&key.name).await?;

@@ -93,9 +93,12 @@ fn requests(resources: &mut Value) {
 }
 
 fn probe(probe: &mut Value) {
-    for (field, value) in
-        [("timeoutSeconds", 1), ("periodSeconds", 10), ("successThreshold", 1), ("failureThreshold", 3)]
-    {
+    for (field, value) in [
+        ("timeoutSeconds", 1),
+        ("periodSeconds", 10),
+        ("successThreshold", 1),
+        ("failureThreshold", 3),
+    ] {
         if probe[field] == 0 {
             probe[field] = Value::Null;
         }

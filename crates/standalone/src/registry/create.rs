@@ -43,7 +43,9 @@ impl Registry {
         if !causes.is_empty() {
             return Err(ApiError::invalid(kind, &name, &causes));
         }
-        if self.state().get(kind, &key(namespace_of(kind, namespace), &name)).is_some() && !generated {
+        if self.state().get(kind, &key(namespace_of(kind, namespace), &name)).is_some()
+            && !generated
+        {
             return Err(ApiError::already_exists(kind, &name));
         }
         // What was reserved is given back when the object is not stored.

@@ -77,7 +77,8 @@ fn check_preconditions(
     if uid == wanted {
         return check_revision(kind, current, options);
     }
-    let why = format!("Precondition failed: UID in precondition: {wanted}, UID in object meta: {uid}");
+    let why =
+        format!("Precondition failed: UID in precondition: {wanted}, UID in object meta: {uid}");
     Err(ApiError::conflict(kind, &current.name, &why))
 }
 
@@ -210,13 +211,17 @@ mod tests {
     fn finalizers_hold_an_object() {
         let held = marked(step(&kinds::POD, &pod("", &["x/y"]), &grace(Some(0))));
         assert_eq!(held["metadata"]["deletionGracePeriodSeconds"], 0);
-        let options =
-            DeleteOptions { propagation: Some(Propagation::Foreground), ..DeleteOptions::default() };
+        let options = DeleteOptions {
+            propagation: Some(Propagation::Foreground),
+            ..DeleteOptions::default()
+        };
         let set = json!({"metadata": {"name": "rs"}, "spec": {}});
         let waiting = marked(step(&kinds::REPLICA_SET, &set, &options));
         assert_eq!(waiting["metadata"]["finalizers"], json!(["foregroundDeletion"]));
-        let background =
-            DeleteOptions { propagation: Some(Propagation::Background), ..DeleteOptions::default() };
+        let background = DeleteOptions {
+            propagation: Some(Propagation::Background),
+            ..DeleteOptions::default()
+        };
         assert_eq!(step(&kinds::REPLICA_SET, &waiting, &background), Step::Remove);
     }
 }

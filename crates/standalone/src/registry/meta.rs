@@ -37,10 +37,13 @@ pub(super) fn begin(kind: &Kind, namespace: &str, value: &mut Value) -> Result<(
     value["apiVersion"] = kind.api_version().into();
     value["kind"] = kind.kind.into();
     if !text(value, "resourceVersion").is_empty() {
-        return Err(ApiError::bad_request("resourceVersion should not be set on objects to be created"));
+        return Err(ApiError::bad_request(
+            "resourceVersion should not be set on objects to be created",
+        ));
     }
     let meta = of(value);
-    for taken in ["deletionTimestamp", "deletionGracePeriodSeconds", "selfLink", "resourceVersion"] {
+    for taken in ["deletionTimestamp", "deletionGracePeriodSeconds", "selfLink", "resourceVersion"]
+    {
         meta.remove(taken);
     }
     if kind.namespaced {
@@ -72,8 +75,15 @@ pub(super) fn carry(old: &Value, new: &mut Value) {
     new["apiVersion"] = old["apiVersion"].clone();
     new["kind"] = old["kind"].clone();
     let kept = [
-        "name", "namespace", "uid", "creationTimestamp", "deletionTimestamp",
-        "deletionGracePeriodSeconds", "generation", "generateName", "resourceVersion",
+        "name",
+        "namespace",
+        "uid",
+        "creationTimestamp",
+        "deletionTimestamp",
+        "deletionGracePeriodSeconds",
+        "generation",
+        "generateName",
+        "resourceVersion",
     ];
     let meta = of(new);
     meta.remove("selfLink");

@@ -47,8 +47,7 @@ impl Registry {
             };
             let changed = change(&current, how, patch, options)?;
             let unknown = check(target.kind, &changed, strict)?;
-            let replaced =
-                self.replace(&current, changed, target.part, options.dry_run).await?;
+            let replaced = self.replace(&current, changed, target.part, options.dry_run).await?;
             if let Some(object) = replaced {
                 return Ok(Patched { object, created: false, unknown });
             }

@@ -19,7 +19,8 @@ impl Registry {
         options: &WriteOptions,
     ) -> Result<Arc<Object>, ApiError> {
         let name = meta::text(&value, "name").to_owned();
-        let namespace = if kind.namespaced { meta::text(&value, "namespace") } else { "" }.to_owned();
+        let namespace =
+            if kind.namespaced { meta::text(&value, "namespace") } else { "" }.to_owned();
         let conditional = !meta::text(&value, "resourceVersion").is_empty();
         loop {
             let current = self.get(kind, &namespace, &name)?;
@@ -74,8 +75,7 @@ impl Registry {
         if new == old {
             return Ok(Some(Arc::clone(current)));
         }
-        let stored =
-            self.store_version(kind, current.key(), current.revision, Some(new)).await?;
+        let stored = self.store_version(kind, current.key(), current.revision, Some(new)).await?;
         if stored.is_some()
             && let Some(reserved) = reserved
         {
@@ -185,7 +185,8 @@ fn check_preconditions(
     }
     let (uid, has) = (meta::text(new, "uid"), meta::text(old, "uid"));
     if !uid.is_empty() && uid != has {
-        let why = format!("Precondition failed: UID in precondition: {uid}, UID in object meta: {has}");
+        let why =
+            format!("Precondition failed: UID in precondition: {uid}, UID in object meta: {has}");
         return Err(ApiError::conflict(kind, &current.name, &why));
     }
     let name = meta::text(new, "name");
@@ -199,8 +200,11 @@ fn check_preconditions(
 
 fn check_finalizers(old: &Value, new: &Value) -> Option<Cause> {
     let before = meta::finalizers(old);
-    let added: Vec<_> =
-        meta::finalizers(new).into_iter().filter(|f| !before.contains(f)).map(str::to_owned).collect();
+    let added: Vec<_> = meta::finalizers(new)
+        .into_iter()
+        .filter(|f| !before.contains(f))
+        .map(str::to_owned)
+        .collect();
     (meta::is_terminating(old) && !added.is_empty()).then(|| {
         Cause::forbidden(
             "metadata.finalizers",

@@ -88,12 +88,6 @@ impl Pending {
         }
     }
 
-    /// How many pods no node can take.
-    #[must_use]
-    pub(crate) fn parked(&self) -> usize {
-        self.waiting.values().filter(|waiting| matches!(waiting.state, State::Parked(_))).count()
-    }
-
     fn activate(&mut self, key: &str) {
         if let Some(waiting) = self.waiting.get_mut(key) {
             waiting.state = State::Active;
@@ -125,7 +119,8 @@ mod tests {
         assert_eq!(pending.pop().as_deref(), Some("a"));
         assert!(pending.park("a", "0/1 nodes", None));
         assert!(!pending.park("a", "0/1 nodes", Some("0/1 nodes")));
-        assert_eq!(pending.parked(), 1);
+        let parked = |waiting: &&Waiting| matches!(waiting.state, State::Parked(_));
+        assert_eq!(pending.waiting.values().filter(parked).count(), 1);
         pending.wake_all();
         assert_eq!(pending.pop().as_deref(), Some("a"));
         // While it is being bound, its own changes do not bring it back.

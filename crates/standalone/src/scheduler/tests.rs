@@ -15,7 +15,8 @@ fn node(name: &str, change: &Value) -> Arc<Node> {
 fn pod(spec: &Value) -> Pod {
     let mut all = json!({"containers": [{"name": "c"}]});
     json_patch::merge(&mut all, spec);
-    serde_json::from_value(json!({"metadata": {"name": "p", "namespace": "n"}, "spec": all})).unwrap()
+    serde_json::from_value(json!({"metadata": {"name": "p", "namespace": "n"}, "spec": all}))
+        .unwrap()
 }
 
 fn wants(cpu: &str) -> Value {
@@ -46,32 +47,72 @@ fn each_obstacle_is_named_as_kubernetes_does() {
     check(&json!({}), &[plain()], expect!["-> a"]);
     check(&wants("3"), &[plain()], expect!["0/1 nodes are available: 1 Insufficient cpu."]);
     let much = json!({"containers": [{"name": "c", "resources": {"requests": {"cpu": "3", "memory": "5Gi", "nvidia.com/gpu": "1"}}}]});
-    check(&much, &[plain()], expect!["0/1 nodes are available: 1 Insufficient cpu, 1 Insufficient memory, 1 Insufficient nvidia.com/gpu."]);
-    check(&json!({}), &[node("a", &json!({"spec": {"unschedulable": true}}))], expect!["0/1 nodes are available: 1 node(s) were unschedulable."]);
-    let tainted = node("a", &json!({"spec": {"taints": [{"key": "gpu", "value": "yes", "effect": "NoSchedule"}]}}));
-    check(&json!({}), &[tainted], expect!["0/1 nodes are available: 1 node(s) had untolerated taint {gpu: yes}."]);
-    let unready = node("a", &json!({"status": {"conditions": [{"type": "Ready", "status": "False"}]}}));
-    check(&json!({}), &[unready], expect!["0/1 nodes are available: 1 node(s) had untolerated taint {node.kubernetes.io/not-ready: }."]);
-    check(&json!({"nodeSelector": {"disk": "hdd"}}), &[plain()], expect!["0/1 nodes are available: 1 node(s) didn't match Pod's node affinity/selector."]);
+    check(
+        &much,
+        &[plain()],
+        expect![
+            "0/1 nodes are available: 1 Insufficient cpu, 1 Insufficient memory, 1 Insufficient nvidia.com/gpu."
+        ],
+    );
+    check(
+        &json!({}),
+        &[node("a", &json!({"spec": {"unschedulable": true}}))],
+        expect!["0/1 nodes are available: 1 node(s) were unschedulable."],
+    );
+    let tainted = node(
+        "a",
+        &json!({"spec": {"taints": [{"key": "gpu", "value": "yes", "effect": "NoSchedule"}]}}),
+    );
+    check(
+        &json!({}),
+        &[tainted],
+        expect!["0/1 nodes are available: 1 node(s) had untolerated taint {gpu: yes}."],
+    );
+    let unready =
+        node("a", &json!({"status": {"conditions": [{"type": "Ready", "status": "False"}]}}));
+    check(
+        &json!({}),
+        &[unready],
+        expect![
+            "0/1 nodes are available: 1 node(s) had untolerated taint {node.kubernetes.io/not-ready: }."
+        ],
+    );
+    check(
+        &json!({"nodeSelector": {"disk": "hdd"}}),
+        &[plain()],
+        expect!["0/1 nodes are available: 1 node(s) didn't match Pod's node affinity/selector."],
+    );
     let full = node("a", &json!({"status": {"allocatable": {"pods": "0"}}}));
     check(&json!({}), &[full], expect!["0/1 nodes are available: 1 Too many pods."]);
     let cordoned = node("b", &json!({"spec": {"unschedulable": true}}));
-    check(&wants("3"), &[plain(), cordoned], expect!["0/2 nodes are available: 1 Insufficient cpu, 1 node(s) were unschedulable."]);
+    check(
+        &wants("3"),
+        &[plain(), cordoned],
+        expect!["0/2 nodes are available: 1 Insufficient cpu, 1 node(s) were unschedulable."],
+    );
 }
 
 #[test]
 fn a_cordon_and_an_unready_node_can_be_tolerated() {
-    let cordoned = node("a", &json!({"spec": {"unschedulable": true}, "status": {"conditions": []}}));
+    let cordoned =
+        node("a", &json!({"spec": {"unschedulable": true}, "status": {"conditions": []}}));
     check(&json!({"tolerations": [{"operator": "Exists"}]}), &[cordoned], expect!["-> a"]);
 }
 
 #[test]
 fn preferences_and_soft_taints_weigh_more_than_load() {
-    let soft = node("a", &json!({"spec": {"taints": [{"key": "x", "effect": "PreferNoSchedule"}]}}));
+    let soft =
+        node("a", &json!({"spec": {"taints": [{"key": "x", "effect": "PreferNoSchedule"}]}}));
     check(&json!({}), &[soft, node("b", &json!({}))], expect!["-> b"]);
     let preferred = json!({"affinity": {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [
         {"weight": 50, "preference": {"matchExpressions": [{"key": "zone", "operator": "In", "values": ["z"]}]}}]}}});
-    let nodes = [node("a", &json!({})), node("b", &json!({"metadata": {"labels": {"zone": "z"}}, "status": {"allocatable": {"cpu": "1"}}}))];
+    let nodes = [
+        node("a", &json!({})),
+        node(
+            "b",
+            &json!({"metadata": {"labels": {"zone": "z"}}, "status": {"allocatable": {"cpu": "1"}}}),
+        ),
+    ];
     check(&preferred, &nodes, expect!["-> b"]);
 }
 
@@ -89,9 +130,7 @@ fn pods_spread_to_the_least_allocated_node() {
 
 #[test]
 fn host_ports_conflict_by_address_and_protocol() {
-    let holds = |ip: &str, protocol: &str| {
-        json!({"containers": [{"name": "c", "ports": [{"containerPort": 80, "hostPort": 80, "hostIP": ip, "protocol": protocol}]}]})
-    };
+    let holds = |ip: &str, protocol: &str| json!({"containers": [{"name": "c", "ports": [{"containerPort": 80, "hostPort": 80, "hostIP": ip, "protocol": protocol}]}]});
     let table = [
         (holds("", "TCP"), holds("", "TCP"), true),
         (holds("127.0.0.1", "TCP"), holds("0.0.0.0", "TCP"), true),
@@ -127,7 +166,10 @@ fn room_is_promised_once_and_given_back_once() {
 #[test]
 fn heartbeats_are_not_worth_a_decision() {
     let quiet = node("a", &json!({}));
-    let beat = node("a", &json!({"status": {"conditions": [{"type": "Ready", "status": "True", "lastHeartbeatTime": "2026-01-01T00:00:00Z"}]}}));
+    let beat = node(
+        "a",
+        &json!({"status": {"conditions": [{"type": "Ready", "status": "True", "lastHeartbeatTime": "2026-01-01T00:00:00Z"}]}}),
+    );
     assert!(scheduling_facts(&quiet) == scheduling_facts(&beat));
     let cordoned = node("a", &json!({"spec": {"unschedulable": true}}));
     assert!(scheduling_facts(&quiet) != scheduling_facts(&cordoned));

@@ -15,8 +15,16 @@ fn matches(labels: &str, fields: &str) -> bool {
 #[test]
 fn label_selectors() {
     for yes in [
-        "", "app=web", "app==web,tier", "app in (api, web)", "app notin (api)", "!gone", "gone!=x",
-        "tier>2", "tier<4", "gone notin (x)",
+        "",
+        "app=web",
+        "app==web,tier",
+        "app in (api, web)",
+        "app notin (api)",
+        "!gone",
+        "gone!=x",
+        "tier>2",
+        "tier<4",
+        "gone notin (x)",
     ] {
         assert!(matches(yes, ""), "{yes}");
     }
@@ -27,7 +35,9 @@ fn label_selectors() {
 
 #[test]
 fn field_selectors() {
-    for yes in ["spec.nodeName=n1", "metadata.name=web,metadata.namespace==shop", "status.phase!=Failed"] {
+    for yes in
+        ["spec.nodeName=n1", "metadata.name=web,metadata.namespace==shop", "status.phase!=Failed"]
+    {
         assert!(matches("", yes), "{yes}");
     }
     assert!(!matches("", "spec.nodeName="));

@@ -181,7 +181,12 @@ fn subresources(kind: &'static Kind) -> Vec<Entry> {
         let other = Some(("authentication.k8s.io", "v1"));
         found.push(entry("token", "TokenRequest", &["create"], other));
     } else if *kind == kinds::NODE {
-        found.push(entry("proxy", "NodeProxyOptions", &["create", "delete", "get", "update"], None));
+        found.push(entry(
+            "proxy",
+            "NodeProxyOptions",
+            &["create", "delete", "get", "update"],
+            None,
+        ));
     } else if *kind == kinds::NAMESPACE {
         found.push(entry("finalize", "Namespace", &["update"], None));
     }

@@ -209,7 +209,9 @@ async fn pass(
         ApiError::new(
             502,
             "ServiceUnavailable",
-            format!("error dialing backend: {what} the kubelet of node {node} at {address}: {error}; is its agent running?"),
+            format!(
+                "error dialing backend: {what} the kubelet of node {node} at {address}: {error}; is its agent running?"
+            ),
         )
     };
     let dial = tokio::time::timeout(DIAL_TIMEOUT, tokio::net::TcpStream::connect(&address));
@@ -235,7 +237,8 @@ async fn pass(
     let upgrade = request.headers().contains_key(UPGRADE);
     let client = upgrade.then(|| hyper::upgrade::on(&mut request));
     let outgoing = outgoing(request, target, query, &address, upgrade)?;
-    let mut response = sender.send_request(outgoing).await.map_err(|e| failed("no answer of", &e))?;
+    let mut response =
+        sender.send_request(outgoing).await.map_err(|e| failed("no answer of", &e))?;
     if response.status() == StatusCode::SWITCHING_PROTOCOLS
         && let Some(client) = client
     {
@@ -276,9 +279,9 @@ fn outgoing(
 ) -> Result<Request<Incoming>, ApiError> {
     let target = if query.is_empty() { target.to_owned() } else { format!("{target}?{query}") };
     let (mut parts, body) = request.into_parts();
-    parts.uri = target
-        .parse::<Uri>()
-        .map_err(|e| ApiError::bad_request(format!("the path {target} cannot be passed on: {e}")))?;
+    parts.uri = target.parse::<Uri>().map_err(|e| {
+        ApiError::bad_request(format!("the path {target} cannot be passed on: {e}"))
+    })?;
     parts.version = http::Version::HTTP_11;
     if !upgrade {
         strip(&mut parts.headers);

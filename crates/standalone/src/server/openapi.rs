@@ -39,11 +39,9 @@ pub(super) fn document(path: &str, accept: &str) -> Result<Reply, ApiError> {
         ["openapi", "v3", "apis", name, "v1"] if discovery::groups().contains(name) => {
             Ok(group(name))
         }
-        _ => Err(ApiError::new(
-            404,
-            "NotFound",
-            "the server could not find the requested resource",
-        )),
+        _ => {
+            Err(ApiError::new(404, "NotFound", "the server could not find the requested resource"))
+        }
     }
 }
 
@@ -69,9 +67,7 @@ fn path_of(kind: &Kind) -> String {
 }
 
 fn operation(kind: &Kind) -> Value {
-    let parameter = |name: &str| {
-        json!({"name": name, "in": "query", "schema": {"type": "string", "uniqueItems": true}})
-    };
+    let parameter = |name: &str| json!({"name": name, "in": "query", "schema": {"type": "string", "uniqueItems": true}});
     let parameters = ["dryRun", "fieldManager", "fieldValidation", "force"].map(parameter);
     json!({
         "x-kubernetes-action": "patch",

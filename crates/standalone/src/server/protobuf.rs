@@ -198,7 +198,12 @@ const TOKEN_REQUEST_SPEC: &[Field] = &[
     one(
         3,
         "boundObjectRef",
-        Message(&[one(1, "kind", Text), one(2, "apiVersion", Text), one(3, "name", Text), one(4, "uid", Text)]),
+        Message(&[
+            one(1, "kind", Text),
+            one(2, "apiVersion", Text),
+            one(3, "name", Text),
+            one(4, "uid", Text),
+        ]),
     ),
     one(4, "expirationSeconds", Integer),
 ];
@@ -257,8 +262,10 @@ pub(super) fn to_json(body: &[u8]) -> Result<Value, String> {
             _ => {}
         }
     }
-    let type_meta = decode(type_meta, &[one(1, "apiVersion", Text), one(2, "kind", Text)], "TypeMeta", 0)?;
-    let word = |name: &str| type_meta.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
+    let type_meta =
+        decode(type_meta, &[one(1, "apiVersion", Text), one(2, "kind", Text)], "TypeMeta", 0)?;
+    let word =
+        |name: &str| type_meta.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
     let (api_version, kind) = (word("apiVersion"), word("kind"));
     let fields = message_of(&api_version, &kind)
         .ok_or_else(|| format!("{api_version} {kind} is not known in protobuf, send JSON"))?;
@@ -268,7 +275,12 @@ pub(super) fn to_json(body: &[u8]) -> Result<Value, String> {
     Ok(Value::Object(object))
 }
 
-fn decode(message: &[u8], fields: &[Field], at: &str, depth: u8) -> Result<Map<String, Value>, String> {
+fn decode(
+    message: &[u8],
+    fields: &[Field],
+    at: &str,
+    depth: u8,
+) -> Result<Map<String, Value>, String> {
     if depth > MAX_DEPTH {
         return Err(format!("{at}: messages are nested too deeply"));
     }
@@ -276,7 +288,8 @@ fn decode(message: &[u8], fields: &[Field], at: &str, depth: u8) -> Result<Map<S
     for entry in Fields(message) {
         let (number, wire) = entry.map_err(|e| format!("{at}: {e}"))?;
         let field = fields.iter().find(|field| field.number == number);
-        let field = field.ok_or_else(|| format!("{at}: field {number} is not known in protobuf, send JSON"))?;
+        let field = field
+            .ok_or_else(|| format!("{at}: field {number} is not known in protobuf, send JSON"))?;
         let path = format!("{at}.{}", field.name);
         match field.kind {
             TextMap | BytesMap | QuantityMap => {
@@ -305,7 +318,9 @@ fn value_of(wire: Wire<'_>, kind: Kind, at: &str, depth: u8) -> Result<Option<Va
         (Kind::Ignored, _) => None,
         (Kind::Integer, Wire::Number(number)) => Some(number.cast_signed().into()),
         (Kind::Bool, Wire::Number(number)) => Some((number != 0).into()),
-        (Kind::Text, Wire::Bytes(bytes)) => Some(text(bytes, at)?).filter(|t| !t.is_empty()).map(Value::from),
+        (Kind::Text, Wire::Bytes(bytes)) => {
+            Some(text(bytes, at)?).filter(|t| !t.is_empty()).map(Value::from)
+        }
         (Kind::Bytes, Wire::Bytes(bytes)) => Some(STANDARD.encode(bytes).into()),
         (Kind::Quantity, Wire::Bytes(bytes)) => {
             decode(bytes, &[one(1, "string", Text)], at, depth + 1)?.remove("string")
@@ -315,7 +330,11 @@ fn value_of(wire: Wire<'_>, kind: Kind, at: &str, depth: u8) -> Result<Option<Va
                 &[one(1, "type", Integer), one(2, "int", Integer), one(3, "text", Text)];
             let mut parts = decode(bytes, FIELDS, at, depth + 1)?;
             let is_text = parts.get("type").and_then(Value::as_i64) == Some(1);
-            if is_text { parts.remove("text") } else { Some(parts.remove("int").unwrap_or_else(|| 0.into())) }
+            if is_text {
+                parts.remove("text")
+            } else {
+                Some(parts.remove("int").unwrap_or_else(|| 0.into()))
+            }
         }
         (Kind::Message(fields), Wire::Bytes(bytes)) => {
             Some(decode(bytes, fields, at, depth + 1)?).filter(|m| !m.is_empty()).map(Value::Object)
@@ -376,7 +395,8 @@ impl<'a> Fields<'a> {
         let wire = match tag & 7 {
             0 => Wire::Number(self.varint()?),
             2 => {
-                let length = usize::try_from(self.varint()?).map_err(|_| "a length is too large")?;
+                let length =
+                    usize::try_from(self.varint()?).map_err(|_| "a length is too large")?;
                 if length > self.0.len() {
                     return Err("the message ends in the middle of a field".to_owned());
                 }
@@ -392,7 +412,8 @@ impl<'a> Fields<'a> {
     fn varint(&mut self) -> Result<u64, String> {
         let mut value = 0;
         for shift in (0..64).step_by(7) {
-            let (&byte, rest) = self.0.split_first().ok_or("the message ends in the middle of a number")?;
+            let (&byte, rest) =
+                self.0.split_first().ok_or("the message ends in the middle of a number")?;
             self.0 = rest;
             value |= u64::from(byte & 0x7f) << shift;
             if byte & 0x80 == 0 {

@@ -36,9 +36,10 @@ impl Output {
                 return None;
             }
             if media.contains("as=Table") {
-                media.contains("v=v1;").then_some(Self::Table).or_else(|| {
-                    media.ends_with("v=v1").then_some(Self::Table)
-                })
+                media
+                    .contains("v=v1;")
+                    .then_some(Self::Table)
+                    .or_else(|| media.ends_with("v=v1").then_some(Self::Table))
             } else if media.contains("as=PartialObjectMetadata") {
                 Some(Self::Metadata)
             } else {
@@ -83,7 +84,9 @@ pub(super) async fn handle(
     path: &ResourcePath,
     identity: &Identity,
 ) -> Result<Reply, ApiError> {
-    if let Some(reply) = review::handle(server, &path.group, &path.resource, identity, request.method()) {
+    if let Some(reply) =
+        review::handle(server, &path.group, &path.resource, identity, request.method())
+    {
         return review::answer(reply, request).await;
     }
     let kind = kinds::by_path(&path.group, &path.version, &path.resource).ok_or_else(|| {
@@ -93,12 +96,18 @@ pub(super) async fn handle(
     let output = Output::negotiate(body::accept(&request));
     let call = Call { server, kind, path, query, output };
     if kind.namespaced && path.namespace.is_empty() && !path.name.is_empty() {
-        return Err(ApiError::new(404, "NotFound", "the server could not find the requested resource"));
+        return Err(ApiError::new(
+            404,
+            "NotFound",
+            "the server could not find the requested resource",
+        ));
     }
     match (path.subresource.as_str(), request.method()) {
         ("", &Method::GET | &Method::HEAD) => call.read().await,
         ("", &Method::POST) if path.name.is_empty() => call.create(request).await,
-        ("" | "status" | "ephemeralcontainers" | "finalize", &Method::PUT) => call.update(request).await,
+        ("" | "status" | "ephemeralcontainers" | "finalize", &Method::PUT) => {
+            call.update(request).await
+        }
         ("" | "status" | "ephemeralcontainers", &Method::PATCH) => call.patch(request).await,
         ("", &Method::DELETE) => call.delete(request).await,
         ("status" | "ephemeralcontainers", &Method::GET) => call.read().await,
@@ -116,7 +125,8 @@ impl Call<'_> {
             None | Some("") => false,
             Some("All") => true,
             Some(other) => {
-                let text = format!("dryRun: Unsupported value: \"{other}\": supported values: \"All\"");
+                let text =
+                    format!("dryRun: Unsupported value: \"{other}\": supported values: \"All\"");
                 return Err(ApiError::bad_request(text));
             }
         };
@@ -159,7 +169,9 @@ impl Call<'_> {
             return Ok(body::json(StatusCode::OK, &shown));
         }
         let (list_kind, version) = match self.output {
-            Output::Metadata => ("PartialObjectMetadataList".to_owned(), "meta.k8s.io/v1".to_owned()),
+            Output::Metadata => {
+                ("PartialObjectMetadataList".to_owned(), "meta.k8s.io/v1".to_owned())
+            }
             _ => (format!("{}List", self.kind.kind), self.kind.api_version()),
         };
         let mut text = format!(
@@ -202,7 +214,11 @@ impl Call<'_> {
         if have.0.is_some_and(|v| v != expected.0) || have.1.is_some_and(|k| k != expected.1) {
             let text = format!(
                 "{} in version \"{}\" cannot be handled as a {}: the request's path needs kind {} of {}",
-                have.1.unwrap_or_default(), have.0.unwrap_or_default(), self.kind.kind, expected.1, expected.0,
+                have.1.unwrap_or_default(),
+                have.0.unwrap_or_default(),
+                self.kind.kind,
+                expected.1,
+                expected.0,
             );
             return Err(ApiError::bad_request(text));
         }
@@ -212,7 +228,10 @@ impl Call<'_> {
         match self.query.get("fieldValidation") {
             Some("Strict") if !unknown.is_empty() => Err(ApiError::bad_request(format!(
                 "{} in version \"{}\" cannot be handled as a {}: strict decoding error: {}",
-                self.kind.kind, self.kind.version, self.kind.kind, unknown.join(", ")
+                self.kind.kind,
+                self.kind.version,
+                self.kind.kind,
+                unknown.join(", ")
             ))),
             Some("Ignore") => Ok((decoded.value, Vec::new())),
             None | Some("" | "Warn" | "Strict") => Ok((decoded.value, unknown)),
@@ -274,7 +293,9 @@ impl Call<'_> {
                 return Err(ApiError::new(
                     415,
                     "UnsupportedMediaType",
-                    format!("the body of the request was in an unknown format {other} - accepted media types include: application/json-patch+json, application/merge-patch+json, application/strategic-merge-patch+json, application/apply-patch+yaml"),
+                    format!(
+                        "the body of the request was in an unknown format {other} - accepted media types include: application/json-patch+json, application/merge-patch+json, application/strategic-merge-patch+json, application/apply-patch+yaml"
+                    ),
                 ));
             }
         };
@@ -298,8 +319,7 @@ impl Call<'_> {
     async fn delete(&self, request: Request<Incoming>) -> Result<Reply, ApiError> {
         let media = body::media_type(&request);
         let bytes = body::read(request.into_body()).await?;
-        let sent =
-            if bytes.is_empty() { Value::Null } else { body::parse(&media, &bytes)? };
+        let sent = if bytes.is_empty() { Value::Null } else { body::parse(&media, &bytes)? };
         let options = self.delete_options(&sent)?;
         let write = WriteOptions {
             dry_run: sent["dryRun"][0] == "All" || self.write_options()?.dry_run,

@@ -37,8 +37,11 @@ pub(super) fn handle<'a>(
                 | "selfsubjectrulesreviews"
         ) | ("authentication.k8s.io", "tokenreviews" | "selfsubjectreviews")
     );
-    (known && *method == Method::POST)
-        .then(|| Question { server, resource: resource.to_owned(), identity })
+    (known && *method == Method::POST).then(|| Question {
+        server,
+        resource: resource.to_owned(),
+        identity,
+    })
 }
 
 pub(super) async fn answer(

@@ -81,41 +81,62 @@ fn layout(kind: &Kind) -> &'static Layout {
     const LAYOUTS: &[(&Kind, Layout)] = &[
         (&kinds::POD, Layout { columns: pod::COLUMNS, cells: pod::cells }),
         (&kinds::DEPLOYMENT, Layout { columns: workload::DEPLOYMENT, cells: workload::deployment }),
-        (&kinds::REPLICA_SET, Layout { columns: workload::REPLICA_SET, cells: workload::replica_set }),
+        (
+            &kinds::REPLICA_SET,
+            Layout { columns: workload::REPLICA_SET, cells: workload::replica_set },
+        ),
         (&kinds::SERVICE, Layout { columns: workload::SERVICE, cells: workload::service }),
         (&kinds::NODE, Layout { columns: workload::NODE, cells: workload::node }),
-        (&kinds::ENDPOINTS, Layout { columns: &[text("Endpoints"), text("Age")], cells: workload::endpoints }),
+        (
+            &kinds::ENDPOINTS,
+            Layout { columns: &[text("Endpoints"), text("Age")], cells: workload::endpoints },
+        ),
         (&kinds::ENDPOINT_SLICE, Layout { columns: workload::SLICE, cells: workload::slice }),
         (&kinds::EVENT, Layout { columns: workload::EVENT, cells: workload::event }),
-        (&kinds::NAMESPACE, Layout {
-            columns: &[text("Status"), text("Age")],
-            cells: |v, now| vec![v["status"]["phase"].clone(), age(v, now)],
-        }),
-        (&kinds::CONFIG_MAP, Layout {
-            columns: &[number("Data"), text("Age")],
-            cells: |v, now| {
-                let count = |field: &str| v[field].as_object().map_or(0, serde_json::Map::len);
-                vec![json!(count("data") + count("binaryData")), age(v, now)]
+        (
+            &kinds::NAMESPACE,
+            Layout {
+                columns: &[text("Status"), text("Age")],
+                cells: |v, now| vec![v["status"]["phase"].clone(), age(v, now)],
             },
-        }),
-        (&kinds::SECRET, Layout {
-            columns: &[text("Type"), number("Data"), text("Age")],
-            cells: |v, now| {
-                let count = v["data"].as_object().map_or(0, serde_json::Map::len);
-                vec![v["type"].clone(), json!(count), age(v, now)]
+        ),
+        (
+            &kinds::CONFIG_MAP,
+            Layout {
+                columns: &[number("Data"), text("Age")],
+                cells: |v, now| {
+                    let count = |field: &str| v[field].as_object().map_or(0, serde_json::Map::len);
+                    vec![json!(count("data") + count("binaryData")), age(v, now)]
+                },
             },
-        }),
-        (&kinds::SERVICE_ACCOUNT, Layout {
-            columns: &[number("Secrets"), text("Age")],
-            cells: |v, now| {
-                let count = v["secrets"].as_array().map_or(0, Vec::len);
-                vec![json!(count), age(v, now)]
+        ),
+        (
+            &kinds::SECRET,
+            Layout {
+                columns: &[text("Type"), number("Data"), text("Age")],
+                cells: |v, now| {
+                    let count = v["data"].as_object().map_or(0, serde_json::Map::len);
+                    vec![v["type"].clone(), json!(count), age(v, now)]
+                },
             },
-        }),
-        (&kinds::LEASE, Layout {
-            columns: &[text("Holder"), text("Age")],
-            cells: |v, now| vec![v["spec"]["holderIdentity"].clone(), age(v, now)],
-        }),
+        ),
+        (
+            &kinds::SERVICE_ACCOUNT,
+            Layout {
+                columns: &[number("Secrets"), text("Age")],
+                cells: |v, now| {
+                    let count = v["secrets"].as_array().map_or(0, Vec::len);
+                    vec![json!(count), age(v, now)]
+                },
+            },
+        ),
+        (
+            &kinds::LEASE,
+            Layout {
+                columns: &[text("Holder"), text("Age")],
+                cells: |v, now| vec![v["spec"]["holderIdentity"].clone(), age(v, now)],
+            },
+        ),
     ];
     const OTHERS: &Layout = &Layout {
         columns: &[text("Created At")],

@@ -27,7 +27,9 @@ const CACHE_BYTES: usize = 8 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// Another process has it open.
-    #[error("{path} is in use by another process: stop that one first, or use another data directory")]
+    #[error(
+        "{path} is in use by another process: stop that one first, or use another data directory"
+    )]
     InUse {
         /// The store's file.
         path: PathBuf,

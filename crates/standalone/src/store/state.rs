@@ -98,10 +98,6 @@ impl State {
             .map(|(_, object)| object)
     }
 
-    pub(crate) fn count(&self, kind: &Kind) -> usize {
-        self.kinds[kind.id].objects.len()
-    }
-
     /// The objects as they were at `revision`, which may be in the past: the history is undone.
     ///
     /// # Errors

@@ -9,7 +9,9 @@ fn put(name: &str, seen: u64, n: usize) -> Write {
         kind: &CONFIG_MAP,
         key: format!("d/{name}"),
         seen,
-        value: Some(json!({"metadata": {"namespace": "d", "name": name}, "data": {"n": n.to_string()}})),
+        value: Some(
+            json!({"metadata": {"namespace": "d", "name": name}, "data": {"n": n.to_string()}}),
+        ),
     }
 }
 

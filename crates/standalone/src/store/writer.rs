@@ -106,10 +106,8 @@ impl Writer {
 
 fn change(write: Write, previous: Option<Arc<Object>>, revision: u64) -> Change {
     let deleted = write.value.is_none();
-    let mut value = write
-        .value
-        .or_else(|| previous.as_ref().map(|object| object.value()))
-        .unwrap_or_default();
+    let mut value =
+        write.value.or_else(|| previous.as_ref().map(|object| object.value())).unwrap_or_default();
     value["metadata"]["resourceVersion"] = revision.to_string().into();
     let object = Arc::new(Object::new(write.kind, revision, &value));
     Change { object, previous, deleted }
@@ -131,7 +129,9 @@ fn refuse(waiting: impl Iterator<Item = Waiting>, error: &StoreError) {
         ApiError::new(
             507,
             "InsufficientStorage",
-            format!("{text}; nothing was changed and reads keep working: free space there and try again"),
+            format!(
+                "{text}; nothing was changed and reads keep working: free space there and try again"
+            ),
         )
     } else {
         ApiError::internal(text)

@@ -66,6 +66,7 @@ fn unions_retain_keys() {
 
 #[test]
 fn an_element_without_its_key_is_refused() {
-    let error = merge(&mut json!({}), &json!({"spec": {"containers": [{"image": "x"}]}})).unwrap_err();
+    let error =
+        merge(&mut json!({}), &json!({"spec": {"containers": [{"image": "x"}]}})).unwrap_err();
     assert!(error.message.contains("does not contain declared merge key: name"), "{error}");
 }

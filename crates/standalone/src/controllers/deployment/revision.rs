@@ -1,6 +1,5 @@
 //! Which ReplicaSet carries the present template, and the bookkeeping of revisions that `kubectl rollout` reads.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet, ReplicaSetSpec};
@@ -147,10 +146,4 @@ pub(crate) fn template_hash(template: &PodTemplateSpec, collisions: Option<i32>)
     // No vowels and no digits that look like them (apimachinery's rand.SafeEncodeString).
     const LETTERS: &[u8] = b"bcdfghjklmnpqrstvwxz2456789";
     hash.to_string().bytes().map(|b| char::from(LETTERS[usize::from(b) % LETTERS.len()])).collect()
-}
-
-/// The labels that select the pods of one set.
-pub(crate) fn hash_of(set: &ReplicaSet) -> Option<&String> {
-    let labels: &BTreeMap<String, String> = set.metadata.labels.as_ref()?;
-    labels.get(HASH_LABEL)
 }

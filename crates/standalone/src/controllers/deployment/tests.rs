@@ -136,7 +136,11 @@ impl World {
 
     fn step_all_sets(&mut self) -> bool {
         let names: Vec<String> = self.sets.keys().cloned().collect();
-        names.iter().fold(false, |busy, name| self.step_set(name) || busy)
+        let mut busy = false;
+        for name in &names {
+            busy |= self.step_set(name);
+        }
+        busy
     }
 
     /// Lets everything run until nothing changes; the node makes every pod ready at once.

@@ -28,21 +28,29 @@ fn node(_: &str) -> Option<Arc<Node>> {
 }
 
 fn wanted(service: &Service, pods: &[Arc<Pod>]) -> BTreeMap<String, desired::ByPorts> {
-    families(service).into_iter().map(|family| {
-        let found = endpoints(service, &family, pods, node);
-        (family, found)
-    }).collect()
+    families(service)
+        .into_iter()
+        .map(|family| {
+            let found = endpoints(service, &family, pods, node);
+            (family, found)
+        })
+        .collect()
 }
 
 /// Applies the writes as the API server would.
-fn sync(service: &Service, pods: &[Arc<Pod>], held: &mut Vec<Arc<EndpointSlice>>) -> (usize, usize, usize) {
+fn sync(
+    service: &Service,
+    pods: &[Arc<Pod>],
+    held: &mut Vec<Arc<EndpointSlice>>,
+) -> (usize, usize, usize) {
     let writes = compare(service, wanted(service, pods), held, None);
     let counts = (writes.create.len(), writes.update.len(), writes.delete.len());
     for gone in &writes.delete {
         held.retain(|slice| slice.metadata.name != gone.metadata.name);
     }
     for changed in writes.update {
-        let at = held.iter().position(|slice| slice.metadata.name == changed.metadata.name).unwrap();
+        let at =
+            held.iter().position(|slice| slice.metadata.name == changed.metadata.name).unwrap();
         held[at] = Arc::new(changed);
     }
     for mut new in writes.create {
@@ -77,7 +85,11 @@ fn conditions_follow_the_pod() {
         let found = endpoints(&service(&spec), "IPv4", &[pod("p1", &change)], node);
         let found = found.values().flatten().next().map(|endpoint| {
             let conditions = endpoint.conditions.clone().unwrap();
-            (conditions.ready.unwrap(), conditions.serving.unwrap(), conditions.terminating.unwrap())
+            (
+                conditions.ready.unwrap(),
+                conditions.serving.unwrap(),
+                conditions.terminating.unwrap(),
+            )
         });
         assert_eq!(found, want, "{spec} {change}");
     }
@@ -91,7 +103,8 @@ fn named_ports_with_different_numbers_make_several_slices() {
     let pods = [pod("p1", &json!({})), pod("p2", &other), pod("p3", &without)];
     let mut held = Vec::new();
     assert_eq!(sync(&service, &pods, &mut held), (2, 0, 0));
-    let mut ports: Vec<_> = held.iter().map(|slice| slice.ports.as_ref().unwrap()[0].port.unwrap()).collect();
+    let mut ports: Vec<_> =
+        held.iter().map(|slice| slice.ports.as_ref().unwrap()[0].port.unwrap()).collect();
     ports.sort_unstable();
     assert_eq!(ports, [8080, 9090]);
     assert_eq!(addresses(&held), ["10.1.0.1", "10.1.0.2"]);
@@ -130,7 +143,11 @@ fn dual_stack_has_slices_of_both_families_and_losing_one_removes_them() {
 fn headless_services_need_no_ports() {
     let headless = service(&json!({"clusterIP": "None", "ports": null}));
     let mut held = Vec::new();
-    sync(&headless, &[pod("p1", &json!({"spec": {"hostname": "one", "subdomain": "web"}}))], &mut held);
+    sync(
+        &headless,
+        &[pod("p1", &json!({"spec": {"hostname": "one", "subdomain": "web"}}))],
+        &mut held,
+    );
     assert_eq!(addresses(&held), ["10.1.0.1"]);
     assert_eq!(held[0].endpoints.as_ref().unwrap()[0].hostname.as_deref(), Some("one"));
     assert_eq!(held[0].metadata.labels.as_ref().unwrap()["service.kubernetes.io/headless"], "");

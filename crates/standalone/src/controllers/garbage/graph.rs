@@ -43,9 +43,8 @@ pub(crate) struct Entry {
 
 impl Entry {
     pub(crate) fn of(meta: &ObjectMeta) -> Self {
-        let owner = |owner: &OwnerReference| {
-            (owner.uid.clone(), owner.block_owner_deletion == Some(true))
-        };
+        let owner =
+            |owner: &OwnerReference| (owner.uid.clone(), owner.block_owner_deletion == Some(true));
         Self {
             uid: meta.uid.clone().unwrap_or_default(),
             owners: meta.owner_references.iter().flatten().map(owner).collect(),
@@ -228,7 +227,12 @@ mod tests {
         let table = [
             (&plain, own(&[]), false, Verdict::Keep),
             (&plain, own(&[Solid]), false, Verdict::Keep),
-            (&plain, own(&[Solid, Absent, Waiting]), false, Verdict::DropOwners(vec!["1".into(), "2".into()])),
+            (
+                &plain,
+                own(&[Solid, Absent, Waiting]),
+                false,
+                Verdict::DropOwners(vec!["1".into(), "2".into()]),
+            ),
             (&plain, own(&[Absent]), true, Verdict::Delete(Propagation::Background)),
             (&plain, own(&[Waiting]), false, Verdict::Delete(Propagation::Background)),
             (&plain, own(&[Waiting]), true, Verdict::Delete(Propagation::Foreground)),

@@ -56,8 +56,10 @@ pub(crate) fn conditions(
     now: Timestamp,
 ) -> Vec<NamespaceCondition> {
     let list = |map: &BTreeMap<String, usize>, text: &str| {
-        let parts: Vec<String> =
-            map.iter().map(|(name, count)| format!("{name} {text} {count} resource instances")).collect();
+        let parts: Vec<String> = map
+            .iter()
+            .map(|(name, count)| format!("{name} {text} {count} resource instances"))
+            .collect();
         parts.join(", ")
     };
     let resources = list(&remains.resources, "has");
@@ -75,8 +77,18 @@ pub(crate) fn conditions(
     };
     let deleted = "All content successfully deleted, may be waiting on finalization";
     let wanted = [
-        ("NamespaceDeletionDiscoveryFailure", ("False", "ResourcesDiscovered", "All resources successfully discovered".to_owned())),
-        ("NamespaceDeletionGroupVersionParsingFailure", ("False", "ParsedGroupVersions", "All legacy kube types successfully parsed".to_owned())),
+        (
+            "NamespaceDeletionDiscoveryFailure",
+            ("False", "ResourcesDiscovered", "All resources successfully discovered".to_owned()),
+        ),
+        (
+            "NamespaceDeletionGroupVersionParsingFailure",
+            (
+                "False",
+                "ParsedGroupVersions",
+                "All legacy kube types successfully parsed".to_owned(),
+            ),
+        ),
         ("NamespaceDeletionContentFailure", ("False", "ContentDeleted", deleted.to_owned())),
         ("NamespaceContentRemaining", content),
         ("NamespaceFinalizersRemaining", held_back),

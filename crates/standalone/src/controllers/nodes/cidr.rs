@@ -103,12 +103,7 @@ impl NodeCidrs {
         recorder: Recorder,
         ranges: Vec<Range>,
     ) -> Result<Self, ApiError> {
-        Ok(Self {
-            nodes: registry.api()?,
-            recorder,
-            ranges,
-            assigning: Mutex::new(()),
-        })
+        Ok(Self { nodes: registry.api()?, recorder, ranges, assigning: Mutex::new(()) })
     }
 }
 
@@ -148,7 +143,10 @@ impl Controller for NodeCidrs {
         let Some(free) = free else {
             let text = format!("Node {} status is now: CIDRNotAvailable", key.name);
             self.recorder.record::<Node>(&node.metadata, Tone::Normal, "CIDRNotAvailable", &text);
-            let text = format!("no pod address range is left for node {}: delete nodes that are gone, or use a larger cluster range", key.name);
+            let text = format!(
+                "no pod address range is left for node {}: delete nodes that are gone, or use a larger cluster range",
+                key.name
+            );
             return Err(ApiError::internal(text));
         };
         let patch = json!({

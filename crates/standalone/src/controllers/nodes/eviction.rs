@@ -54,7 +54,10 @@ mod tests {
     fn a_pod_leaves_when_its_toleration_ends() {
         let now: Timestamp = "2026-01-01T00:01:00Z".parse().unwrap();
         let taint = |key: &str, effect: &str| -> Taint {
-            serde_json::from_value(json!({"key": key, "effect": effect, "timeAdded": "2026-01-01T00:00:00Z"})).unwrap()
+            serde_json::from_value(
+                json!({"key": key, "effect": effect, "timeAdded": "2026-01-01T00:00:00Z"}),
+            )
+            .unwrap()
         };
         let check = |tolerations: Value, taint: &Taint| {
             let pod = json!({"spec": {"containers": [], "tolerations": tolerations}});
@@ -66,7 +69,16 @@ mod tests {
         assert_eq!(check(json!([]), &lost), Some(240));
         assert_eq!(check(json!([]), &taint("mine", "NoSchedule")), None);
         assert_eq!(check(json!([{"operator": "Exists"}]), &mine), None);
-        assert_eq!(check(json!([{"key": "mine", "operator": "Exists", "tolerationSeconds": 90}]), &mine), Some(30));
-        assert_eq!(check(json!([{"key": UNREACHABLE, "operator": "Exists", "tolerationSeconds": 10}]), &lost), Some(0));
+        assert_eq!(
+            check(json!([{"key": "mine", "operator": "Exists", "tolerationSeconds": 90}]), &mine),
+            Some(30)
+        );
+        assert_eq!(
+            check(
+                json!([{"key": UNREACHABLE, "operator": "Exists", "tolerationSeconds": 10}]),
+                &lost
+            ),
+            Some(0)
+        );
     }
 }

@@ -137,7 +137,8 @@ mod tests {
     #[test]
     fn taints_follow_the_conditions_and_spare_those_of_others() {
         assert_eq!(keys(&node("True", json!({}))), None);
-        let not_ready = ["node.kubernetes.io/not-ready:NoSchedule", "node.kubernetes.io/not-ready:NoExecute"];
+        let not_ready =
+            ["node.kubernetes.io/not-ready:NoSchedule", "node.kubernetes.io/not-ready:NoExecute"];
         assert_eq!(keys(&node("False", json!({}))).unwrap(), not_ready);
         let held = json!({"unschedulable": true, "taints": [
             {"key": "mine", "effect": "NoSchedule"},

@@ -60,9 +60,8 @@ impl NodeLifecycle {
         let spec = lease.as_ref().and_then(|lease| lease.spec.as_ref());
         let renewed = spec.and_then(|spec| spec.renew_time.as_ref()).map(|time| time.0);
         let mut signs = self.signs.lock().unwrap_or_else(PoisonError::into_inner);
-        let sign = signs
-            .entry(node.to_owned())
-            .or_insert_with(|| Sign { renewed, seen: Instant::now() });
+        let sign =
+            signs.entry(node.to_owned()).or_insert_with(|| Sign { renewed, seen: Instant::now() });
         if sign.renewed != renewed {
             *sign = Sign { renewed, seen: Instant::now() };
         }
@@ -100,7 +99,12 @@ impl NodeLifecycle {
                 Err(error) if !error.is_not_found() => return Err(error),
                 _ => {}
             }
-            self.recorder.record::<Pod>(&pod.metadata, Tone::Warning, "NodeNotReady", "Node is not ready");
+            self.recorder.record::<Pod>(
+                &pod.metadata,
+                Tone::Warning,
+                "NodeNotReady",
+                "Node is not ready",
+            );
         }
         Ok(())
     }
@@ -185,7 +189,9 @@ impl Controller for NodeLifecycle {
         let silent_for = self.silent_for(&key.name);
         // What is written here comes back as a change of the node, and with it the next step.
         if self.report_silence(&node, silent_for).await? || self.write_taints(&node).await? {
-            return Ok(Outcome::Later(GRACE.saturating_sub(silent_for).max(Duration::from_secs(1))));
+            return Ok(Outcome::Later(
+                GRACE.saturating_sub(silent_for).max(Duration::from_secs(1)),
+            ));
         }
         if silent_for >= GRACE && condition(&node, "Ready") == "Unknown" {
             self.mark_pods(&key.name).await?;
@@ -194,8 +200,6 @@ impl Controller for NodeLifecycle {
         // A node that is known to be silent wakes us when it speaks.
         let silence = Some(GRACE.saturating_sub(silent_for)).filter(|left| !left.is_zero());
         let next = eviction.into_iter().chain(silence).min();
-        Ok(next.map_or(Outcome::Done, |left| {
-            Outcome::Later(left + Duration::from_millis(10))
-        }))
+        Ok(next.map_or(Outcome::Done, |left| Outcome::Later(left + Duration::from_millis(10))))
     }
 }

@@ -156,7 +156,12 @@ mod tests {
                 "creationTimestamp": format!("2026-01-01T00:00:{second:02}Z")}, "status": {"phase": phase}});
             Arc::new(serde_json::from_value::<Pod>(value).unwrap())
         };
-        let pods = vec![pod("b", 2, "Failed"), pod("a", 1, "Succeeded"), pod("r", 0, "Running"), pod("c", 3, "Failed")];
+        let pods = vec![
+            pod("b", 2, "Failed"),
+            pod("a", 1, "Succeeded"),
+            pod("r", 0, "Running"),
+            pod("c", 3, "Failed"),
+        ];
         let names = |pods: Vec<Arc<Pod>>| -> Vec<String> {
             pods.iter().map(|pod| pod.metadata.name.clone().unwrap()).collect()
         };

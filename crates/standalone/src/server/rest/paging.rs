@@ -63,7 +63,9 @@ impl Call<'_> {
         match self.query.get(name).filter(|text| !text.is_empty()) {
             None => Ok(None),
             Some(text) => text.parse().map(Some).map_err(|_| {
-                ApiError::bad_request(format!("{name}: Invalid value: \"{text}\": must be a number"))
+                ApiError::bad_request(format!(
+                    "{name}: Invalid value: \"{text}\": must be a number"
+                ))
             }),
         }
     }

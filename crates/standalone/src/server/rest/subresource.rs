@@ -34,7 +34,8 @@ impl Call<'_> {
             ("scale", Method::GET) if scalable => self.scale(),
             ("scale", Method::PUT) if scalable => self.set_scale(&sent()?).await,
             ("scale", Method::PATCH) if scalable => {
-                let current = self.server.registry.get(self.kind, self.namespace(), &self.path.name)?;
+                let current =
+                    self.server.registry.get(self.kind, self.namespace(), &self.path.name)?;
                 let mut scale = scale_of(&current.value());
                 match media.as_str() {
                     "application/json-patch+json" => {
@@ -78,11 +79,14 @@ impl Call<'_> {
     }
 
     async fn set_scale(&self, scale: &Value) -> Result<Reply, ApiError> {
-        let Some(replicas) = scale["spec"]["replicas"].as_i64().or(Some(0)).filter(|n| *n >= 0) else {
+        let Some(replicas) = scale["spec"]["replicas"].as_i64().or(Some(0)).filter(|n| *n >= 0)
+        else {
             return Err(ApiError::bad_request("spec.replicas: must be greater than or equal to 0"));
         };
         let mut patch = json!({"spec": {"replicas": replicas}});
-        if let Some(version) = scale["metadata"]["resourceVersion"].as_str().filter(|v| !v.is_empty()) {
+        if let Some(version) =
+            scale["metadata"]["resourceVersion"].as_str().filter(|v| !v.is_empty())
+        {
             patch["metadata"] = json!({"resourceVersion": version});
         }
         let target = Target {
@@ -107,13 +111,21 @@ impl Call<'_> {
         let bound = &spec["boundObjectRef"];
         let pod = (bound["kind"] == "Pod").then(|| bound["name"].as_str().unwrap_or_default());
         let pod = pod.map(|pod| registry.get(&kinds::POD, namespace, pod)).transpose()?;
-        let uid = pod.as_ref().map(|p| p.value()["metadata"]["uid"].as_str().unwrap_or_default().to_owned());
+        let uid = pod
+            .as_ref()
+            .map(|p| p.value()["metadata"]["uid"].as_str().unwrap_or_default().to_owned());
         if let (Some(has), Some(wanted)) = (&uid, bound["uid"].as_str())
             && has != wanted
             && !wanted.is_empty()
         {
-            let why = format!("the UID in the bound object reference ({wanted}) does not match the UID in record. The object might have been deleted and then recreated");
-            return Err(ApiError::conflict(&kinds::POD, bound["name"].as_str().unwrap_or_default(), &why));
+            let why = format!(
+                "the UID in the bound object reference ({wanted}) does not match the UID in record. The object might have been deleted and then recreated"
+            );
+            return Err(ApiError::conflict(
+                &kinds::POD,
+                bound["name"].as_str().unwrap_or_default(),
+                &why,
+            ));
         }
         let audiences: Vec<String> = match spec["audiences"].as_array() {
             Some(list) if !list.is_empty() => {
@@ -130,7 +142,8 @@ impl Call<'_> {
                 "may not specify a duration less than 10 minutes",
             );
             let mut error = ApiError::invalid(&kinds::SERVICE_ACCOUNT, name, &[cause]);
-            error.message = error.message.replacen("ServiceAccount", "TokenRequest.authentication.k8s.io", 1);
+            error.message =
+                error.message.replacen("ServiceAccount", "TokenRequest.authentication.k8s.io", 1);
             return Err(error);
         }
         let lifetime_secs = lifetime_secs.min(most);
@@ -144,7 +157,8 @@ impl Call<'_> {
         };
         let token = self.server.tokens.issue(&claims);
         let token = token.map_err(|_| ApiError::internal("the token could not be signed"))?;
-        let expires = jiff::Timestamp::from_second(jiff::Timestamp::now().as_second() + lifetime_secs);
+        let expires =
+            jiff::Timestamp::from_second(jiff::Timestamp::now().as_second() + lifetime_secs);
         request["spec"]["audiences"] = json!(audiences);
         request["spec"]["expirationSeconds"] = lifetime_secs.into();
         request["kind"] = "TokenRequest".into();

@@ -121,7 +121,9 @@ fn count_restart(container: &Value, summary: &mut Summary) {
 }
 
 fn is_sidecar(spec: &Value, name: &Value) -> bool {
-    list(&spec["initContainers"]).iter().any(|c| c["name"] == *name && c["restartPolicy"] == "Always")
+    list(&spec["initContainers"])
+        .iter()
+        .any(|c| c["name"] == *name && c["restartPolicy"] == "Always")
 }
 
 /// Looks for an init container that is not through; true when there is one.

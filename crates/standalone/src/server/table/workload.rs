@@ -169,9 +169,8 @@ pub(super) fn node(value: &Value, now: Timestamp) -> Vec<Value> {
     let labels = value["metadata"]["labels"].as_object().into_iter().flatten();
     let mut roles: Vec<&str> = labels
         .filter_map(|(key, role)| {
-            key.strip_prefix("node-role.kubernetes.io/").or_else(|| {
-                (key == "kubernetes.io/role").then(|| string(role))
-            })
+            key.strip_prefix("node-role.kubernetes.io/")
+                .or_else(|| (key == "kubernetes.io/role").then(|| string(role)))
         })
         .filter(|role| !role.is_empty())
         .collect();
@@ -260,6 +259,8 @@ pub(super) fn event(value: &Value, now: Timestamp) -> Vec<Value> {
         json!(source),
         json!(string(&value["message"]).trim()),
         json!(since(first, now)),
-        json!(value["series"]["count"].as_i64().or(value["count"].as_i64()).unwrap_or(1).to_string()),
+        json!(
+            value["series"]["count"].as_i64().or(value["count"].as_i64()).unwrap_or(1).to_string()
+        ),
     ]
 }
