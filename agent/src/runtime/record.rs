@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::sync::LazyLock;
 
 use containerd_client::services::v1::Container;
 use prost_types::Any;
@@ -178,7 +179,10 @@ impl ContainerRecord {
     }
 }
 
-/// Names this boot of the machine.
+/// Names this boot of the machine. Asked for with every look at a pod, and the same for the life of the process.
 pub(crate) fn boot_id() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+    static BOOT_ID: LazyLock<String> = LazyLock::new(|| {
+        std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+    });
+    BOOT_ID.clone()
 }
