@@ -180,7 +180,7 @@ pub(crate) fn container(
     let seccomp = match security.seccomp.as_deref() {
         _ if privileged => None,
         None | Some("Unconfined") => None,
-        Some("RuntimeDefault") => Some(seccomp::runtime_default()),
+        Some("RuntimeDefault") => Some(seccomp::runtime_default(&capabilities(config))),
         Some(profile) => Some(seccomp::localhost(profile, &inner.options.root_dir)?),
     };
     let mut devices = device::rules(privileged);

@@ -45,6 +45,12 @@ pub fn run(layout: &Layout) -> Result<()> {
     for folder in cgroups.iter().rev() {
         remove_cgroup(folder, &mut left);
     }
+    if !layout.netns().exists()
+        && layout.state_dir.exists()
+        && let Err(error) = super::network::remove_tables()
+    {
+        left.push(format!("nftables: {error:#}"));
+    }
     for netns in [layout.netns(), layout.outside_netns()] {
         remove_netns(&netns, &mut left);
     }

@@ -15,6 +15,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use ipnetwork::IpNetwork;
 use keelson_netlink::netns::Netns;
+use keelson_netlink::nft::{Batch, Nft, Table};
 use keelson_netlink::route::{Route, Rtnl, VethEnd, VethPair};
 use keelson_netlink::sysctl;
 
@@ -94,6 +95,24 @@ fn configure(
     }
     for gateway in gateways.into_iter().flatten() {
         rtnl.ensure_route(&Route::default_via(gateway, link))?;
+    }
+    Ok(())
+}
+
+/// Removes our tables from the current network namespace: what a node on the machine's own network leaves there. Links
+/// and routes of pods go with the pods' namespaces.
+///
+/// # Errors
+/// When the kernel refuses.
+pub(crate) fn remove_tables() -> Result<()> {
+    let mut nft = Nft::open()?;
+    for name in ["keelson-proxy", "keelson-cni-keelson"] {
+        let table = Table::inet(name);
+        let mut batch = Batch::new();
+        // Deleting what may not be there: make it first, in the same transaction.
+        batch.add_table(table);
+        batch.delete_table(table);
+        nft.commit(batch).with_context(|| format!("cannot remove the table {name}"))?;
     }
     Ok(())
 }

@@ -7,95 +7,99 @@ use serde_json::{Value, json};
 
 use super::super::RuntimeError;
 
-/// What `RuntimeDefault` forbids: system calls that reach the machine rather than the container, by capability-gated
-/// or seldom audited paths. A list of what is forbidden makes a program of a hundred instructions instead of a
-/// thousand, which every system call of the container has to run through.
+/// What `RuntimeDefault` forbids: system calls that reach the machine rather than the container. A list of what is
+/// forbidden makes a program of a hundred instructions instead of a thousand, which every system call of the container
+/// has to run through.
 const FORBIDDEN: &[&str] = &[
-    "acct",
     "add_key",
-    "bpf",
-    "clock_adjtime",
-    "clock_settime",
     "create_module",
-    "delete_module",
-    "finit_module",
-    "fsconfig",
-    "fsmount",
-    "fsopen",
-    "fspick",
     "get_kernel_syms",
-    "init_module",
     "io_uring_enter",
     "io_uring_register",
     "io_uring_setup",
-    "ioperm",
-    "iopl",
-    "kcmp",
-    "kexec_file_load",
-    "kexec_load",
     "keyctl",
-    "lookup_dcookie",
-    "mbind",
-    "migrate_pages",
-    "mount",
-    "mount_setattr",
-    "move_mount",
-    "move_pages",
-    "name_to_handle_at",
     "nfsservctl",
-    "open_by_handle_at",
-    "open_tree",
-    "perf_event_open",
     "personality",
-    "pivot_root",
-    "process_vm_readv",
-    "process_vm_writev",
     "query_module",
-    "quotactl",
-    "quotactl_fd",
-    "reboot",
     "request_key",
-    "set_mempolicy",
-    "setdomainname",
-    "sethostname",
-    "setns",
-    "settimeofday",
-    "stime",
-    "swapoff",
-    "swapon",
-    "_sysctl",
     "sysfs",
-    "syslog",
-    "umount",
-    "umount2",
-    "unshare",
+    "_sysctl",
     "uselib",
     "userfaultfd",
     "ustat",
-    "vhangup",
     "vm86",
     "vm86old",
 ];
 
-/// The profile of `seccompProfile: {type: RuntimeDefault}`.
-pub(super) fn runtime_default() -> Value {
-    // clone(2) with any CLONE_NEW* flag makes namespaces; clone3 cannot be looked into and answers ENOSYS, on which
-    // libraries fall back to clone.
-    const NEW_NAMESPACES: u64 = 0x7E02_0000;
+/// What is forbidden unless the container has the capability that the kernel asks for as well.
+const BY_CAPABILITY: &[(&str, &[&str])] = &[
+    ("CAP_BPF", &["bpf"]),
+    ("CAP_DAC_READ_SEARCH", &["name_to_handle_at", "open_by_handle_at"]),
+    ("CAP_PERFMON", &["perf_event_open"]),
+    (
+        "CAP_SYS_ADMIN",
+        &[
+            "fsconfig",
+            "fsmount",
+            "fsopen",
+            "fspick",
+            "lookup_dcookie",
+            "mount",
+            "mount_setattr",
+            "move_mount",
+            "open_tree",
+            "pivot_root",
+            "quotactl",
+            "quotactl_fd",
+            "setdomainname",
+            "sethostname",
+            "setns",
+            "swapoff",
+            "swapon",
+            "umount",
+            "umount2",
+            "unshare",
+        ],
+    ),
+    ("CAP_SYS_BOOT", &["kexec_file_load", "kexec_load", "reboot"]),
+    ("CAP_SYS_MODULE", &["delete_module", "finit_module", "init_module"]),
+    ("CAP_SYS_NICE", &["mbind", "migrate_pages", "move_pages", "set_mempolicy"]),
+    ("CAP_SYS_PACCT", &["acct"]),
+    ("CAP_SYS_PTRACE", &["kcmp", "process_vm_readv", "process_vm_writev"]),
+    ("CAP_SYS_RAWIO", &["ioperm", "iopl"]),
+    ("CAP_SYS_TIME", &["clock_adjtime", "clock_settime", "settimeofday", "stime"]),
+    ("CAP_SYS_TTY_CONFIG", &["vhangup"]),
+    ("CAP_SYSLOG", &["syslog"]),
+];
+
+/// The flags of clone(2) that make namespaces.
+const NEW_NAMESPACES: u64 = 0x7E02_0000;
+
+/// The profile of `seccompProfile: {type: RuntimeDefault}` for a container with these capabilities.
+pub(super) fn runtime_default(capabilities: &[String]) -> Value {
+    let has = |wanted: &str| capabilities.iter().any(|capability| capability == wanted);
+    let gated = BY_CAPABILITY.iter().filter(|(capability, _)| !has(capability));
+    let names: Vec<&str> =
+        FORBIDDEN.iter().chain(gated.flat_map(|(_, names)| names.iter())).copied().collect();
     let mut rules = vec![
-        json!({ "names": FORBIDDEN, "action": "SCMP_ACT_ERRNO", "errnoRet": 1 }),
-        json!({ "names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38 }),
-        json!({ "names": ["socket"], "action": "SCMP_ACT_ERRNO", "errnoRet": 97,
+        json!({ "names": names, "action": "SCMP_ACT_ERRNO", "errnoRet": libc::EPERM }),
+        json!({ "names": ["socket"], "action": "SCMP_ACT_ERRNO", "errnoRet": libc::EAFNOSUPPORT,
             "args": [{ "index": 0, "value": libc::AF_VSOCK, "op": "SCMP_CMP_EQ" }] }),
     ];
-    rules.extend(namespace_flags(NEW_NAMESPACES));
+    if !has("CAP_SYS_ADMIN") {
+        // What clone3 is asked for cannot be looked at; on ENOSYS libraries fall back to clone.
+        rules.push(
+            json!({ "names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": libc::ENOSYS }),
+        );
+        rules.extend(namespace_flags(NEW_NAMESPACES));
+    }
     json!({ "defaultAction": "SCMP_ACT_ALLOW", "architectures": architectures(), "syscalls": rules })
 }
 
 /// One rule per flag: libseccomp compares the masked value with one number.
 fn namespace_flags(mask: u64) -> impl Iterator<Item = Value> {
     (0..u64::BITS).map(|bit| 1_u64 << bit).filter(move |flag| mask & flag != 0).map(|flag| {
-        json!({ "names": ["clone"], "action": "SCMP_ACT_ERRNO", "errnoRet": 1,
+        json!({ "names": ["clone"], "action": "SCMP_ACT_ERRNO", "errnoRet": libc::EPERM,
             "args": [{ "index": 0, "value": flag, "valueTwo": flag, "op": "SCMP_CMP_MASKED_EQ" }] })
     })
 }
@@ -144,9 +148,16 @@ mod tests {
     }
 
     #[test]
-    fn the_default_is_a_valid_profile() {
-        let profile: oci_spec::runtime::LinuxSeccomp =
-            serde_json::from_value(runtime_default()).unwrap();
-        assert!(profile.syscalls().as_ref().unwrap().len() > 8);
+    fn the_default_is_a_valid_profile_and_yields_to_capabilities() {
+        let valid = |profile: &Value| {
+            serde_json::from_value::<oci_spec::runtime::LinuxSeccomp>(profile.clone()).unwrap();
+        };
+        let plain = runtime_default(&[]);
+        valid(&plain);
+        assert!(plain.to_string().contains("\"mount\""));
+        let admin = runtime_default(&["CAP_SYS_ADMIN".to_owned()]);
+        valid(&admin);
+        assert!(!admin.to_string().contains("\"mount\""));
+        assert!(admin.to_string().contains("\"init_module\""));
     }
 }
