@@ -96,7 +96,7 @@ fn lint() -> Outcome {
 
 fn unit() -> Outcome {
     let mut tests = build::cargo("test", Profile::Dev);
-    tests.args(["--workspace", "--lib", "--bins"]);
+    tests.args(["--workspace", "--lib", "--bins", "--no-fail-fast"]);
     all_of(&mut [tests])
 }
 
