@@ -270,7 +270,8 @@ impl Allocator {
             spec["type"] == "LoadBalancer" && spec["allocateLoadBalancerNodePorts"] != false;
         let wants = spec["type"] == "NodePort" || balanced;
         let mut chosen: Vec<(u16, String)> = Vec::new();
-        for (index, port) in spec["ports"].as_array_mut().into_iter().flatten().enumerate() {
+        let ports = spec.get_mut("ports").and_then(Value::as_array_mut);
+        for (index, port) in ports.into_iter().flatten().enumerate() {
             let protocol = port["protocol"].as_str().unwrap_or("TCP").to_owned();
             let asked = port["nodePort"].as_u64().unwrap_or(0);
             if asked == 0 && !wants {

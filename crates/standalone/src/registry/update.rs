@@ -52,8 +52,10 @@ impl Registry {
         if *kind == kinds::SERVICE && part == Part::Object {
             defaults::keep_service_allocation(&old, &mut new);
         }
-        let mut causes = validation::create(kind, &new);
+        // A status is a report: it is taken whatever the rest of the object looks like.
+        let mut causes = Vec::new();
         if part == Part::Object {
+            causes.extend(validation::create(kind, &new));
             causes.extend(validation::update(kind, &old, &new));
         }
         causes.extend(check_finalizers(&old, &new));

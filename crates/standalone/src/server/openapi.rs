@@ -16,7 +16,7 @@ pub(super) fn document(path: &str, accept: &str) -> Result<Reply, ApiError> {
     match segments.as_slice() {
         // An empty protobuf message is an empty document.
         ["openapi", "v2"] if accept.contains("protobuf") => {
-            let media = "application/com.github.proto-openapi.spec.v2@v1.0+protobuf";
+            let media = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf";
             Ok(body::bytes(StatusCode::OK, media, ""))
         }
         ["openapi", "v2"] => Ok(body::json(
