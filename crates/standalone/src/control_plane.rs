@@ -97,8 +97,12 @@ pub async fn start(config: StandaloneConfig) -> anyhow::Result<ControlPlane> {
     let signing = pki::signing_key(&pki_dir.join("sa.key"))?;
     let tokens = Tokens::new(signing.serialized_der())
         .map_err(|e| anyhow::anyhow!("{} is unusable: {e}", pki_dir.join("sa.key").display()))?;
+    let api_service =
+        bootstrap::ApiService { address: config.advertise_address, port: config.port };
     let registry = Registry::open_with(&config.data_dir, network)?;
-    bootstrap::run(&registry, &config).await.context("cannot make the cluster's first objects")?;
+    bootstrap::run(&registry, &api_service)
+        .await
+        .context("cannot make the cluster's first objects")?;
 
     let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
     let (addresses, names) = certificate_names(&config);
@@ -120,7 +124,7 @@ pub async fn start(config: StandaloneConfig) -> anyhow::Result<ControlPlane> {
             }
         });
     }
-    tasks.spawn(bootstrap::expire_events(registry.clone(), stop.clone()));
+    tasks.spawn(bootstrap::keep_api_service(registry.clone(), api_service, stop.clone()));
     let mut plane = ControlPlane {
         registry,
         kubeconfigs: config.data_dir.join("kubeconfig"),

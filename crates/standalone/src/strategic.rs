@@ -10,7 +10,7 @@ use crate::error::ApiError;
 
 /// How the elements of a list are told apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum ListKind {
+pub(crate) enum ListKind {
     /// By a field.
     Keyed(&'static str),
     /// They are plain values and form a set.
@@ -24,7 +24,7 @@ const DELETE_PRIMITIVES: &str = "$deleteFromPrimitiveList/";
 const ORDER: &str = "$setElementOrder/";
 const RETAIN_KEYS: &str = "$retainKeys";
 
-fn list_kind(field: &str, elements: &[Value], have: &[Value]) -> ListKind {
+pub(crate) fn list_kind(field: &str, elements: &[Value], have: &[Value]) -> ListKind {
     let has = |key: &str| elements.iter().chain(have).any(|e| !e[key].is_null());
     match field {
         "containers"

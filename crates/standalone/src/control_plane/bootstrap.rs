@@ -1,43 +1,48 @@
-//! What every cluster has from the first moment, and the end of old events.
+//! What every cluster has from the first moment, and keeps.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use super::StandaloneConfig;
 use crate::error::ApiError;
 use crate::kinds::{self, Kind};
 use crate::registry::{DeleteOptions, Registry};
 use crate::selectors::Selector;
+use crate::store::EventType;
 
-/// How long events are kept, as kube-apiserver keeps them.
-const EVENT_SECONDS: i64 = 3600;
+/// Where pods find the API server.
+#[derive(Debug, Clone)]
+pub(super) struct ApiService {
+    pub(super) address: IpAddr,
+    pub(super) port: u16,
+}
 
 /// Makes what is missing. May run at every start.
-pub(super) async fn run(registry: &Registry, config: &StandaloneConfig) -> Result<(), ApiError> {
+pub(super) async fn run(registry: &Registry, wanted: &ApiService) -> Result<(), ApiError> {
     for name in ["default", "kube-system", "kube-public", "kube-node-lease"] {
         ensure(registry, &kinds::NAMESPACE, "", json!({"metadata": {"name": name}})).await?;
         let account = json!({"metadata": {"name": "default"}});
         ensure(registry, &kinds::SERVICE_ACCOUNT, name, account).await?;
     }
-    api_service(registry, config).await
+    api_service(registry, wanted).await
 }
 
 /// The Service `kubernetes`: the API server as pods see it.
-async fn api_service(registry: &Registry, config: &StandaloneConfig) -> Result<(), ApiError> {
+async fn api_service(registry: &Registry, wanted: &ApiService) -> Result<(), ApiError> {
     let Some(cluster_ip) = registry.service_network().api_address() else { return Ok(()) };
     let labels = json!({"component": "apiserver", "provider": "kubernetes"});
     let service = json!({
         "metadata": {"name": "kubernetes", "labels": labels},
         "spec": {
             "clusterIP": cluster_ip.to_string(),
-            "ports": [{"name": "https", "port": 443, "protocol": "TCP", "targetPort": config.port}],
+            "ports": [{"name": "https", "port": 443, "protocol": "TCP", "targetPort": wanted.port}],
         },
     });
     ensure(registry, &kinds::SERVICE, "default", service).await?;
-    let address = config.advertise_address;
-    let port = json!({"name": "https", "port": config.port, "protocol": "TCP"});
+    let address = wanted.address;
+    let port = json!({"name": "https", "port": wanted.port, "protocol": "TCP"});
     let endpoints = json!({
         "metadata": {
             "name": "kubernetes",
@@ -90,40 +95,30 @@ async fn replace(
     registry.update(kind, value).await.map(|_| ())
 }
 
-/// Removes events that are older than an hour, until the stop signal.
-pub(super) async fn expire_events(registry: Registry, stop: CancellationToken) {
-    let mut tick = tokio::time::interval(Duration::from_secs(300));
+/// Makes the Service `kubernetes` again when somebody deletes it, until the stop signal.
+pub(super) async fn keep_api_service(
+    registry: Registry,
+    wanted: ApiService,
+    stop: CancellationToken,
+) {
     loop {
-        tokio::select! {
+        let kept = tokio::select! {
             () = stop.cancelled() => return,
-            _ = tick.tick() => {}
-        }
-        let limit = jiff::Timestamp::now().as_second() - EVENT_SECONDS;
-        let (events, _) = registry.list(&kinds::EVENT, "", &Selector::default());
-        for event in events {
-            if last_seen(&event.value()) >= limit {
-                continue;
-            }
-            let options = DeleteOptions::default();
-            let gone =
-                registry.delete(&kinds::EVENT, &event.namespace, &event.name, &options).await;
-            if let Err(error) = gone
-                && !error.is_not_found()
-            {
-                tracing::warn!(%error, event = &*event.name, "An old event cannot be removed");
-                break;
-            }
+            kept = wait_and_make(&registry, &wanted) => kept,
+        };
+        // The watch ended, the disk is full, or the old Service still holds its address for a moment.
+        if let Err(error) = kept {
+            tracing::info!(%error, "The Service kubernetes cannot be made yet");
+            tokio::time::sleep(Duration::from_secs(1)).await;
         }
     }
 }
 
-fn last_seen(event: &Value) -> i64 {
-    let times = [
-        &event["series"]["lastObservedTime"],
-        &event["lastTimestamp"],
-        &event["eventTime"],
-        &event["metadata"]["creationTimestamp"],
-    ];
-    let parsed = times.into_iter().filter_map(|t| t.as_str()?.parse::<jiff::Timestamp>().ok());
-    parsed.map(jiff::Timestamp::as_second).max().unwrap_or(0)
+async fn wait_and_make(registry: &Registry, wanted: &ApiService) -> Result<(), ApiError> {
+    let selector = Selector::named("kubernetes");
+    let (_, revision) = registry.list(&kinds::SERVICE, "default", &selector);
+    let mut watch = registry.watch(&kinds::SERVICE, "default", selector, revision)?;
+    api_service(registry, wanted).await?;
+    while watch.next().await?.event != EventType::Deleted {}
+    api_service(registry, wanted).await
 }

@@ -233,6 +233,35 @@ const POD: &[Field] = &[META, one(2, "spec", Message(POD_SPEC)), STATUS];
 const DEPLOYMENT: &[Field] = &[META, one(2, "spec", Message(DEPLOYMENT_SPEC)), STATUS];
 const TOKEN_REQUEST: &[Field] = &[META, one(2, "spec", Message(TOKEN_REQUEST_SPEC)), STATUS];
 
+const ACCESS_SPEC: &[Field] = &[
+    one(
+        1,
+        "resourceAttributes",
+        Message(&[
+            one(1, "namespace", Text),
+            one(2, "verb", Text),
+            one(3, "group", Text),
+            one(4, "version", Text),
+            one(5, "resource", Text),
+            one(6, "subresource", Text),
+            one(7, "name", Text),
+        ]),
+    ),
+    one(2, "nonResourceAttributes", Message(&[one(1, "path", Text), one(2, "verb", Text)])),
+];
+const ACCESS_REVIEW: &[Field] = &[META, one(2, "spec", Message(ACCESS_SPEC)), STATUS];
+const RULES_REVIEW: &[Field] =
+    &[META, one(2, "spec", Message(&[one(1, "namespace", Text)])), STATUS];
+const SELF_REVIEW: &[Field] = &[META, one(2, "status", Ignored)];
+const DELETE_OPTIONS: &[Field] = &[
+    one(1, "gracePeriodSeconds", Integer),
+    one(2, "preconditions", Message(&[one(1, "uid", Text), one(2, "resourceVersion", Text)])),
+    one(3, "orphanDependents", Bool),
+    one(4, "propagationPolicy", Text),
+    many(5, "dryRun", Text),
+];
+const EVICTION: &[Field] = &[META, one(2, "deleteOptions", Message(DELETE_OPTIONS))];
+
 /// The messages that are known, by API version and kind.
 fn message_of(api_version: &str, kind: &str) -> Option<&'static [Field]> {
     Some(match (api_version, kind) {
@@ -244,6 +273,12 @@ fn message_of(api_version: &str, kind: &str) -> Option<&'static [Field]> {
         ("v1", "Pod") => POD,
         ("apps/v1", "Deployment") => DEPLOYMENT,
         ("authentication.k8s.io/v1", "TokenRequest") => TOKEN_REQUEST,
+        ("authentication.k8s.io/v1", "SelfSubjectReview") => SELF_REVIEW,
+        ("authorization.k8s.io/v1", "SelfSubjectAccessReview") => ACCESS_REVIEW,
+        ("authorization.k8s.io/v1", "SelfSubjectRulesReview") => RULES_REVIEW,
+        ("policy/v1", "Eviction") => EVICTION,
+        // It is of the version of what it deletes.
+        (_, "DeleteOptions") => DELETE_OPTIONS,
         _ => return None,
     })
 }

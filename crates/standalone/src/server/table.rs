@@ -34,12 +34,15 @@ const fn wide(name: &'static str) -> Column {
 pub(super) fn render(kind: &Kind, objects: &[Arc<Object>], include: &str, columns: bool) -> Value {
     let now = Timestamp::now();
     let layout = layout(kind);
+    // An event's name says nothing; it is shown last, and only with `-o wide`.
+    let name_last = *kind == kinds::EVENT;
     let rows: Vec<Value> = objects
         .iter()
         .map(|object| {
             let value = object.value();
-            let mut cells = vec![value["metadata"]["name"].clone()];
-            cells.extend((layout.cells)(&value, now));
+            let mut cells = (layout.cells)(&value, now);
+            let place = if name_last { cells.len() } else { 0 };
+            cells.insert(place, value["metadata"]["name"].clone());
             let mut row = json!({"cells": cells});
             match include {
                 "None" => {}
@@ -49,7 +52,7 @@ pub(super) fn render(kind: &Kind, objects: &[Arc<Object>], include: &str, column
             row
         })
         .collect();
-    let definitions: Vec<Value> = if columns { definitions(layout) } else { Vec::new() };
+    let definitions: Vec<Value> = if columns { definitions(layout, name_last) } else { Vec::new() };
     let revision = match objects {
         [one] => json!({"resourceVersion": one.revision.to_string()}),
         _ => json!({}),
@@ -60,15 +63,24 @@ pub(super) fn render(kind: &Kind, objects: &[Arc<Object>], include: &str, column
     })
 }
 
-fn definitions(layout: &Layout) -> Vec<Value> {
-    let name = json!({"name": "Name", "type": "string", "format": "name", "description": "", "priority": 0});
-    let rest = layout.columns.iter().map(|column| {
-        json!({
-            "name": column.name, "type": column.kind, "format": "", "description": "",
-            "priority": column.priority,
-        })
+fn definitions(layout: &Layout, name_last: bool) -> Vec<Value> {
+    let name = json!({
+        "name": "Name", "type": "string", "format": "name", "description": "",
+        "priority": u8::from(name_last),
     });
-    std::iter::once(name).chain(rest).collect()
+    let mut all: Vec<Value> = layout
+        .columns
+        .iter()
+        .map(|column| {
+            json!({
+                "name": column.name, "type": column.kind, "format": "", "description": "",
+                "priority": column.priority,
+            })
+        })
+        .collect();
+    let place = if name_last { all.len() } else { 0 };
+    all.insert(place, name);
+    all
 }
 
 struct Layout {
