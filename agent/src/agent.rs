@@ -10,9 +10,12 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
 use kube::Client;
+use kube::client::ConfigExt;
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -129,7 +132,22 @@ async fn client_from(path: &Path) -> anyhow::Result<Client> {
     let options = kube::config::KubeConfigOptions::default();
     let config =
         kube::Config::from_custom_kubeconfig(kubeconfig, &options).await.with_context(bad)?;
-    Client::try_from(config).with_context(bad)
+    with_few_idle_connections(config).with_context(bad)
+}
+
+/// kube's own client keeps every connection of a burst for a minute and a half, with the buffers of TLS and HTTP.
+fn with_few_idle_connections(config: kube::Config) -> anyhow::Result<Client> {
+    let connections = hyper_util::client::legacy::Client::builder(TokioExecutor::new())
+        .pool_max_idle_per_host(4)
+        .pool_idle_timeout(Duration::from_secs(10))
+        .pool_timer(TokioTimer::new())
+        .build(config.rustls_https_connector()?);
+    let service = tower::ServiceBuilder::new()
+        .layer(config.base_uri_layer())
+        .option_layer(config.auth_layer()?)
+        .map_err(tower::BoxError::from)
+        .service(connections);
+    Ok(Client::new(service, config.default_namespace))
 }
 
 /// Keeps the node's object, its HTTPS API and its health checks up until `shutdown`. Everything that

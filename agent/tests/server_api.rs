@@ -95,7 +95,8 @@ async fn a_terminal_has_the_size_that_the_client_says() {
     // The size is applied beside the shell: it is asked for until it is there.
     let ask = "until [ \"$(stty size)\" = '45 123' ]; do :; done; stty size; exit 7\n";
     stdin.output.send(&Bytes::from(ask)).await;
-    read_until(&mut stdout, "\n45 123").await;
+    // Not the echo of what was typed: there a quote follows.
+    read_until(&mut stdout, "45 123\r\n").await;
     let status = read_until(&mut error, "ExitCode").await;
     assert!(status.contains("\"message\":\"7\""), "{status}");
 }

@@ -56,6 +56,14 @@ impl Node {
         Node::start_with(name, &["--control-plane-only"])
     }
 
+    /// As [`Node::start`], with more flags for `keelson up`.
+    ///
+    /// # Errors
+    /// As [`Node::start`].
+    pub fn start_with_flags(flags: &'static [&'static str]) -> Result<Node> {
+        Node::start_with(unique_name("kt"), flags)
+    }
+
     fn start_with(name: String, flags: &'static [&'static str]) -> Result<Node> {
         let api_port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         let scratch = tempfile::tempdir()?;

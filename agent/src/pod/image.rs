@@ -14,6 +14,7 @@ use super::shared::Node;
 use super::spec;
 use crate::env::Keys;
 use crate::events::Severity;
+use crate::image::Reference;
 use crate::runtime::types::ImageRef;
 
 const INITIAL: Duration = Duration::from_secs(10);
@@ -77,6 +78,11 @@ pub(super) async fn ensure(
         waiting: Waiting { reason: reason.into(), message },
         retry_at: later(now, after),
     };
+    if let Err(error) = Reference::parse(image) {
+        let message = format!("Failed to apply default image tag \"{image}\": {error}");
+        node.events.container(pod, field, Severity::Warning, "InspectFailed", message.clone());
+        return Err(fail("InvalidImageName", message, INITIAL));
+    }
     let policy = pull_policy(container);
     let present = node.runtime.image_status(image).await.map_err(|error| {
         let message = format!("Failed to inspect image \"{image}\": {error}");

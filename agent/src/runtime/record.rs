@@ -182,7 +182,10 @@ impl ContainerRecord {
 /// Names this boot of the machine. Asked for with every look at a pod, and the same for the life of the process.
 pub(crate) fn boot_id() -> String {
     static BOOT_ID: LazyLock<String> = LazyLock::new(|| {
-        std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+        std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+            .unwrap_or_default()
+            .trim()
+            .to_owned()
     });
     BOOT_ID.clone()
 }
