@@ -122,7 +122,10 @@ pub(super) fn to_paths(tree: &Value) -> Vec<Path> {
 /// The position of the element that a `k:` or `v:` step names.
 fn position(list: &[Value], field: &str, step: &str) -> Option<usize> {
     match step.strip_prefix("v:") {
-        Some(text) => list.iter().position(|e| e.to_string() == text),
+        Some(text) => {
+            let wanted: Value = serde_json::from_str(text).ok()?;
+            list.iter().position(|e| *e == wanted)
+        }
         None => list.iter().position(|e| key_step(field, e).as_deref() == Some(step)),
     }
 }
