@@ -2,6 +2,7 @@
 
 mod body;
 mod discovery;
+mod events;
 mod kubelet;
 mod openapi;
 mod protobuf;

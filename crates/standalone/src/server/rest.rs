@@ -10,7 +10,7 @@ use hyper::body::Incoming;
 use serde_json::{Value, json};
 
 use super::route::{Query, ResourcePath, Route};
-use super::{Reply, Server, body, kubelet, review, table, watching};
+use super::{Reply, Server, body, events, kubelet, review, table, watching};
 use crate::auth::Identity;
 use crate::decode;
 use crate::error::ApiError;
@@ -72,7 +72,10 @@ pub(super) fn verb(request: &Request<Incoming>, route: &Route) -> &'static str {
 /// One request on a resource, taken apart.
 pub(super) struct Call<'a> {
     pub(super) server: &'a Arc<Server>,
+    /// The kind under which the objects are stored.
     pub(super) kind: &'static Kind,
+    /// The kind that the client speaks.
+    pub(super) shown: &'static Kind,
     pub(super) path: &'a ResourcePath,
     pub(super) query: Query,
     pub(super) output: Output,
@@ -89,12 +92,13 @@ pub(super) async fn handle(
     {
         return review::answer(reply, request).await;
     }
-    let kind = kinds::by_path(&path.group, &path.version, &path.resource).ok_or_else(|| {
+    let shown = kinds::by_path(&path.group, &path.version, &path.resource).ok_or_else(|| {
         ApiError::new(404, "NotFound", "the server could not find the requested resource")
     })?;
     let query = Query::parse(request.uri().query());
     let output = Output::negotiate(body::accept(&request));
-    let call = Call { server, kind, path, query, output };
+    let kind = events::stored_kind(shown);
+    let call = Call { server, kind, shown, path, query, output };
     if kind.namespaced && path.namespace.is_empty() && !path.name.is_empty() {
         return Err(ApiError::new(
             404,
@@ -172,7 +176,7 @@ impl Call<'_> {
             Output::Metadata => {
                 ("PartialObjectMetadataList".to_owned(), "meta.k8s.io/v1".to_owned())
             }
-            _ => (format!("{}List", self.kind.kind), self.kind.api_version()),
+            _ => (format!("{}List", self.shown.kind), self.shown.api_version()),
         };
         let mut text = format!(
             "{{\"kind\":\"{list_kind}\",\"apiVersion\":\"{version}\",\"metadata\":{meta},\"items\":["
@@ -184,7 +188,7 @@ impl Call<'_> {
             }
             match self.output {
                 Output::Metadata => text.extend(partial(object).to_string().into_bytes()),
-                _ => text.extend_from_slice(&object.json),
+                _ => text.extend_from_slice(&events::wire(self.shown, object)),
             }
         }
         text.extend_from_slice(b"]}\n");
@@ -197,7 +201,9 @@ impl Call<'_> {
 
     pub(super) fn show(&self, status: StatusCode, object: &Arc<Object>) -> Result<Reply, ApiError> {
         Ok(match self.output {
-            Output::Json => body::bytes(status, "application/json", object.json.clone()),
+            Output::Json => {
+                body::bytes(status, "application/json", events::wire(self.shown, object))
+            }
             Output::Metadata => body::json(status, &partial(object)),
             Output::Table => {
                 let include = self.query.text("includeObject");
@@ -209,32 +215,33 @@ impl Call<'_> {
 
     /// Reads an object from a request: type, kind, unknown fields.
     fn take(&self, value: Value) -> Result<(Value, Vec<String>), ApiError> {
-        let expected = (self.kind.api_version(), self.kind.kind);
+        let expected = (self.shown.api_version(), self.shown.kind);
         let have = (value["apiVersion"].as_str(), value["kind"].as_str());
         if have.0.is_some_and(|v| v != expected.0) || have.1.is_some_and(|k| k != expected.1) {
             let text = format!(
                 "{} in version \"{}\" cannot be handled as a {}: the request's path needs kind {} of {}",
                 have.1.unwrap_or_default(),
                 have.0.unwrap_or_default(),
-                self.kind.kind,
+                self.shown.kind,
                 expected.1,
                 expected.0,
             );
             return Err(ApiError::bad_request(text));
         }
-        let decoded = decode::decode(self.kind, &value)?;
+        let decoded = decode::decode(self.shown, &value)?;
         let unknown: Vec<_> =
             decoded.unknown.iter().map(|field| format!("unknown field \"{field}\"")).collect();
+        let value = events::to_stored(self.shown, decoded.value);
         match self.query.get("fieldValidation") {
             Some("Strict") if !unknown.is_empty() => Err(ApiError::bad_request(format!(
                 "{} in version \"{}\" cannot be handled as a {}: strict decoding error: {}",
-                self.kind.kind,
-                self.kind.version,
-                self.kind.kind,
+                self.shown.kind,
+                self.shown.version,
+                self.shown.kind,
                 unknown.join(", ")
             ))),
-            Some("Ignore") => Ok((decoded.value, Vec::new())),
-            None | Some("" | "Warn" | "Strict") => Ok((decoded.value, unknown)),
+            Some("Ignore") => Ok((value, Vec::new())),
+            None | Some("" | "Warn" | "Strict") => Ok((value, unknown)),
             Some(other) => Err(ApiError::bad_request(format!(
                 "fieldValidation: Unsupported value: \"{other}\": supported values: \"Ignore\", \"Strict\", \"Warn\""
             ))),
@@ -300,6 +307,7 @@ impl Call<'_> {
             }
         };
         let patch = body::parse(&media, &body::read(request.into_body()).await?)?;
+        let patch = events::to_stored(self.shown, patch);
         let options = self.write_options()?;
         let strict = self.query.text("fieldValidation") == "Strict";
         let ignore = self.query.text("fieldValidation") == "Ignore";

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::rest::{Call, Output, partial};
-use super::{Reply, table};
+use super::{Reply, events, table};
 use crate::error::ApiError;
 use crate::kinds::Kind;
 use crate::object::Object;
@@ -28,6 +28,7 @@ const LONGEST: u64 = 1800;
 struct Stream {
     watch: Watch,
     kind: &'static Kind,
+    shown: &'static Kind,
     output: Output,
     include: String,
     /// Objects that the client gets before the changes.
@@ -74,6 +75,7 @@ pub(super) fn start(call: &Call<'_>) -> Result<Reply, ApiError> {
     let stream = Stream {
         watch,
         kind: call.kind,
+        shown: call.shown,
         output: call.output,
         include: call.query.text("includeObject").to_owned(),
         initial: initial.into(),
@@ -172,7 +174,7 @@ impl Stream {
         match self.output {
             Output::Json => {
                 let mut text = format!("{{\"type\":\"{name}\",\"object\":").into_bytes();
-                text.extend_from_slice(&object.json);
+                text.extend_from_slice(&events::wire(self.shown, object));
                 text.extend_from_slice(b"}\n");
                 text.into()
             }
@@ -193,7 +195,7 @@ impl Stream {
         }
         let object = match self.output {
             Output::Json => {
-                json!({"kind": self.kind.kind, "apiVersion": self.kind.api_version(), "metadata": meta})
+                json!({"kind": self.shown.kind, "apiVersion": self.shown.api_version(), "metadata": meta})
             }
             Output::Metadata => json!({
                 "kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1", "metadata": meta,

@@ -361,3 +361,23 @@ async fn secrets_of_the_state_folder_are_private() {
         assert_eq!(mode(file), 0o600, "{file}");
     }
 }
+
+#[tokio::test]
+async fn events_have_two_views() {
+    let plane = plane::start().await;
+    let client = &plane.client;
+    let new = "/apis/events.k8s.io/v1/namespaces/default/events";
+    let event = json!({
+        "metadata": {"name": "e"}, "note": "hello", "reason": "R", "type": "Normal",
+        "regarding": {"kind": "Pod", "name": "p", "namespace": "default"},
+    });
+    assert_eq!(client.post(new, &event).await.0, 201);
+    let (_, core) =
+        client.get("/api/v1/namespaces/default/events?fieldSelector=involvedObject.name%3Dp").await;
+    assert_eq!(core["items"][0]["message"], "hello");
+    let (_, back) = client.get(new).await;
+    assert_eq!(
+        (&back["items"][0]["note"], &back["apiVersion"]),
+        (&json!("hello"), &json!("events.k8s.io/v1"))
+    );
+}
