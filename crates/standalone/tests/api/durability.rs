@@ -160,9 +160,11 @@ async fn a_full_disk_refuses_writes_and_reads_go_on() {
     let count = |list: &Value| list["items"].as_array().unwrap().len();
     let (status, list) = client.get(MAPS).await;
     assert_eq!((status, count(&list)), (200, stored as usize));
+    server.give_space();
+    assert_eq!(client.post(MAPS, &big(stored)).await.0, 201, "with space, writes go on");
+    stored += 1;
     server.kill();
     let server = Process::start(dir.path());
     let client = Client::from_kubeconfig(&server.kubeconfig);
     assert_eq!(count(&client.get(MAPS).await.1), stored as usize, "all that was answered is there");
-    assert_eq!(client.post(MAPS, &big(stored)).await.0, 201, "with space, writes go on");
 }

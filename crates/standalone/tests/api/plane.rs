@@ -52,7 +52,7 @@ impl Process {
     /// The same, but no file of it can grow beyond `kib` KiB: as if the disk were full then.
     pub(crate) fn start_on_small_disk(dir: &Path, kib: u32) -> Self {
         let mut shell = Command::new("bash");
-        let script = format!("trap '' XFSZ; ulimit -f {kib}; exec \"$0\" \"$@\"");
+        let script = format!("trap '' XFSZ; ulimit -S -f {kib}; exec \"$0\" \"$@\"");
         shell.arg("-c").arg(script).arg(std::env::current_exe().unwrap());
         Self::run(shell, dir)
     }
@@ -68,6 +68,16 @@ impl Process {
         let serving = lines.map_while(Result::ok).find(|line| line.contains("serving"));
         assert!(serving.is_some(), "the server did not start");
         Self { child, kubeconfig: dir.join("kubeconfig/admin.yaml") }
+    }
+
+    /// Ends what [`Self::start_on_small_disk`] began.
+    pub(crate) fn give_space(&self) {
+        let process = self.child.id().to_string();
+        let given = Command::new("prlimit")
+            .args(["--pid", &process, "--fsize=unlimited:"])
+            .status()
+            .unwrap();
+        assert!(given.success());
     }
 
     pub(crate) fn kill(&mut self) {
