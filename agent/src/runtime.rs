@@ -13,6 +13,7 @@ mod exec;
 mod exit_record;
 pub(crate) mod lease;
 mod observe;
+mod orphan_shims;
 mod pause;
 mod record;
 mod sandbox;
@@ -106,6 +107,9 @@ impl Runtime {
         lease::delete_unfinished(&runtime.inner.connection).await?;
         sandbox::sweep(&runtime.inner).await?;
         tokio::spawn(events::follow(Arc::downgrade(&runtime.inner)));
+        let (socket, namespace) =
+            (runtime.inner.options.socket.clone(), runtime.inner.options.namespace.clone());
+        tokio::spawn(async move { orphan_shims::end(&socket, &namespace).await });
         Ok(runtime)
     }
 
