@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use super::layout::Layout;
 use super::{containerd, lock, network};
 use crate::agent;
-use crate::config::AgentConfig;
+use crate::config::{AgentConfig, Threshold};
 use crate::node::addresses::node_addresses;
 
 /// What `keelson up` was asked for.
@@ -208,6 +208,9 @@ fn agent_config(
         static_pod_path: Some(layout.manifest_dir()),
         ..AgentConfig::default()
     };
+    // A machine that is tried out may have a full disk by the kubelet's measure (a tenth free) and room enough.
+    agent.node.eviction_disk = Threshold::Amount(1 << 30);
+    agent.node.eviction_inodes = Threshold::Share(0.01);
     agent.runtime.socket = containerd;
     agent.runtime.cni_conf_dir = layout.cni_conf_dir();
     agent.runtime.cgroup_root = layout.cgroup_root();
