@@ -178,9 +178,8 @@ impl Scheduler {
         } else {
             warn!(pod = %key, %error, "Decision not written, trying again");
         }
-        if !error.is_conflict() {
-            tokio::time::sleep(RETRY).await;
-        }
+        // Also after a conflict: the change that caused it is on its way, and takes the pod out if it has a node now.
+        tokio::time::sleep(RETRY).await;
         let mut state = self.lock();
         let name = key.to_string();
         if matches!(decision, Decision::Bind(_)) {

@@ -199,12 +199,16 @@ impl Controller for ReplicaSets {
         };
         let pods = self.cluster.pods.in_namespace(&key.namespace);
         let plan = plan(&set, &pods, Timestamp::now());
-        // The event that closes the gap brings us back here.
-        let result = if self.is_caught_up(key, &pods) {
-            self.perform(key, &set, &plan).await
-        } else {
-            Ok(())
-        };
+        if !self.is_caught_up(key, &pods) {
+            // The event that closes the gap brings us back here.
+            return Ok(Outcome::Done);
+        }
+        let result = self.perform(key, &set, &plan).await;
+        if result.is_ok() && !plan.delete.is_empty() {
+            // A status now would count pods as available that were just deleted, and a rollout would rely on them. The
+            // events of the deletions bring us back.
+            return Ok(Outcome::Done);
+        }
         let outcome = self.write_status(&set, &plan.claimed, result.as_ref().err()).await?;
         match result {
             Ok(()) => Ok(outcome),

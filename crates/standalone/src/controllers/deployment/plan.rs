@@ -341,10 +341,11 @@ fn share(set: &ReplicaSet) -> Share {
     let status = set.status.as_ref();
     let is_seen = status.and_then(|status| status.observed_generation) >= set.metadata.generation;
     let held = status.map_or(0, |status| status.replicas).max(replicas(set));
+    let available = status.and_then(|status| status.available_replicas).unwrap_or(0);
     Share {
         holds: Some(held).filter(|_| is_seen),
         replicas: replicas(set),
-        available: set.status.as_ref().and_then(|status| status.available_replicas).unwrap_or(0),
+        available,
         scaled_for: max_replicas(&set.metadata).unwrap_or_else(|| replicas(set)),
     }
 }
@@ -352,5 +353,6 @@ fn share(set: &ReplicaSet) -> Share {
 fn is_saturated(set: &ReplicaSet, wanted: i32) -> bool {
     replicas(set) == wanted
         && desired_replicas(&set.metadata) == Some(wanted)
+        && share(set).holds.is_some()
         && share(set).available == wanted
 }

@@ -6,6 +6,8 @@ use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet, ReplicaSetSpec};
 use k8s_openapi::api::core::v1::PodTemplateSpec;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
 
+use serde_json::{Map, Value};
+
 use crate::controllers::ownership::controller_reference;
 
 pub(crate) const REVISION: &str = "deployment.kubernetes.io/revision";
@@ -28,10 +30,10 @@ pub(crate) fn current<'a>(
     deployment: &Deployment,
     sets: &'a [Arc<ReplicaSet>],
 ) -> Option<&'a Arc<ReplicaSet>> {
-    let wanted = without_hash(&deployment.spec.as_ref()?.template);
+    let wanted = canonical(&deployment.spec.as_ref()?.template);
     let same = |set: &&Arc<ReplicaSet>| {
         let template = set.spec.as_ref().and_then(|spec| spec.template.as_ref());
-        template.map(without_hash).as_ref() == Some(&wanted)
+        template.map(canonical).as_ref() == Some(&wanted)
     };
     sets.iter().filter(same).min_by_key(|set| age_order(&set.metadata))
 }
@@ -41,15 +43,60 @@ pub(crate) fn age_order(meta: &ObjectMeta) -> (Option<k8s_openapi::jiff::Timesta
     (meta.creation_timestamp.as_ref().map(|time| time.0), meta.name.clone().unwrap_or_default())
 }
 
-fn without_hash(template: &PodTemplateSpec) -> PodTemplateSpec {
-    let mut template = template.clone();
-    let meta = template.metadata.get_or_insert_default();
-    let labels = meta.labels.get_or_insert_default();
-    labels.remove(HASH_LABEL);
-    // Absent and empty are the same template.
-    meta.annotations.get_or_insert_default();
-    meta.creation_timestamp = None;
-    template
+/// Fields of a pod template that are plain booleans and numbers upstream, so that zero and absent are the same. Others
+/// are pointers there, and an explicit zero means something.
+const PLAIN: [&str; 9] = [
+    "hostIPC",
+    "hostNetwork",
+    "hostPID",
+    "hostPort",
+    "initialDelaySeconds",
+    "readOnly",
+    "stdin",
+    "stdinOnce",
+    "tty",
+];
+/// Maps of names to values: empty and absent are the same. Other empty objects mean something (`emptyDir: {}`).
+const MAPS: [&str; 6] =
+    ["annotations", "labels", "limits", "matchLabels", "nodeSelector", "requests"];
+
+/// The template as JSON, equal for templates that mean the same: what one client writes out, another leaves away
+/// (kubectl does both: `create` sends `tty: false`, `rollout undo` sends the same template without it).
+fn canonical(template: &PodTemplateSpec) -> Value {
+    let mut value = serde_json::to_value(template).unwrap_or_default();
+    if let Some(meta) = value.get_mut("metadata").and_then(Value::as_object_mut) {
+        meta.remove("creationTimestamp");
+        if let Some(labels) = meta.get_mut("labels").and_then(Value::as_object_mut) {
+            labels.remove(HASH_LABEL);
+        }
+    }
+    prune(&mut value);
+    if value["metadata"].as_object().is_some_and(Map::is_empty) {
+        value["metadata"] = Value::Null;
+    }
+    value
+}
+
+fn prune(value: &mut Value) {
+    match value {
+        Value::Array(items) => items.iter_mut().for_each(prune),
+        Value::Object(fields) => {
+            fields.values_mut().for_each(prune);
+            fields.retain(|name, value| !is_absent(name, value));
+        }
+        _ => {}
+    }
+}
+
+fn is_absent(name: &str, value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::String(text) => text.is_empty(),
+        Value::Array(items) => items.is_empty(),
+        Value::Bool(flag) => !flag && PLAIN.contains(&name),
+        Value::Number(number) => number.as_i64() == Some(0) && PLAIN.contains(&name),
+        Value::Object(fields) => fields.is_empty() && MAPS.contains(&name),
+    }
 }
 
 /// The revision that an object's annotation states, 0 without one.
@@ -139,7 +186,7 @@ pub(crate) fn new_set(deployment: &Deployment, newest: i64) -> ReplicaSet {
 pub(crate) fn template_hash(template: &PodTemplateSpec, collisions: Option<i32>) -> String {
     const OFFSET: u32 = 0x811c_9dc5;
     const PRIME: u32 = 0x0100_0193;
-    let text = serde_json::to_vec(&without_hash(template)).unwrap_or_default();
+    let text = serde_json::to_vec(&canonical(template)).unwrap_or_default();
     let salt = collisions.map(i32::to_le_bytes);
     let bytes = text.iter().chain(salt.iter().flatten());
     let hash = bytes.fold(OFFSET, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(PRIME));

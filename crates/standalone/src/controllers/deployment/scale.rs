@@ -95,8 +95,14 @@ pub(crate) fn grow_current(bounds: Bounds, current: Share, old: &[Share]) -> i32
 
 /// The sizes of the old sets (oldest first) in a rolling update: first without what is not available anyway, then
 /// without as many as the current set's available pods can stand in for.
+///
+/// While a set's controller has not seen its newest size, its count of available pods may include some that are about
+/// to go: nothing is decided on it (upstream does, and can then undercut the floor for a moment).
 pub(crate) fn shrink_old(bounds: Bounds, current: Share, old: &[Share]) -> Vec<i32> {
     let mut sizes: Vec<i32> = old.iter().map(|share| share.replicas).collect();
+    if old.iter().chain([&current]).any(|share| share.holds.is_none()) {
+        return sizes;
+    }
     let total = current.replicas + sum(old, |share| share.replicas);
     let current_unavailable = current.replicas - current.available;
     let may_go = total - bounds.floor() - current_unavailable;
@@ -190,6 +196,7 @@ mod tests {
         let told = |holds| [Share { holds, ..share(2, 2) }];
         assert_eq!(grow_current(b, share(1, 1), &told(Some(3))), 1);
         assert_eq!(grow_current(b, share(1, 1), &told(None)), 1);
+        assert_eq!(shrink_old(b, share(1, 1), &told(None)), [2]);
     }
 
     #[test]
