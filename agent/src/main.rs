@@ -52,7 +52,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             runtime()?.block_on(args.run())
         }
         Command::Image(args) => {
-            log_at(0);
+            // What the node would say of itself is of no interest here.
+            log_from("warn");
             runtime()?.block_on(args.run())
         }
         Command::Logd(args) => {
@@ -74,6 +75,10 @@ fn log_at(verbosity: u8) {
         3..=4 => "debug",
         _ => "trace",
     };
+    log_from(default);
+}
+
+fn log_from(default: &str) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
     let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
     tracing_subscriber::fmt()
