@@ -7,11 +7,11 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use keelson_proxy::backend::Backend;
+use keelson_proxy::backend::{Backend, BackendConfig, PodSources};
 use keelson_proxy::diff::{Plans, advance};
 use keelson_proxy::model::objects::{EndpointSlice, Service};
 use keelson_proxy::model::{Model, NodeFacts};
-use keelson_proxy::nftables::{Nftables, NftablesConfig};
+use keelson_proxy::nftables::Nftables;
 use nix::sched::{CloneFlags, unshare};
 use serde_json::json;
 
@@ -128,8 +128,9 @@ fn node() -> NodeFacts {
     NodeFacts { name: "here".to_owned(), knows_pods: true, ..NodeFacts::default() }
 }
 
-fn config() -> anyhow::Result<NftablesConfig> {
-    Ok(NftablesConfig { cluster_cidrs: vec!["10.0.0.0/8".parse()?], ..NftablesConfig::default() })
+fn config() -> anyhow::Result<BackendConfig> {
+    let pods = PodSources::Ranges(vec!["10.0.0.0/8".parse()?]);
+    Ok(BackendConfig { pods, ..BackendConfig::default() })
 }
 
 fn resident_mb() -> anyhow::Result<f64> {

@@ -1,15 +1,66 @@
-//! The only place that knows how many backends there are.
+//! The seam between the model and the kernel: what a backend is, and the only place that knows how
+//! many there are. A new one is a value of [`Mode`], its arms here, and a variant of [`BackendError`].
 
 use std::os::fd::BorrowedFd;
+
+use ipnetwork::IpNetwork;
 
 use crate::diff::{Change, Plans};
 use crate::model::ServiceKey;
 use crate::nftables::{Nftables, NftablesError};
 
+/// A kernel interface that Services can be programmed into.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Mode {
+    Nftables,
+}
+
+impl Mode {
+    pub const ALL: [Mode; 1] = [Mode::Nftables];
+
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Mode::Nftables => "nftables",
+        }
+    }
+
+    /// What a value of `--proxy-mode` means, in order of preference; nothing when it is not a mode.
+    #[must_use]
+    pub fn candidates(text: &str) -> Option<&'static [Mode]> {
+        match text {
+            "" | "auto" | "nftables" => Some(&[Mode::Nftables]),
+            _ => None,
+        }
+    }
+
+    /// Whether this kernel (in the calling thread's network namespace) and this machine can do it.
+    /// The error says what is missing. Leaves nothing behind.
+    pub fn probe(self) -> Result<(), BackendError> {
+        match self {
+            Mode::Nftables => Ok(Nftables::probe()?),
+        }
+    }
+
+    /// Opens the backend in the network namespace of the calling thread. Changes nothing yet.
+    pub fn open(self, config: BackendConfig) -> Result<Box<dyn Backend>, BackendError> {
+        Ok(match self {
+            Mode::Nftables => Box::new(Nftables::open(config)?),
+        })
+    }
+}
+
+impl std::fmt::Display for Mode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
 /// Programs plans into one kernel interface. Knows no Service semantics: those live in `model`.
 ///
-/// Calls block and belong on a thread of their own.
-pub trait Backend {
+/// Lives in the network namespace in which it was opened, also when it is called from a thread
+/// elsewhere. Calls block and belong on a thread of their own.
+pub trait Backend: Send {
     /// Reads what the kernel has and makes it equal to `plans`, touching only what differs.
     ///
     /// This is the start, the repair after a crash, and the answer to foreign changes.
@@ -19,14 +70,83 @@ pub trait Backend {
     /// in force, changes included: for the case that the kernel turns out to be in another state.
     fn apply(&mut self, changes: &[Change], plans: &Plans) -> Result<Applied, BackendError>;
 
+    /// Changes the configuration; the next [`Backend::adopt`] puts it in force. False when it is the
+    /// same as before.
+    fn configure(&mut self, config: BackendConfig) -> bool;
+
+    /// Reads what the kernel has and tells how it differs from `plans`. Changes nothing.
+    fn verify(&mut self, plans: &Plans) -> Result<Vec<Difference>, BackendError>;
+
     /// Readable when somebody changed the kernel's tables.
     fn alarm(&self) -> BorrowedFd<'_>;
 
     /// Reads the alarm: true when what we programmed may have been changed by others.
     fn disturbed(&mut self) -> Result<bool, BackendError>;
 
-    /// Removes everything that the backend ever made.
+    /// Removes everything that the backend ever made, also by an earlier process.
     fn cleanup(&mut self) -> Result<(), BackendError>;
+}
+
+/// What a backend needs to know about the node beside the plans.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BackendConfig {
+    /// How pods are told from other sources: for [`crate::model::Masquerade::UnlessPod`] and
+    /// [`crate::model::Route::BySource`].
+    pub pods: PodSources,
+    /// Node ports answer on the node's addresses in these ranges, in a family without any on all.
+    pub node_port_ranges: Vec<IpNetwork>,
+    /// Node ports answer on 127.0.0.1, too (and on ::1 where the kernel lets them).
+    pub localhost_node_ports: bool,
+    /// The ranges that ClusterIPs come from: packets for an address there that no Service has are
+    /// dropped, since they would go round in circles otherwise. Nothing is dropped when empty.
+    pub service_ranges: Vec<IpNetwork>,
+    /// Bit of the packet mark that asks for masquerading.
+    pub masquerade_bit: u8,
+}
+
+/// How pods are told from other sources of packets.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum PodSources {
+    /// They are not.
+    #[default]
+    Unknown,
+    /// Their addresses are in these ranges.
+    Ranges(Vec<IpNetwork>),
+    /// Their packets come in through this bridge.
+    Bridge(String),
+    /// Their packets come in through an interface whose name starts like this.
+    InterfacePrefix(String),
+}
+
+impl PodSources {
+    /// The ranges, where pods are known by ranges.
+    #[must_use]
+    pub fn ranges(&self) -> &[IpNetwork] {
+        match self {
+            PodSources::Ranges(ranges) => ranges,
+            PodSources::Unknown | PodSources::Bridge(_) | PodSources::InterfacePrefix(_) => &[],
+        }
+    }
+}
+
+impl Default for BackendConfig {
+    fn default() -> Self {
+        BackendConfig {
+            pods: PodSources::default(),
+            node_port_ranges: Vec::new(),
+            localhost_node_ports: true,
+            service_ranges: Vec::new(),
+            masquerade_bit: 14,
+        }
+    }
+}
+
+impl BackendConfig {
+    /// The bit of the packet mark that asks for masquerading, as a number.
+    #[must_use]
+    pub fn mark(&self) -> u32 {
+        1u32.checked_shl(self.masquerade_bit.into()).unwrap_or(1 << 14)
+    }
 }
 
 /// What a call to a backend did.
@@ -38,46 +158,18 @@ pub struct Applied {
     pub refused: Vec<(ServiceKey, BackendError)>,
 }
 
+/// Something in the kernel that is not as planned.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Difference {
+    /// The Service that it concerns; nothing for what all share, and for leftovers.
+    pub service: Option<ServiceKey>,
+    /// What is missing, or there in vain, in the words of the kernel interface.
+    pub what: String,
+}
+
 /// An error of a backend.
 #[derive(Debug, thiserror::Error)]
 pub enum BackendError {
     #[error(transparent)]
     Nftables(#[from] NftablesError),
-}
-
-/// The backends that exist.
-pub enum AnyBackend {
-    Nftables(Nftables),
-}
-
-impl Backend for AnyBackend {
-    fn adopt(&mut self, plans: &Plans) -> Result<Applied, BackendError> {
-        match self {
-            AnyBackend::Nftables(backend) => backend.adopt(plans),
-        }
-    }
-
-    fn apply(&mut self, changes: &[Change], plans: &Plans) -> Result<Applied, BackendError> {
-        match self {
-            AnyBackend::Nftables(backend) => backend.apply(changes, plans),
-        }
-    }
-
-    fn alarm(&self) -> BorrowedFd<'_> {
-        match self {
-            AnyBackend::Nftables(backend) => backend.alarm(),
-        }
-    }
-
-    fn disturbed(&mut self) -> Result<bool, BackendError> {
-        match self {
-            AnyBackend::Nftables(backend) => backend.disturbed(),
-        }
-    }
-
-    fn cleanup(&mut self) -> Result<(), BackendError> {
-        match self {
-            AnyBackend::Nftables(backend) => backend.cleanup(),
-        }
-    }
 }

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use ipnetwork::IpNetwork;
 
+use crate::backend::Mode;
+
 /// Configuration of [`crate::run`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProxyConfig {
@@ -17,6 +19,8 @@ pub struct ProxyConfig {
     pub node_name: String,
     /// The node's addresses; when empty, those in the Node object.
     pub node_addresses: Vec<IpAddr>,
+    /// How to program the kernel, in order of preference.
+    pub modes: &'static [Mode],
     /// The cluster's pod ranges, to tell pods from other sources.
     pub local_sources: LocalSources,
     /// Masquerade all traffic to ClusterIPs.
@@ -62,6 +66,7 @@ impl Default for ProxyConfig {
             api_server: None,
             node_name: String::new(),
             node_addresses: Vec::new(),
+            modes: &Mode::ALL,
             local_sources: LocalSources::Unknown,
             masquerade_all: false,
             masquerade_bit: 14,

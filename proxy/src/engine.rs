@@ -14,14 +14,13 @@ use kube::runtime::watcher::Event;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use crate::backend::{AnyBackend, Applied, Backend, BackendError};
+use crate::backend::{Applied, Backend, BackendConfig, BackendError, Mode, PodSources};
 use crate::config::{LocalSources, NodePortAddresses, ProxyConfig};
 use crate::conntrack::{Checks, Cleaner};
 use crate::diff::{Plans, advance};
 use crate::metrics::{Metrics, now_secs};
 use crate::model::objects::{EndpointSlice, Node, Service};
 use crate::model::{Model, NodeFacts, ServiceKey, key_of, parse_address};
-use crate::nftables::{Nftables, NftablesConfig};
 use crate::watch::Wake;
 
 /// How long the next attempt waits when nothing could be put in force.
@@ -89,7 +88,7 @@ pub(crate) struct Engine {
     config: ProxyConfig,
     model: Model,
     plans: Plans,
-    backend: AnyBackend,
+    backend: Box<dyn Backend>,
     inbox: Receiver<Wake>,
     bell: Arc<EventFd>,
     lists: Lists,
@@ -116,12 +115,13 @@ impl Engine {
         let (sender, inbox) = channel();
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let bell = Arc::new(EventFd::from_value_and_flags(0, flags)?);
-        let nftables = Nftables::open(backend_config(&config, None))?;
+        let mode = choose(config.modes)?;
+        let backend = mode.open(backend_config(&config, None))?;
         let engine = Engine {
             model: Model::new(node_facts(&config, None)),
             config,
             plans: Plans::new(),
-            backend: AnyBackend::Nftables(nftables),
+            backend,
             inbox,
             bell: Arc::clone(&bell),
             lists: Lists::default(),
@@ -299,9 +299,7 @@ impl Engine {
 
     fn configure(&mut self) -> bool {
         let config = backend_config(&self.config, self.node.as_ref());
-        match &mut self.backend {
-            AnyBackend::Nftables(backend) => backend.configure(config),
-        }
+        self.backend.configure(config)
     }
 
     fn note_idle(&self) {
@@ -365,6 +363,24 @@ impl std::fmt::Display for Chain<'_> {
     }
 }
 
+/// The first mode that this kernel can do.
+fn choose(modes: &[Mode]) -> anyhow::Result<Mode> {
+    let mut reasons = Vec::new();
+    for mode in modes {
+        match mode.probe() {
+            Ok(()) => {
+                tracing::info!(%mode, "Programming Services");
+                return Ok(*mode);
+            }
+            Err(error) => {
+                tracing::info!(%mode, error = %Chain(&error), "Cannot use a proxy mode here");
+                reasons.push(format!("{mode}: {}", Chain(&error)));
+            }
+        }
+    }
+    anyhow::bail!("no proxy mode works here: {}", reasons.join("; "))
+}
+
 fn trigger_time(slice: &EndpointSlice) -> Option<SystemTime> {
     let text = slice.metadata.annotations.as_ref()?.get(TRIGGER_ANNOTATION)?;
     text.parse::<jiff::Timestamp>().ok().map(SystemTime::from)
@@ -405,7 +421,7 @@ fn cluster_cidrs(config: &ProxyConfig, node: Option<&Node>) -> Vec<ipnetwork::Ip
     }
 }
 
-fn backend_config(config: &ProxyConfig, node: Option<&Node>) -> NftablesConfig {
+fn backend_config(config: &ProxyConfig, node: Option<&Node>) -> BackendConfig {
     let node_port_ranges = match &config.node_port_addresses {
         NodePortAddresses::All => Vec::new(),
         NodePortAddresses::Ranges(ranges) => ranges.clone(),
@@ -413,9 +429,11 @@ fn backend_config(config: &ProxyConfig, node: Option<&Node>) -> NftablesConfig {
             node_addresses(config, node).into_iter().map(ipnetwork::IpNetwork::from).collect()
         }
     };
-    NftablesConfig {
-        cluster_cidrs: cluster_cidrs(config, node),
+    let ranges = cluster_cidrs(config, node);
+    BackendConfig {
+        pods: if ranges.is_empty() { PodSources::Unknown } else { PodSources::Ranges(ranges) },
         node_port_ranges,
         masquerade_bit: config.masquerade_bit,
+        ..BackendConfig::default()
     }
 }

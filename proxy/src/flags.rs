@@ -9,6 +9,7 @@ use anyhow::{Context, bail};
 use clap::{ArgAction, Parser};
 use ipnetwork::IpNetwork;
 
+use crate::backend::Mode;
 use crate::config::{LocalSources, NodePortAddresses, ProxyConfig};
 
 /// Replaces kube-proxy: the same flags, the same behaviour.
@@ -27,7 +28,7 @@ pub struct Flags {
     /// Name of this node, instead of the host name
     #[arg(long, value_name = "NAME")]
     pub hostname_override: Option<String>,
-    /// Backend; nftables is the only one so far, and what auto takes
+    /// How to program the kernel; `auto` takes the first that works here
     #[arg(long, value_name = "MODE")]
     pub proxy_mode: Option<String>,
     /// Pod ranges of the cluster, one per IP family
@@ -177,13 +178,13 @@ impl Flags {
     }
 
     fn into_config(self) -> anyhow::Result<ProxyConfig> {
-        match self.proxy_mode.as_deref().unwrap_or("auto") {
-            "auto" | "" | "nftables" => {}
-            mode @ ("iptables" | "ipvs" | "ebpf") => {
-                bail!("--proxy-mode: {mode} is not there yet in this version; use nftables")
-            }
-            mode => bail!("--proxy-mode: {mode:?} is not a mode; use nftables"),
-        }
+        let mode = self.proxy_mode.as_deref().unwrap_or("auto");
+        let Some(modes) = Mode::candidates(mode) else {
+            let known = Mode::ALL.map(Mode::name).join(", ");
+            bail!(
+                "--proxy-mode: {mode:?} is not a mode that this version knows; use auto or one of {known}"
+            )
+        };
         let default = ProxyConfig::default();
         let masquerade_bit = self.iptables_masquerade_bit.unwrap_or(default.masquerade_bit);
         if masquerade_bit > 31 {
@@ -196,6 +197,7 @@ impl Flags {
         let healthz = self.healthz_bind_address.as_deref();
         let metrics = self.metrics_bind_address.as_deref();
         Ok(ProxyConfig {
+            modes,
             node_name,
             node_addresses: self
                 .bind_address

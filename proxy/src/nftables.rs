@@ -37,10 +37,9 @@ use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-use ipnetwork::IpNetwork;
 use keelson_netlink::nft::{Batch, Monitor, Nft, NftError};
 
-use crate::backend::{Applied, Backend, BackendError};
+use crate::backend::{Applied, Backend, BackendConfig, BackendError, Difference};
 use crate::diff::{Change, Plans};
 use crate::model::{PortPlan, Scope, ServiceKey, ServicePlan};
 use item::{Item, Pool, Pools, items_of};
@@ -49,35 +48,9 @@ use transaction::{Operations, encode};
 
 /// Small enough that nobody waits long for the kernel's lock, large enough to be quick.
 const OPERATIONS_PER_TRANSACTION: usize = 8192;
-/// Transactions up to this size are watched by our own monitor, larger ones are not.
-const ANNOUNCED_OPERATIONS: usize = 1024;
-
-/// What the backend needs to know beside the plans.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NftablesConfig {
-    /// Sources in these ranges are pods.
-    pub cluster_cidrs: Vec<IpNetwork>,
-    /// Node ports answer on addresses in these ranges, in a family without any on all addresses.
-    pub node_port_ranges: Vec<IpNetwork>,
-    /// Bit of the packet mark that asks for masquerading.
-    pub masquerade_bit: u8,
-}
-
-impl Default for NftablesConfig {
-    fn default() -> Self {
-        NftablesConfig {
-            cluster_cidrs: Vec::new(),
-            node_port_ranges: Vec::new(),
-            masquerade_bit: 14,
-        }
-    }
-}
-
-impl NftablesConfig {
-    fn mark(&self) -> u32 {
-        1u32.checked_shl(self.masquerade_bit.into()).unwrap_or(1 << 14)
-    }
-}
+/// Transactions up to this size are watched by our own monitor, larger ones are not: their announcements
+/// would overflow its buffer, and that looks like a foreign change.
+const ANNOUNCED_OPERATIONS: usize = 128;
 
 /// An error of the nftables backend.
 #[derive(Debug, thiserror::Error)]
@@ -90,6 +63,8 @@ pub enum NftablesError {
     Watch(#[source] NftError),
     #[error("cannot connect to nf_tables")]
     Open(#[source] NftError),
+    #[error("this kernel's nf_tables lacks something that Services need")]
+    Probe(#[source] NftError),
 }
 
 /// The error with its sources, for a log line.
@@ -123,7 +98,7 @@ struct Programmed {
 pub struct Nftables {
     nft: Nft,
     monitor: Monitor,
-    config: NftablesConfig,
+    config: BackendConfig,
     programmed: HashMap<ServiceKey, Programmed>,
     chains: HashSet<Chain>,
     /// How many pools have an endpoint with that address on this node.
@@ -135,7 +110,14 @@ pub struct Nftables {
 }
 
 impl Nftables {
-    pub fn open(config: NftablesConfig) -> Result<Self, NftablesError> {
+    /// Fails on a kernel without nf_tables, or without the right to use it.
+    pub fn probe() -> Result<(), NftablesError> {
+        let mut nft = Nft::open().map_err(NftablesError::Open)?;
+        nft.generation().map_err(NftablesError::Open)?;
+        nft.commit(layout::trial()).map_err(NftablesError::Probe)
+    }
+
+    pub fn open(config: BackendConfig) -> Result<Self, NftablesError> {
         let mut nft = Nft::open().map_err(NftablesError::Open)?;
         // Fails on a kernel without nf_tables, before anything else is tried.
         nft.generation().map_err(NftablesError::Open)?;
@@ -151,14 +133,6 @@ impl Nftables {
             suspicious: false,
             isolating: false,
         })
-    }
-
-    /// Changes the configuration; the next [`Backend::adopt`] puts it in force. False when it is the
-    /// same as before.
-    pub fn configure(&mut self, config: NftablesConfig) -> bool {
-        let changed = self.config != config;
-        self.config = config;
-        changed
     }
 
     /// Gives the pools of a new plan their numbers and slots, keeping those of the old one.
@@ -376,6 +350,16 @@ impl Backend for Nftables {
                 self.adopt(plans)
             }
         }
+    }
+
+    fn configure(&mut self, config: BackendConfig) -> bool {
+        let changed = self.config != config;
+        self.config = config;
+        changed
+    }
+
+    fn verify(&mut self, plans: &Plans) -> Result<Vec<Difference>, BackendError> {
+        Ok(self.differences(plans)?)
     }
 
     fn alarm(&self) -> BorrowedFd<'_> {

@@ -36,7 +36,7 @@ pub async fn run_with(
         config_text: format!("{config:#?}\n"),
     });
     let (engine, mailbox) = Engine::open(config.clone(), metrics, progress, Box::new(on_synced))
-        .context("cannot program nftables")?;
+        .context("cannot program Services")?;
     // nf_tables calls block, the longest for some tenths of a second.
     let (ended, engine_ended) = tokio::sync::oneshot::channel::<()>();
     let thread = std::thread::Builder::new().name("proxy-engine".to_owned()).spawn(move || {

@@ -12,10 +12,10 @@ use keelson_netlink::nft::{Batch, ElementFound, NftError, SetFound};
 use super::item::{Item, Key, Pool, Pools, items_of, merged, pool_items};
 use super::layout::{Chain, Map, STAMP, TABLE, stamps_of};
 use super::transaction::Operations;
-use super::{Nftables, NftablesConfig, NftablesError, Pending, Programmed, hairpin_item};
-use crate::backend::Applied;
+use super::{Nftables, NftablesError, Pending, Programmed, hairpin_item};
+use crate::backend::{Applied, BackendConfig, Difference};
 use crate::diff::Plans;
-use crate::model::{Family, PortPlan, Scope, ServicePlan};
+use crate::model::{Family, PortPlan, Scope, ServiceKey, ServicePlan};
 use observed::{Observed, was_sticky};
 
 impl Nftables {
@@ -23,42 +23,99 @@ impl Nftables {
     pub(super) fn adopt_once(&mut self, plans: &Plans) -> Result<Applied, NftablesError> {
         let repairs = self.repair_structure()?;
         let mut observed = self.observe()?;
-        self.programmed.clear();
-        self.hairpin.clear();
-        self.next_pool = observed.greatest_pool.wrapping_add(1).max(1);
+        self.start_from(&observed);
         let mut claimed = HashSet::new();
         let mut waiting = Vec::new();
         let mut applied = Applied { operations: repairs, ..Applied::default() };
-        let mut names: Vec<_> = plans.keys().collect();
-        names.sort_unstable();
-        for service in names {
-            let plan = &plans[service];
-            let pools = self.recognise_pools(plan, &observed, &mut claimed);
-            let mut items = Vec::new();
-            for (port, pools) in plan.ports.iter().zip(&pools) {
-                items_of(port, pools, &mut items);
-            }
-            let mut operations = Operations::default();
-            for address in plan.ports.iter().flat_map(|port| &port.here) {
-                let count = self.hairpin.entry(*address).or_default();
-                *count += 1;
-                if *count == 1 {
-                    items.push(hairpin_item(*address));
-                }
-            }
-            for item in &items {
-                observed.settle(item, &mut operations);
-            }
-            for item in items.iter().filter(|item| item.map == Map::Restricted) {
-                observed.remove_other_sources(item, &items, &mut operations);
-            }
-            let after = Some(Programmed { plan: Arc::clone(plan), pools });
-            waiting.push(Pending { service: service.clone(), before: None, after, operations });
+        for (service, plan) in sorted(plans) {
+            waiting.push(self.compare(service, plan, &mut observed, &mut claimed));
             self.commit_if_full(&mut waiting, &mut applied)?;
         }
         self.commit_all(&mut waiting, &mut applied)?;
         applied.operations += self.delete_all(observed.leftovers())?;
         Ok(applied)
+    }
+
+    /// What [`Nftables::adopt_once`] would change.
+    pub(super) fn differences(&mut self, plans: &Plans) -> Result<Vec<Difference>, NftablesError> {
+        let mut differences = Vec::new();
+        let mut differs = |service: Option<&ServiceKey>, what: String| {
+            differences.push(Difference { service: service.cloned(), what });
+        };
+        let chains = self.chains.clone();
+        let structure = self.structure();
+        self.chains = chains;
+        let (structure, _) = structure?;
+        if !structure.is_empty() {
+            let count = structure.operations();
+            differs(
+                None,
+                format!("table inet keelson-proxy: {count} maps, chains or rules differ"),
+            );
+        }
+        let mut observed = match self.observe() {
+            Ok(observed) => observed,
+            Err(NftablesError::Observe(error)) if error.is_not_found() => return Ok(differences),
+            Err(error) => return Err(error),
+        };
+        let kept = (
+            std::mem::take(&mut self.programmed),
+            std::mem::take(&mut self.hairpin),
+            self.next_pool,
+        );
+        self.start_from(&observed);
+        let mut claimed = HashSet::new();
+        for (service, plan) in sorted(plans) {
+            let pending = self.compare(service, plan, &mut observed, &mut claimed);
+            for item in &pending.operations.adds {
+                differs(Some(service), format!("missing in {item}"));
+            }
+            for item in &pending.operations.deletes {
+                differs(Some(service), format!("in vain in {item}"));
+            }
+        }
+        for item in observed.leftovers() {
+            differs(None, format!("belongs to no Service in {item}"));
+        }
+        (self.programmed, self.hairpin, self.next_pool) = kept;
+        Ok(differences)
+    }
+
+    fn start_from(&mut self, observed: &Observed) {
+        self.programmed.clear();
+        self.hairpin.clear();
+        self.next_pool = observed.greatest_pool.wrapping_add(1).max(1);
+    }
+
+    /// What must change for one Service.
+    fn compare(
+        &mut self,
+        service: &ServiceKey,
+        plan: &Arc<ServicePlan>,
+        observed: &mut Observed,
+        claimed: &mut HashSet<u32>,
+    ) -> Pending {
+        let pools = self.recognise_pools(plan, observed, claimed);
+        let mut items = Vec::new();
+        for (port, pools) in plan.ports.iter().zip(&pools) {
+            items_of(port, pools, &mut items);
+        }
+        for address in plan.ports.iter().flat_map(|port| &port.here) {
+            let count = self.hairpin.entry(*address).or_default();
+            *count += 1;
+            if *count == 1 {
+                items.push(hairpin_item(*address));
+            }
+        }
+        let mut operations = Operations::default();
+        for item in &items {
+            observed.settle(item, &mut operations);
+        }
+        for item in items.iter().filter(|item| item.map == Map::Restricted) {
+            observed.remove_other_sources(item, &items, &mut operations);
+        }
+        let after = Some(Programmed { plan: Arc::clone(plan), pools });
+        Pending { service: service.clone(), before: None, after, operations }
     }
 
     /// Numbers and slots as the kernel has them, where the pool can be recognised by its frontends.
@@ -130,6 +187,15 @@ impl Nftables {
 
     /// Makes sure that table, maps, chains and rules are there and as this version wants them.
     fn repair_structure(&mut self) -> Result<usize, NftablesError> {
+        let (batch, chains) = self.structure()?;
+        let operations = batch.operations();
+        self.send(batch)?;
+        self.chains = chains;
+        Ok(operations)
+    }
+
+    /// What is to be done for that, and the chains that there are then.
+    fn structure(&mut self) -> Result<(Batch, HashSet<Chain>), NftablesError> {
         let observe = NftablesError::Observe;
         let found = self.nft.table(TABLE).map_err(observe)?;
         let mut batch = Batch::new();
@@ -147,10 +213,7 @@ impl Nftables {
         }
         self.repair_maps(&mut batch, usable)?;
         let chains = self.repair_chains(&mut batch, usable)?;
-        let operations = batch.operations();
-        self.send(batch)?;
-        self.chains = chains;
-        Ok(operations)
+        Ok((batch, chains))
     }
 
     fn maps_fit(&mut self) -> Result<bool, NftablesError> {
@@ -175,7 +238,7 @@ impl Nftables {
                     map.describe(family, |set| batch.add_set(TABLE, set));
                 }
                 let wanted = match map {
-                    Map::ClusterCidrs => keys(&self.config.cluster_cidrs, family),
+                    Map::ClusterCidrs => keys(self.config.pods.ranges(), family),
                     Map::NodePortAddresses => node_port_ranges(&self.config, family),
                     _ => continue,
                 };
@@ -256,6 +319,12 @@ impl Nftables {
     }
 }
 
+fn sorted(plans: &Plans) -> Vec<(&ServiceKey, &Arc<ServicePlan>)> {
+    let mut all: Vec<_> = plans.iter().collect();
+    all.sort_unstable_by_key(|(service, _)| *service);
+    all
+}
+
 fn described(name: &str) -> Option<(u32, u32)> {
     Family::BOTH.into_iter().find_map(|family| {
         let map = Map::all().find(|map| map.name(family) == name)?;
@@ -271,7 +340,7 @@ fn keys(ranges: &[IpNetwork], family: Family) -> Vec<(Key, Key)> {
 }
 
 /// In a family that the configuration does not mention, all addresses serve node ports.
-fn node_port_ranges(config: &NftablesConfig, family: Family) -> Vec<(Key, Key)> {
+fn node_port_ranges(config: &BackendConfig, family: Family) -> Vec<(Key, Key)> {
     let wanted = keys(&config.node_port_ranges, family);
     if !wanted.is_empty() {
         return wanted;

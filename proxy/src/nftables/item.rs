@@ -96,6 +96,21 @@ pub(crate) struct Item {
     pub(crate) val: Val,
 }
 
+impl std::fmt::Display for Item {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: ", self.map.name(self.family))?;
+        self.key.as_bytes().iter().try_for_each(|byte| write!(f, "{byte:02x}"))?;
+        match self.val {
+            Val::None => Ok(()),
+            Val::Number(number) => write!(f, " -> {number}"),
+            Val::Endpoint(endpoint) => write!(f, " -> {endpoint}"),
+            Val::Goto(chain) => write!(f, " -> {chain}"),
+            Val::Drop => write!(f, " -> drop"),
+            Val::Foreign => write!(f, " -> something foreign"),
+        }
+    }
+}
+
 /// A list of endpoints in the kernel: its number and what is in its slots.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Pool {

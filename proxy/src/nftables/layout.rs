@@ -5,9 +5,10 @@ mod rules;
 use std::fmt;
 
 use keelson_netlink::nft::{
-    Base, ChainKind, Field, Hook, PRIORITY_DNAT, PRIORITY_SNAT, Set, Table,
+    Base, Batch, ChainKind, Field, Hook, PRIORITY_DNAT, PRIORITY_SNAT, Set, Table,
 };
 
+use super::transaction::add_chain;
 use crate::model::{Family, Masquerade};
 pub(crate) use rules::stamps_of;
 
@@ -19,6 +20,34 @@ pub(crate) const STAMP: &[u8] = b"keelson-proxy 1";
 
 /// More clients than this are not remembered; they are served all the same.
 const AFFINITY_ENTRIES: u32 = 1 << 20;
+
+/// Makes a table with everything that is ever used and removes it, all in one transaction: the kernel
+/// checks it and nobody ever sees it.
+pub(crate) fn trial() -> Batch {
+    const TRIAL: Table<'static> =
+        Table { family: keelson_netlink::nft::Family::Inet, name: "keelson-proxy-trial" };
+    let mut batch = Batch::new();
+    batch.add_table(TRIAL);
+    for family in Family::BOTH {
+        Map::all().for_each(|map| map.describe(family, |set| batch.add_set(TRIAL, set)));
+    }
+    for chain in Chain::fixed() {
+        add_chain(&mut batch, TRIAL, chain, 1 << 14);
+    }
+    for family in Family::BOTH {
+        let forward = Forward {
+            family,
+            kind: Kind::Address,
+            view: View::Direct,
+            masquerade: Masquerade::UnlessPod,
+            sticky_secs: Some(1),
+            size: 2,
+        };
+        add_chain(&mut batch, TRIAL, Chain::Forward(forward), 1 << 14);
+    }
+    batch.delete_table(TRIAL);
+    batch
+}
 
 /// What a frontend's key consists of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

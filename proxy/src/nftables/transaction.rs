@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use keelson_netlink::nft::{Batch, Element, Value, Verdict};
+use keelson_netlink::nft::{Batch, Element, Table, Value, Verdict};
 
 use super::item::{Item, Key, Val};
 use super::layout::{Chain, Map, TABLE};
@@ -64,7 +64,7 @@ pub(crate) fn encode<'o>(
     let mut new_chains: Vec<Chain> = targets.difference(known).copied().collect();
     new_chains.sort_unstable();
     for chain in &new_chains {
-        add_chain(&mut batch, *chain, mark);
+        add_chain(&mut batch, TABLE, *chain, mark);
     }
     let names = targets.iter().map(|chain| (*chain, chain.to_string())).collect();
     // A value is changed by removing the element and adding it again: so removals first.
@@ -80,11 +80,11 @@ pub(crate) fn encode<'o>(
 }
 
 /// Makes a chain that is not a base chain, with its rules.
-pub(crate) fn add_chain(batch: &mut Batch, chain: Chain, mark: u32) {
+pub(crate) fn add_chain(batch: &mut Batch, table: Table<'_>, chain: Chain, mark: u32) {
     let name = chain.to_string();
-    batch.add_chain(TABLE, &name, chain.base());
+    batch.add_chain(table, &name, chain.base());
     for rule in chain.rules(mark) {
-        batch.add_rule(TABLE, &name, &rule);
+        batch.add_rule(table, &name, &rule);
     }
 }
 

@@ -1,21 +1,29 @@
 //! Flows that are under way when Services change, and the state after restarts and foreign hands.
-#![allow(clippy::unwrap_used, reason = "tests")]
-
-mod support;
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
 
-use keelson_proxy::backend::Backend;
+use crate::stage::*;
 use keelson_proxy::diff::advance;
 use keelson_proxy::model::{At, ServicePlan};
 use serde_json::json;
-use support::*;
 
-#[test]
-fn a_udp_client_with_one_port_moves_to_the_new_endpoint() {
+rows![
+    a_udp_client_with_one_port_moves_to_the_new_endpoint,
+    udp_that_began_before_the_endpoint_came_arrives,
+    a_flow_to_a_strangers_port_that_equals_a_node_port_is_left_alone,
+    an_established_connection_outlives_its_service,
+    a_service_that_changes_its_address_leaves_nothing_at_the_old_one,
+    two_services_with_the_same_external_address_take_turns,
+    a_restart_changes_nothing_and_damage_is_mended,
+    a_clean_up_leaves_nothing,
+    nft_lists_the_table_and_other_tables_do_not_matter,
+    a_service_that_the_kernel_refuses_does_not_hold_up_the_others,
+];
+
+fn a_udp_client_with_one_port_moves_to_the_new_endpoint(mode: Mode) {
     // Case 43.
-    let mut node = Node::new();
+    let mut node = Node::new(mode);
     let client = node.pod("client", 10);
     let _a = node.pod("a", 2).serving("UDP", 8080).serving("UDP", 9090);
     let _b = node.pod("b", 3).serving("UDP", 8080);
@@ -29,10 +37,10 @@ fn a_udp_client_with_one_port_moves_to_the_new_endpoint() {
         .map(|to| client.namespace.udp_socket(to))
         .into();
     let bystander = client.namespace.udp_socket("10.96.0.2:53");
-    assert_eq!(udp_exchange(&bystander, SILENCE).unwrap().server, "other");
+    assert_eq!(udp_exchange(&bystander, silence()).unwrap().server, "other");
     let all = |name: &str| {
         for socket in &sockets {
-            assert_eq!(udp_exchange(socket, SILENCE).unwrap().server, name);
+            assert_eq!(udp_exchange(socket, silence()).unwrap().server, name);
         }
     };
     all("a");
@@ -46,7 +54,7 @@ fn a_udp_client_with_one_port_moves_to_the_new_endpoint() {
     node.ready("dns", "UDP", 9090, &[2]);
     node.apply();
     all("a");
-    assert_eq!(udp_exchange(&bystander, SILENCE).unwrap().server, "other");
+    assert_eq!(udp_exchange(&bystander, silence()).unwrap().server, "other");
     assert_eq!(node.flows_removed, 6);
     // Case 45: an endpoint that terminates but serves keeps its flows.
     let going = json!({"ready": false, "serving": true, "terminating": true});
@@ -56,26 +64,24 @@ fn a_udp_client_with_one_port_moves_to_the_new_endpoint() {
     assert_eq!(node.flows_removed, 6);
 }
 
-#[test]
-fn udp_that_began_before_the_endpoint_came_arrives() {
+fn udp_that_began_before_the_endpoint_came_arrives(mode: Mode) {
     // Case 44.
-    let mut node = Node::new();
+    let mut node = Node::new(mode);
     let client = node.pod("client", 10);
     let _a = node.pod("a", 2).serving("UDP", 8080);
     let socket = client.namespace.udp_socket("10.96.0.1:53");
-    assert!(udp_exchange(&socket, SILENCE).is_err());
+    assert!(udp_exchange(&socket, silence()).is_err());
     node.service("dns", cluster_ip(1, "UDP", 53));
     node.apply();
-    assert!(udp_exchange(&socket, SILENCE).is_err());
+    assert!(udp_exchange(&socket, silence()).is_err());
     node.ready("dns", "UDP", 8080, &[2]);
     node.apply();
-    assert_eq!(udp_exchange(&socket, SILENCE).unwrap().server, "a");
+    assert_eq!(udp_exchange(&socket, silence()).unwrap().server, "a");
 }
 
-#[test]
-fn a_flow_to_a_strangers_port_that_equals_a_node_port_is_left_alone() {
+fn a_flow_to_a_strangers_port_that_equals_a_node_port_is_left_alone(mode: Mode) {
     // Case 46.
-    let mut node = Node::new();
+    let mut node = Node::new(mode);
     let client = node.pod("client", 10);
     let stranger = node.pod("stranger", 5).serving("UDP", 30053);
     let _pods = (node.pod("a", 2), node.pod("b", 3));
@@ -83,17 +89,16 @@ fn a_flow_to_a_strangers_port_that_equals_a_node_port_is_left_alone() {
     node.ready("dns", "UDP", 8080, &[2]);
     node.apply();
     let socket = client.namespace.udp_socket(&format!("{}:30053", stranger.v4));
-    assert!(udp_exchange(&socket, SILENCE).is_ok());
+    assert!(udp_exchange(&socket, silence()).is_ok());
     node.flows_removed = 0;
     node.ready("dns", "UDP", 8080, &[3]);
     node.apply();
     assert_eq!(node.flows_removed, 0);
 }
 
-#[test]
-fn an_established_connection_outlives_its_service() {
+fn an_established_connection_outlives_its_service(mode: Mode) {
     // Case 28 and 49.
-    let mut node = Node::new();
+    let mut node = Node::new(mode);
     let (client, server) = (node.pod("client", 10), node.pod("server", 2));
     let listener = server.namespace.run(|| TcpListener::bind("0.0.0.0:8080").unwrap());
     node.service("web", cluster_ip(1, "TCP", 80));
@@ -112,9 +117,8 @@ fn an_established_connection_outlives_its_service() {
     assert_eq!(&buffer, b"ping");
 }
 
-#[test]
-fn a_service_that_changes_its_address_leaves_nothing_at_the_old_one() {
-    let mut node = Node::new();
+fn a_service_that_changes_its_address_leaves_nothing_at_the_old_one(mode: Mode) {
+    let mut node = Node::new(mode);
     let client = node.pod("client", 10);
     let _one = node.pod("one", 2).serving("TCP", 8080);
     node.service("web", cluster_ip(1, "TCP", 80));
@@ -128,7 +132,7 @@ fn a_service_that_changes_its_address_leaves_nothing_at_the_old_one() {
     // Case 19: an ExternalName with a cluster IP left in it is no Service of ours.
     node.service("web", with(cluster_ip(2, "TCP", 80), json!({"type": "ExternalName"})));
     node.apply();
-    assert!(!node.ruleset().contains("10.96.0.2"));
+    assert!(client.namespace.tcp("10.96.0.2:80").is_err());
     node.service("web", cluster_ip(2, "TCP", 80));
     node.apply();
     assert!(client.namespace.tcp("10.96.0.2:80").is_ok());
@@ -142,12 +146,11 @@ fn a_service_that_changes_its_address_leaves_nothing_at_the_old_one() {
     });
     node.service_object(object);
     node.apply();
-    assert!(!node.ruleset().contains("10.96.0.2"));
+    assert!(client.namespace.tcp("10.96.0.2:80").is_err());
 }
 
-#[test]
-fn two_services_with_the_same_external_address_take_turns() {
-    let mut node = Node::new();
+fn two_services_with_the_same_external_address_take_turns(mode: Mode) {
+    let mut node = Node::new(mode);
     let _a = node.pod("a", 2).serving("TCP", 8080);
     let _b = node.pod("b", 3).serving("TCP", 8080);
     let external = json!({"externalIPs": ["198.51.100.1"]});
@@ -167,17 +170,58 @@ fn two_services_with_the_same_external_address_take_turns() {
     assert_eq!(servers(&node.outside, "198.51.100.1:80", 5), ["b"]);
 }
 
-fn directory_file(text: &str) -> tempfile::NamedTempFile {
-    let mut file = tempfile::NamedTempFile::new().unwrap();
-    file.write_all(text.as_bytes()).unwrap();
-    file
-}
-
-#[test]
-fn a_restart_changes_nothing_and_damage_is_mended() {
-    let mut node = Node::new();
+fn a_restart_changes_nothing_and_damage_is_mended(mode: Mode) {
+    let mut node = Node::new(mode);
     let client = node.pod("client", 10);
     let _one = node.pod("one", 2).serving("TCP", 8080);
+    many_kinds(&mut node);
+    node.apply();
+    assert_eq!(node.restart(), 0);
+    node.assert_as_planned();
+    for damage in damages(mode) {
+        let name = &damage.name;
+        assert!(!node.backend.as_mut().unwrap().disturbed().unwrap());
+        damage.inflict(&node.namespace);
+        assert!(node.backend.as_mut().unwrap().disturbed().unwrap(), "{name}");
+        assert_ne!(node.backend.as_mut().unwrap().verify(&node.plans).unwrap(), [], "{name}");
+        assert!(node.adopt() > 0, "{name}");
+        assert_eq!(client.namespace.tcp("10.96.0.1:80").unwrap().server, "one", "{name}");
+        assert_eq!(node.restart(), 0, "{name}");
+        node.assert_as_planned();
+    }
+    // A change just after somebody flushed everything.
+    damages(mode)[0].inflict(&node.namespace);
+    node.service("late", cluster_ip(99, "TCP", 80));
+    node.ready("late", "TCP", 8080, &[2]);
+    node.apply();
+    assert!(node.backend.as_mut().unwrap().disturbed().unwrap());
+    node.adopt();
+    assert_eq!(client.namespace.tcp("10.96.0.99:80").unwrap().server, "one");
+    assert_eq!(client.namespace.tcp("10.96.0.1:80").unwrap().server, "one");
+}
+
+fn a_clean_up_leaves_nothing(mode: Mode) {
+    let mut node = Node::new(mode);
+    let client = node.pod("client", 10);
+    let _one = node.pod("one", 2).serving("TCP", 8080);
+    many_kinds(&mut node);
+    node.apply();
+    assert!(client.namespace.tcp("10.96.0.1:80").is_ok());
+    // Also by a process that has programmed nothing itself.
+    let mut other = node.namespace.run(|| mode.open(BackendConfig::default()).unwrap());
+    other.cleanup().unwrap();
+    other.cleanup().unwrap();
+    assert!(client.namespace.tcp("10.96.0.1:80").is_err());
+    let mut fresh = Node::new(mode);
+    let of = |node: &mut Node| node.backend.as_mut().unwrap().verify(&node.plans).unwrap();
+    fresh.backend.as_mut().unwrap().cleanup().unwrap();
+    node.plans.clear();
+    // As on a node where there has never been a proxy.
+    assert_eq!(of(&mut node), of(&mut fresh));
+}
+
+/// Services of every kind that there is.
+fn many_kinds(node: &mut Node) {
     for last in 1..=20 {
         let name = format!("web{last}");
         let sticky = json!({"sessionAffinity": if last % 3 == 0 { "ClientIP" } else { "None" }});
@@ -188,67 +232,29 @@ fn a_restart_changes_nothing_and_damage_is_mended() {
         node.ready(&name, "TCP", 8080, &pods);
     }
     node.ready("web1", "TCP", 8080, &[2]);
+}
+
+fn nft_lists_the_table_and_other_tables_do_not_matter(mode: Mode) {
+    if mode != Mode::Nftables {
+        skip("only nftables has such a table");
+    }
+    let mut node = Node::new(mode);
+    many_kinds(&mut node);
     node.apply();
-    assert_eq!(node.restart(), 0);
     // Debian's nft can list every kind of chain.
-    let listing = node.ruleset();
+    let listing = node.namespace.output("nft", &["list", "table", "inet", "keelson-proxy"]);
     for chain in ["service4-hide-others-sticky10800-of-", "node-port6-hide-of-", "-inside-of-"] {
         assert!(listing.contains(chain), "{chain} is not in {listing}");
     }
-
-    let of_another_version = directory_file(
-        "delete table inet keelson-proxy\n\
-         table inet keelson-proxy { set services4 { type mark; }; chain old { accept; }; }\n",
-    );
-    let damages: [&[&str]; 9] = [
-        &["flush", "ruleset"],
-        &["delete", "table", "inet", "keelson-proxy"],
-        &["-f", of_another_version.path().to_str().unwrap()],
-        &["flush", "chain", "inet", "keelson-proxy", "find-service4"],
-        &["flush", "map", "inet", "keelson-proxy", "endpoints4"],
-        &["flush", "map", "inet", "keelson-proxy", "services4"],
-        &["flush", "set", "inet", "keelson-proxy", "cluster-cidrs4"],
-        &["delete", "chain", "inet", "keelson-proxy", "prerouting"],
-        &[
-            "add",
-            "element",
-            "inet",
-            "keelson-proxy",
-            "services4",
-            "{ 10.96.9.9 . tcp . 80 : drop }",
-        ],
-    ];
-    for damage in damages {
-        let backend = node.backend.as_mut().unwrap();
-        assert!(!backend.disturbed().unwrap());
-        if damage[0] == "delete" && damage[1] == "chain" {
-            let chain = ["flush", "chain", "inet", "keelson-proxy", "prerouting"];
-            node.namespace.output("nft", &chain);
-        }
-        node.namespace.output("nft", damage);
-        assert!(node.backend.as_mut().unwrap().disturbed().unwrap(), "{damage:?}");
-        assert!(node.adopt() > 0, "{damage:?}");
-        assert_eq!(client.namespace.tcp("10.96.0.1:80").unwrap().server, "one", "{damage:?}");
-        assert_eq!(node.restart(), 0, "{damage:?}");
-    }
-    // Others may change their own tables as they like.
+    assert!(!node.backend.as_mut().unwrap().disturbed().unwrap());
     node.namespace.output("nft", &["add", "table", "inet", "other"]);
     assert!(!node.backend.as_mut().unwrap().disturbed().unwrap());
-    // A change on a table that somebody just flushed.
-    node.namespace.output("nft", &["flush", "ruleset"]);
-    node.service("late", cluster_ip(99, "TCP", 80));
-    node.ready("late", "TCP", 8080, &[2]);
-    node.apply();
-    assert_eq!(client.namespace.tcp("10.96.0.99:80").unwrap().server, "one");
-    assert_eq!(client.namespace.tcp("10.96.0.1:80").unwrap().server, "one");
-    // Nothing is left after a clean-up.
     node.backend.as_mut().unwrap().cleanup().unwrap();
     assert!(!node.namespace.output("nft", &["list", "tables"]).contains("keelson"));
 }
 
-#[test]
-fn a_service_that_the_kernel_refuses_does_not_hold_up_the_others() {
-    let mut node = Node::new();
+fn a_service_that_the_kernel_refuses_does_not_hold_up_the_others(mode: Mode) {
+    let mut node = Node::new(mode);
     let client = node.pod("client", 10);
     let _one = node.pod("one", 2).serving("TCP", 8080);
     for last in 1..=3 {

@@ -1,17 +1,16 @@
 //! The whole proxy against an API server that only knows lists and watches.
-#![allow(clippy::unwrap_used, reason = "tests")]
-
-mod support;
 
 use std::sync::mpsc;
 
+use crate::stage::api::{api_server, kubeconfig};
+use crate::stage::*;
 use keelson_proxy::{LocalSources, ProxyConfig, run_with};
 use serde_json::{Value, json};
-use support::api::{api_server, kubeconfig};
-use support::*;
 use tokio::net::TcpListener;
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
+
+rows![services_of_an_api_server_answer_and_follow_its_events,];
 
 fn service(name: &str, spec: Value) -> Value {
     json!({"metadata": {"namespace": "default", "name": name, "resourceVersion": "2"}, "spec": spec})
@@ -46,9 +45,8 @@ fn eventually(from: &Namespace, to: &str) -> Answer {
     panic!("{to} never answered");
 }
 
-#[test]
-fn services_of_an_api_server_answer_and_follow_its_events() {
-    let mut node = Node::new();
+fn services_of_an_api_server_answer_and_follow_its_events(mode: Mode) {
+    let mut node = Node::new(mode);
     node.backend = None;
     let client = node.pod("client", 10);
     let _server = node.pod("one", 2).serving("TCP", 8080);
@@ -79,6 +77,7 @@ fn services_of_an_api_server_answer_and_follow_its_events() {
                     let config = ProxyConfig {
                         kubeconfig: Some(path),
                         node_name: "here".to_owned(),
+                        modes: Mode::candidates(mode.name()).unwrap(),
                         local_sources: LocalSources::Cidrs(vec!["10.66.0.0/16".parse().unwrap()]),
                         ..ProxyConfig::default()
                     };
@@ -101,13 +100,13 @@ fn services_of_an_api_server_answer_and_follow_its_events() {
         events.send(("endpointslices".to_owned(), added(slice("two", "10.66.0.2")))).unwrap();
         assert_eq!(eventually(&client.namespace, "10.96.0.2:80").server, "one");
 
-        // Somebody flushes the ruleset.
-        node.namespace.output("nft", &["flush", "ruleset"]);
+        // Somebody flushes everything.
+        damages(mode)[0].inflict(&node.namespace);
         assert_eq!(eventually(&client.namespace, "10.96.0.1:80").server, "one");
 
-        let health = node.namespace.output("curl", &["-sS", "http://127.0.0.1:10256/healthz"]);
+        let health = node.namespace.get("127.0.0.1:10256", "/healthz");
         assert!(health.contains("\"nodeEligible\":true"), "{health}");
-        let metrics = node.namespace.output("curl", &["-sS", "http://127.0.0.1:10249/metrics"]);
+        let metrics = node.namespace.get("127.0.0.1:10249", "/metrics");
         for name in
             ["kubeproxy_sync_proxy_rules_duration_seconds_count", "keelson_proxy_repairs_total 1"]
         {

@@ -1,13 +1,12 @@
 //! Random histories against the real kernel: whatever happened, a new start finds nothing to do.
-#![allow(clippy::unwrap_used, reason = "tests")]
 
-mod support;
-
+use crate::stage::*;
 use keelson_proxy::diff::{Plans, advance};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use serde_json::json;
-use support::*;
+
+rows![any_history_leaves_the_kernel_as_a_new_start_would_want_it,];
 
 #[derive(Clone, Debug)]
 enum Step {
@@ -103,12 +102,11 @@ fn perform(node: &mut Node, step: &Step) {
     }
 }
 
-#[test]
-fn any_history_leaves_the_kernel_as_a_new_start_would_want_it() {
+fn any_history_leaves_the_kernel_as_a_new_start_would_want_it(mode: Mode) {
     let mut runner =
         TestRunner::new(Config { cases: 40, failure_persistence: None, ..Config::default() });
     let steps = proptest::collection::vec(step(), 1..30);
-    let node = std::cell::RefCell::new(Node::new());
+    let node = std::cell::RefCell::new(Node::new(mode));
     runner
         .run(&steps, |steps| {
             let node = &mut *node.borrow_mut();

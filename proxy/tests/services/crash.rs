@@ -1,16 +1,18 @@
 //! The real binary, killed with SIGKILL at random moments while it programs.
-#![allow(clippy::unwrap_used, reason = "tests")]
 
-mod support;
-
-use std::process::{Command, Stdio};
+use std::path::Path;
+use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
+use crate::stage::api::{api_server, kubeconfig};
+use crate::stage::*;
+use keelson_proxy::{LocalSources, ProxyConfig};
 use serde_json::{Value, json};
-use support::api::{api_server, kubeconfig};
-use support::*;
 use tokio::net::TcpListener;
 use tokio::sync::broadcast;
+use tokio_util::sync::CancellationToken;
+
+rows![killed_at_any_moment_it_goes_on_where_it_was,];
 
 const SERVICES: u16 = 1500;
 
@@ -31,9 +33,36 @@ fn objects(number: u16) -> (Value, Value) {
     (service, slice)
 }
 
-#[test]
-fn killed_at_any_moment_it_goes_on_where_it_was() {
-    let mut node = Node::new();
+/// The argument that makes this program a proxy to be killed.
+const VICTIM: &str = "--be-the-proxy";
+
+pub(crate) fn is_victim() -> bool {
+    std::env::args().nth(1).as_deref() == Some(VICTIM)
+}
+
+fn victim(mode: Mode, kubeconfig: &Path) -> Command {
+    let mut command = Command::new("/proc/self/exe");
+    command.arg(VICTIM).arg(mode.name()).arg(kubeconfig).stderr(Stdio::null());
+    command
+}
+
+/// The whole proxy, until somebody kills it.
+pub(crate) fn be_victim() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(2).collect();
+    let config = ProxyConfig {
+        kubeconfig: Some(arguments[1].clone().into()),
+        node_name: "here".to_owned(),
+        modes: Mode::candidates(&arguments[0]).unwrap(),
+        local_sources: LocalSources::Cidrs(vec!["10.66.0.0/16".parse().unwrap()]),
+        ..ProxyConfig::default()
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(keelson_proxy::run(config, CancellationToken::new())).unwrap();
+    ExitCode::SUCCESS
+}
+
+fn killed_at_any_moment_it_goes_on_where_it_was(mode: Mode) {
+    let mut node = Node::new(mode);
     node.backend = None;
     let client = node.pod("client", 10);
     let _one = node.pod("one", 2).serving("TCP", 8080);
@@ -65,24 +94,14 @@ fn killed_at_any_moment_it_goes_on_where_it_was() {
         let stop = stop;
         let mut random = 0x2545_f491_u32;
         for round in 0..25 {
-            let mut command = Command::new("nsenter");
-            command
-                .arg(format!("--net=/run/netns/{}", namespace.name))
-                .arg(env!("CARGO_BIN_EXE_keelson-proxy"))
-                .arg(format!("--kubeconfig={}", path.display()))
-                .args(["--hostname-override=here", "--cluster-cidr=10.66.0.0/16"])
-                .stderr(Stdio::null());
-            let mut proxy = command.spawn().unwrap();
+            let mut proxy = namespace.run(|| victim(mode, &path).spawn().unwrap());
             random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             // The moment is what is random here; nothing waits for it.
             std::thread::sleep(Duration::from_millis(u64::from(random >> 16) % 350));
             proxy.kill().unwrap();
             proxy.wait().unwrap();
             if round % 4 == 3 {
-                let damage = ["flush", "map", "inet", "keelson-proxy", "service-pools4"];
-                let mut nft = Command::new("nsenter");
-                nft.arg(format!("--net=/run/netns/{}", namespace.name)).arg("nft").args(damage);
-                nft.stderr(Stdio::null()).status().unwrap();
+                damages(mode)[0].inflict(namespace);
             }
         }
         drop(stop);

@@ -1,18 +1,24 @@
 //! What Services do to real packets: clients in pods, on the node and outside.
-#![allow(clippy::unwrap_used, reason = "tests")]
-
-mod support;
 
 use std::io::ErrorKind;
 
+use crate::stage::*;
 use keelson_proxy::model::NodeFacts;
-use keelson_proxy::nftables::NftablesConfig;
 use serde_json::json;
-use support::*;
 
-#[test]
-fn a_cluster_ip_reaches_its_endpoints_from_everywhere() {
-    let mut node = Node::new();
+rows![
+    a_cluster_ip_reaches_its_endpoints_from_everywhere,
+    a_node_port_answers_on_the_nodes_addresses_and_hides_the_client,
+    node_ports_answer_only_on_the_chosen_addresses,
+    several_named_ports_lead_to_their_own_target_ports,
+    without_endpoints_clients_are_refused_at_once,
+    a_pod_reaches_itself_through_its_service,
+    all_endpoints_get_their_share,
+    masquerade_follows_the_configuration,
+];
+
+fn a_cluster_ip_reaches_its_endpoints_from_everywhere(mode: Mode) {
+    let mut node = Node::new(mode);
     let client = node.pod("client", 10);
     let _one = node.pod("one", 2).serving("TCP", 8080).serving("UDP", 8080);
     for protocol in ["TCP", "UDP"] {
@@ -38,9 +44,8 @@ fn a_cluster_ip_reaches_its_endpoints_from_everywhere() {
     }
 }
 
-#[test]
-fn a_node_port_answers_on_the_nodes_addresses_and_hides_the_client() {
-    let mut node = Node::new();
+fn a_node_port_answers_on_the_nodes_addresses_and_hides_the_client(mode: Mode) {
+    let mut node = Node::new(mode);
     let client = node.pod("client", 10);
     let _one = node.pod("one", 2).serving("TCP", 8080).serving("UDP", 9090);
     // Case 21: the same number for TCP and UDP.
@@ -78,13 +83,15 @@ fn a_node_port_answers_on_the_nodes_addresses_and_hides_the_client() {
     assert!(client.namespace.tcp("10.96.0.1:30080").is_err());
 }
 
-#[test]
-fn node_ports_answer_only_on_the_chosen_addresses() {
-    let mut node = Node::with(NftablesConfig {
-        node_port_ranges: vec![format!("{NODE4}/32").parse().unwrap()],
-        ..NftablesConfig::default()
-    });
-    node.namespace.ip("addr add 203.0.113.77/24 dev eth0");
+fn node_ports_answer_only_on_the_chosen_addresses(mode: Mode) {
+    let mut node = Node::with(
+        mode,
+        BackendConfig {
+            node_port_ranges: vec![format!("{NODE4}/32").parse().unwrap()],
+            ..BackendConfig::default()
+        },
+    );
+    node.namespace.address("eth0", "203.0.113.77/24");
     let _one = node.pod("one", 2).serving("TCP", 8080);
     node.service("web", node_port(cluster_ip(1, "TCP", 80), 30080));
     node.ready("web", "TCP", 8080, &[2]);
@@ -95,10 +102,9 @@ fn node_ports_answer_only_on_the_chosen_addresses() {
     assert!(node.outside.tcp(&format!("[{NODE6}]:30080")).is_ok());
 }
 
-#[test]
-fn several_named_ports_lead_to_their_own_target_ports() {
+fn several_named_ports_lead_to_their_own_target_ports(mode: Mode) {
     // Case 17: the target port's name stands for 8080 in one pod and 9090 in the other.
-    let mut node = Node::new();
+    let mut node = Node::new(mode);
     let client = node.pod("client", 10);
     let _a = node.pod("a", 2).serving("TCP", 8080).serving("TCP", 7000);
     let _b = node.pod("b", 3).serving("TCP", 9090);
@@ -115,9 +121,8 @@ fn several_named_ports_lead_to_their_own_target_ports() {
     assert_eq!(servers(&client.namespace, "10.96.0.1:81", 10), ["a"]);
 }
 
-#[test]
-fn without_endpoints_clients_are_refused_at_once() {
-    let mut node = Node::new();
+fn without_endpoints_clients_are_refused_at_once(mode: Mode) {
+    let mut node = Node::new(mode);
     let client = node.pod("client", 10);
     let _one = node.pod("one", 2).serving("TCP", 8080).serving("UDP", 8080);
     for protocol in ["TCP", "UDP"] {
@@ -151,9 +156,8 @@ fn without_endpoints_clients_are_refused_at_once() {
     }
 }
 
-#[test]
-fn a_pod_reaches_itself_through_its_service() {
-    let mut node = Node::new();
+fn a_pod_reaches_itself_through_its_service(mode: Mode) {
+    let mut node = Node::new(mode);
     let one = node.pod("one", 2).serving("TCP", 8080).serving("UDP", 8080);
     for protocol in ["TCP", "UDP"] {
         let last = if protocol == "TCP" { 1 } else { 2 };
@@ -169,9 +173,8 @@ fn a_pod_reaches_itself_through_its_service() {
     }
 }
 
-#[test]
-fn all_endpoints_get_their_share() {
-    let mut node = Node::new();
+fn all_endpoints_get_their_share(mode: Mode) {
+    let mut node = Node::new(mode);
     let client = node.pod("client", 10);
     let _pods: Vec<Pod> = [(2, "a"), (3, "b"), (4, "c")]
         .map(|(n, name)| node.pod(name, n).serving("TCP", 8080))
@@ -185,11 +188,10 @@ fn all_endpoints_get_their_share() {
     assert_eq!(servers(&client.namespace, "10.96.0.1:80", 40), ["a", "c"]);
 }
 
-#[test]
-fn masquerade_follows_the_configuration() {
+fn masquerade_follows_the_configuration(mode: Mode) {
     // Nobody is known to be a pod: nobody is masqueraded on a ClusterIP.
-    let mut node = Node::with(NftablesConfig::default());
-    node.outside.ip(&format!("route add 10.66.0.0/24 via {NODE4}"));
+    let mut node = Node::with(mode, BackendConfig::default());
+    node.outside.route("10.66.0.0/24", NODE4);
     let client = node.pod("client", 10);
     let _one = node.pod("one", 2).serving("TCP", 8080);
     node.service("web", cluster_ip(1, "TCP", 80));

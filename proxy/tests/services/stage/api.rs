@@ -8,7 +8,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::broadcast;
 
 /// Writes a kubeconfig for it.
-pub fn kubeconfig(directory: &Path, port: u16) -> PathBuf {
+pub(crate) fn kubeconfig(directory: &Path, port: u16) -> PathBuf {
     let path = directory.join("kubeconfig");
     let text = json!({
         "apiVersion": "v1", "kind": "Config", "current-context": "c",
@@ -21,7 +21,7 @@ pub fn kubeconfig(directory: &Path, port: u16) -> PathBuf {
 }
 
 /// Answers lists with fixed objects and watches with the events that come through `events`.
-pub async fn api_server(
+pub(crate) async fn api_server(
     listener: TcpListener,
     lists: Value,
     events: broadcast::Sender<(String, Value)>,

@@ -1,0 +1,31 @@
+//! The behaviour suite: each row of it is one behaviour, and runs against every backend that this
+//! kernel can do, with real packets between network namespaces of its own.
+//!
+//! `cargo test -p keelson-proxy --test services -- [FILTER...] [--backend NAME] [--test-threads N]`.
+//! A filter is part of `backend::file::behaviour`. The binary needs nothing but a kernel with /proc:
+//! it also runs as it is in a virtual machine.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, reason = "tests")]
+
+mod behaviour;
+mod crash;
+mod flows;
+mod harness;
+mod policies;
+mod sequences;
+mod stage;
+mod whole;
+
+use std::process::ExitCode;
+
+use harness::Row;
+
+/// Every behaviour, by file.
+const ROWS: [&[Row]; 6] =
+    [behaviour::ROWS, policies::ROWS, flows::ROWS, whole::ROWS, sequences::ROWS, crash::ROWS];
+
+fn main() -> ExitCode {
+    if crash::is_victim() {
+        return crash::be_victim();
+    }
+    harness::run(&ROWS.concat())
+}

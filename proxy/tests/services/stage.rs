@@ -1,0 +1,29 @@
+//! What the rows play on: a node with pods and an outside host, each in a network namespace of its own
+//! that vanishes with the process.
+#![allow(dead_code, reason = "not every part is used in every version of the suite")]
+
+pub(crate) mod api;
+mod damage;
+mod namespace;
+mod node;
+mod objects;
+mod pod;
+
+pub(crate) use crate::harness::{rows, silence, skip};
+pub(crate) use damage::damages;
+pub(crate) use keelson_proxy::backend::{BackendConfig, Mode, PodSources};
+pub(crate) use namespace::Namespace;
+pub(crate) use node::{NODE4, NODE6, Node, OUTSIDE4};
+pub(crate) use objects::{cluster_ip, node_port, servers, slice, with};
+pub(crate) use pod::{Answer, Pod, udp_exchange};
+
+/// An error with its sources.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}

@@ -1,0 +1,87 @@
+//! Network namespaces, links, addresses and routes, over netlink: no `ip` is needed.
+
+use std::process::Command;
+
+use ipnetwork::IpNetwork;
+use keelson_netlink::netns::Netns;
+use keelson_netlink::route::{Route, Rtnl, VethEnd, VethPair};
+use std::os::fd::AsFd;
+
+/// A network namespace.
+pub(crate) struct Namespace {
+    netns: Netns,
+}
+
+impl Namespace {
+    pub(crate) fn new() -> Self {
+        let namespace = Namespace { netns: Netns::anonymous().unwrap() };
+        namespace.rtnl().set_up("lo").unwrap();
+        // Addresses are usable at once.
+        for (sysctl, value) in [("all/accept_dad", "0"), ("default/accept_dad", "0")] {
+            namespace.set(&format!("ipv6/conf/{sysctl}"), value);
+        }
+        // Every refusal is told, however many there are.
+        namespace.set("ipv4/icmp_ratelimit", "0");
+        namespace.set("ipv6/icmp/ratelimit", "0");
+        namespace
+    }
+
+    pub(crate) fn rtnl(&self) -> Rtnl {
+        Rtnl::open_in(&self.netns).unwrap()
+    }
+
+    fn index(&self, link: &str) -> u32 {
+        self.rtnl().link(link).unwrap().unwrap_or_else(|| panic!("no link {link}")).index
+    }
+
+    /// A cable to another namespace, plugged in and up at both ends.
+    pub(crate) fn connect(&self, near: &str, other: &Namespace, far: &str) {
+        let pair = VethPair {
+            near: VethEnd { name: near, mac: None, netns: None },
+            far: VethEnd { name: far, mac: None, netns: Some(other.netns.as_fd()) },
+            mtu: None,
+        };
+        self.rtnl().create_veth(&pair).unwrap();
+        other.rtnl().set_up(far).unwrap();
+    }
+
+    /// Gives a link an address such as `10.0.0.1/24`.
+    pub(crate) fn address(&self, link: &str, address: &str) {
+        let network: IpNetwork = address.parse().unwrap();
+        self.rtnl().ensure_address(self.index(link), network).unwrap();
+    }
+
+    /// A route by way of a neighbour.
+    pub(crate) fn route(&self, destination: &str, gateway: &str) {
+        let route = Route {
+            gateway: Some(gateway.parse().unwrap()),
+            ..Route::to(destination.parse().unwrap())
+        };
+        self.rtnl().ensure_route(&route).unwrap();
+    }
+
+    /// A route to what is at the other end of a link.
+    pub(crate) fn route_on(&self, address: &str, link: &str) {
+        let route = Route::host(address.parse().unwrap(), self.index(link));
+        self.rtnl().ensure_route(&route).unwrap();
+    }
+
+    /// Runs `work` on a thread inside the namespace. Sockets that it opens stay there.
+    pub(crate) fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        self.netns.run(work).unwrap()
+    }
+
+    /// What a program prints that runs inside; it must be there and succeed.
+    pub(crate) fn output(&self, program: &str, arguments: &[&str]) -> String {
+        let output = self.run(|| Command::new(program).args(arguments).output());
+        let output = output.unwrap_or_else(|error| panic!("{program}: {error}"));
+        assert!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    pub(crate) fn set(&self, sysctl: &str, value: &str) {
+        let path = format!("/proc/sys/net/{sysctl}");
+        // /proc/sys/net shows the namespace of the thread that opens it.
+        self.run(|| std::fs::write(&path, value).unwrap_or_else(|e| panic!("{path}: {e}")));
+    }
+}
