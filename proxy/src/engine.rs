@@ -401,10 +401,16 @@ fn node_addresses(config: &ProxyConfig, node: Option<&Node>) -> Vec<std::net::Ip
     ips.filter_map(|address| parse_address(&address.address)).collect()
 }
 
+fn zone(node: &Node) -> Option<String> {
+    const LABEL: &str = "topology.kubernetes.io/zone";
+    node.metadata.labels.as_ref()?.get(LABEL).filter(|zone| !zone.is_empty()).cloned()
+}
+
 fn node_facts(config: &ProxyConfig, node: Option<&Node>) -> NodeFacts {
     NodeFacts {
         name: config.node_name.clone(),
         addresses: node_addresses(config, node),
+        zone: node.and_then(zone),
         knows_pods: !cluster_cidrs(config, node).is_empty(),
         masquerade_all: config.masquerade_all,
     }

@@ -9,11 +9,13 @@ pub mod conntrack;
 pub mod diff;
 mod engine;
 pub mod flags;
+mod localhost;
 mod metrics;
 pub mod model;
 pub mod nftables;
 mod run;
 mod server;
+pub mod trace;
 mod watch;
 
 pub use config::{LocalSources, NodePortAddresses, ProxyConfig};

@@ -9,6 +9,7 @@
 //! Everything that Kubernetes says about Services is decided here and only here. A change marks the
 //! Services that it concerns; only those are planned anew, so work follows the change.
 
+mod endpoints;
 pub mod objects;
 mod plan;
 mod routes;
@@ -22,8 +23,9 @@ use std::net::IpAddr;
 
 use objects::{EndpointSlice, Service};
 use service::ServiceFacts;
-use slice::SliceFacts;
+use slice::{SliceFacts, SliceReader};
 
+pub use endpoints::{Reason, Verdict};
 pub use plan::{
     At, Endpoint, Family, Frontend, FrontendKey, Masquerade, PortPlan, Protocol, Route, Scope,
     ServiceKey, ServicePlan, Target,
@@ -37,6 +39,8 @@ pub struct NodeFacts {
     pub name: String,
     /// The node's addresses.
     pub addresses: Vec<IpAddr>,
+    /// The node's zone, by which hints are followed.
+    pub zone: Option<String>,
     /// Pods can be told from other sources (the cluster's pod ranges are known).
     pub knows_pods: bool,
     /// Masquerade all traffic to ClusterIPs.
@@ -55,12 +59,22 @@ enum Claim {
 #[derive(Debug, Default)]
 pub struct Model {
     node: NodeFacts,
+    reader: SliceReader,
     services: HashMap<ServiceKey, ServiceFacts>,
     slices: HashMap<ServiceKey, Vec<SliceFacts>>,
     slice_owners: HashMap<Box<str>, ServiceKey>,
     claims: HashMap<FrontendKey, Claim>,
     dirty: HashSet<ServiceKey>,
     problems: Vec<Problem>,
+}
+
+/// What a load balancer's health check shall learn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HealthCheck {
+    /// The healthCheckNodePort.
+    pub port: u16,
+    /// Ready endpoints on this node: IPv4, IPv6.
+    pub ready_here: [usize; 2],
 }
 
 /// Something in an object that had to be left out.
@@ -123,7 +137,7 @@ impl Model {
     /// An EndpointSlice was added or changed; it may have moved to another Service.
     pub fn apply_slice(&mut self, slice: &EndpointSlice) {
         let name = key_of(&slice.metadata);
-        let (facts, problems) = slice::read_slice(slice, &self.node.name);
+        let (facts, problems) = self.reader.read(slice, &self.node.name);
         self.note("EndpointSlice", &name, problems);
         let (Some(owner), Some(facts)) = (slice::owner(slice), facts) else {
             return self.delete_slice(&name);
@@ -207,6 +221,23 @@ impl Model {
             None => false,
         };
         Some(routes::plan_service(service, slices, &self.node, owns))
+    }
+
+    /// Where and what load balancers are told about a Service; nothing when it has no such port.
+    #[must_use]
+    pub fn health_check(&self, key: &ServiceKey) -> Option<HealthCheck> {
+        let port = self.services.get(key)?.health_check_port?;
+        let slices = self.slices.get(key).map_or(&[][..], Vec::as_slice);
+        let ready_here = Family::BOTH.map(|family| slice::ready_here(slices, family));
+        Some(HealthCheck { port, ready_here })
+    }
+
+    /// What was made of each endpoint of a Service port, and why.
+    #[must_use]
+    pub fn explain_endpoints(&self, key: &ServiceKey) -> Vec<Verdict> {
+        let Some(service) = self.services.get(key) else { return Vec::new() };
+        let slices = self.slices.get(key).map_or(&[][..], Vec::as_slice);
+        endpoints::explain(service, slices, &self.node)
     }
 
     /// All Services that have a plan.

@@ -37,6 +37,7 @@ use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
+use keelson_netlink::netns::{Netns, NetnsError};
 use keelson_netlink::nft::{Batch, Monitor, Nft, NftError};
 
 use crate::backend::{Applied, Backend, BackendConfig, BackendError, Difference};
@@ -61,6 +62,8 @@ pub enum NftablesError {
     Apply(#[source] NftError),
     #[error("cannot watch the ruleset")]
     Watch(#[source] NftError),
+    #[error(transparent)]
+    Namespace(#[from] NetnsError),
     #[error("cannot connect to nf_tables")]
     Open(#[source] NftError),
     #[error("this kernel's nf_tables lacks something that Services need")]
@@ -97,6 +100,8 @@ struct Programmed {
 /// The backend. Lives in the network namespace in which it was opened.
 pub struct Nftables {
     nft: Nft,
+    /// Where it was opened.
+    netns: Netns,
     monitor: Monitor,
     config: BackendConfig,
     programmed: HashMap<ServiceKey, Programmed>,
@@ -124,6 +129,7 @@ impl Nftables {
         let monitor = Monitor::open().map_err(NftablesError::Watch)?;
         Ok(Nftables {
             nft,
+            netns: Netns::current()?,
             monitor,
             config,
             programmed: HashMap::new(),
@@ -267,7 +273,7 @@ impl Nftables {
         &mut self,
         parts: impl IntoIterator<Item = &'o Operations>,
     ) -> Result<usize, NftablesError> {
-        let (batch, new_chains) = encode(parts, &self.chains, self.config.mark());
+        let (batch, new_chains) = encode(parts, &self.chains, &self.config);
         let operations = batch.operations();
         self.send(batch)?;
         self.chains.extend(new_chains);
@@ -303,6 +309,7 @@ fn all_items(programmed: Option<&Programmed>) -> Vec<Item> {
         for (port, pools) in programmed.plan.ports.iter().zip(&programmed.pools) {
             items_of(port, pools, &mut items);
         }
+        items.extend(programmed.plan.guarded.iter().map(|address| guard_item(*address)));
     }
     items.sort_unstable();
     items
@@ -312,6 +319,17 @@ fn all_items(programmed: Option<&Programmed>) -> Vec<Item> {
 fn is_out_of_step(error: &NftablesError) -> bool {
     let NftablesError::Apply(source) = error else { return false };
     matches!(source.errno(), Some(libc::ENOENT | libc::EEXIST | libc::EBUSY))
+}
+
+/// A ClusterIP whose other ports are refused.
+fn guard_item(address: IpAddr) -> item::Item {
+    item::Item {
+        family: crate::model::Family::of(address),
+        map: layout::Map::ClusterIps,
+        key: item::Key::new().address(address),
+        last: None,
+        val: item::Val::None,
+    }
 }
 
 fn hairpin_item(address: IpAddr) -> item::Item {
@@ -327,6 +345,9 @@ fn hairpin_item(address: IpAddr) -> item::Item {
 impl Backend for Nftables {
     fn adopt(&mut self, plans: &Plans) -> Result<Applied, BackendError> {
         const ATTEMPTS: u32 = 5;
+        if self.config.localhost_node_ports {
+            crate::localhost::open(&self.netns);
+        }
         self.suspicious = false;
         for attempt in 1.. {
             self.isolating = attempt == ATTEMPTS;

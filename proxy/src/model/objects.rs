@@ -32,6 +32,7 @@ pub struct ServiceSpec {
     pub external_traffic_policy: Option<String>,
     pub internal_traffic_policy: Option<String>,
     pub load_balancer_source_ranges: Option<Vec<String>>,
+    pub health_check_node_port: Option<i64>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -91,6 +92,21 @@ pub struct Endpoint {
     pub addresses: Vec<String>,
     pub conditions: Option<EndpointConditions>,
     pub node_name: Option<String>,
+    pub hints: Option<EndpointHints>,
+}
+
+/// Who shall use an endpoint, in the opinion of the EndpointSlice controller.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct EndpointHints {
+    pub for_zones: Option<Vec<Named>>,
+    pub for_nodes: Option<Vec<Named>>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Named {
+    pub name: String,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -107,6 +123,20 @@ pub struct EndpointPort {
     pub name: Option<String>,
     pub protocol: Option<String>,
     pub port: Option<i64>,
+}
+
+/// A ServiceCIDR as the API server sends it.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ServiceCidr {
+    pub metadata: ObjectMeta,
+    pub spec: ServiceCidrSpec,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ServiceCidrSpec {
+    pub cidrs: Option<Vec<String>>,
 }
 
 /// A Node as the API server sends it.

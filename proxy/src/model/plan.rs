@@ -117,6 +117,7 @@ pub struct FrontendKey {
 impl fmt::Display for FrontendKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.at {
+            At::Address(address) if self.port == 0 => write!(f, "all of {address}"),
             At::Address(address) => {
                 write!(f, "{}/{}", SocketAddr::new(address, self.port), self.protocol)
             }
@@ -204,4 +205,7 @@ impl PortPlan {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ServicePlan {
     pub ports: Box<[PortPlan]>,
+    /// Its ClusterIPs, which nobody else uses: connections to a port there that is no frontend are
+    /// refused. An address is in one Service's list only.
+    pub guarded: Box<[IpAddr]>,
 }

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use ipnetwork::IpNetwork;
 
 use super::NodeFacts;
+use super::endpoints::{self, Lists};
 use super::plan::{
     At, Endpoint, Family, Frontend, FrontendKey, Masquerade, PortPlan, Protocol, Route, Scope,
     ServicePlan, Target,
@@ -15,12 +16,18 @@ use super::slice::{EndpointState, SliceFacts, endpoints_of};
 
 /// Every frontend that the Service asks for, whether or not another Service has it already.
 pub(crate) fn frontend_keys(service: &ServiceFacts) -> impl Iterator<Item = FrontendKey> {
-    service.ports.iter().flat_map(move |port| {
+    let guards = service.cluster_ips.iter().map(|address| guard_key(*address));
+    guards.chain(service.ports.iter().flat_map(move |port| {
         let families = Family::BOTH.into_iter().filter(|f| service.cluster_ip(*f).is_some());
         families.flat_map(move |family| {
             asked_for(service, port, family).into_iter().map(|(key, _)| key)
         })
-    })
+    }))
+}
+
+/// Stands for all ports of a ClusterIP that are no frontend.
+fn guard_key(address: IpAddr) -> FrontendKey {
+    FrontendKey { at: At::Address(address), protocol: Protocol::Tcp, port: 0 }
 }
 
 /// Which policy a frontend follows.
@@ -71,7 +78,8 @@ pub(crate) fn plan_service(
             ports.push(plan_port(service, port, family, &mine, slices, node));
         }
     }
-    ServicePlan { ports: ports.into() }
+    let guarded = service.cluster_ips.iter().copied().filter(|address| owns(&guard_key(*address)));
+    ServicePlan { ports: ports.into(), guarded: guarded.collect() }
 }
 
 fn plan_port(
@@ -83,8 +91,7 @@ fn plan_port(
     node: &NodeFacts,
 ) -> PortPlan {
     let endpoints = endpoints_of(slices, family, &port.name, port.protocol);
-    let cluster = usable(&endpoints, |_| true);
-    let local = usable(&endpoints, |state| state.local);
+    let endpoints::Chosen { cluster, local } = endpoints::choose(&endpoints, node.zone.as_deref());
     let lists = Lists { cluster: !cluster.is_empty(), local: !local.is_empty() };
     let frontends: Box<[Frontend]> = mine
         .iter()
@@ -110,19 +117,6 @@ fn plan_port(
         local: local.into(),
         frontends,
     }
-}
-
-/// The ready ones; where there is none, those that terminate but still serve.
-fn usable(
-    endpoints: &[(Endpoint, EndpointState)],
-    counts: impl Fn(&EndpointState) -> bool,
-) -> Vec<Endpoint> {
-    let choose = |wanted: fn(&EndpointState) -> bool| {
-        let chosen = endpoints.iter().filter(|(_, state)| counts(state) && wanted(state));
-        chosen.map(|(endpoint, _)| *endpoint).collect::<Vec<_>>()
-    };
-    let ready = choose(|state| state.ready);
-    if ready.is_empty() { choose(|state| state.serving && state.terminating) } else { ready }
 }
 
 fn draining(
@@ -156,12 +150,6 @@ fn here(
         .collect();
     addresses.dedup();
     addresses.into()
-}
-
-#[derive(Clone, Copy)]
-struct Lists {
-    cluster: bool,
-    local: bool,
 }
 
 /// The table of destination and masquerade by source and policy.

@@ -23,6 +23,8 @@ pub(crate) struct ServiceFacts {
     pub(crate) affinity_secs: Option<u32>,
     pub(crate) external_local: bool,
     pub(crate) internal_local: bool,
+    /// Where load balancers ask whether endpoints are here.
+    pub(crate) health_check_port: Option<u16>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,6 +64,7 @@ pub(crate) fn read_service(service: &Service) -> (Option<ServiceFacts>, Vec<Stri
         affinity_secs: affinity_secs(service),
         external_local: spec.external_traffic_policy.as_deref() == Some("Local"),
         internal_local: spec.internal_traffic_policy.as_deref() == Some("Local"),
+        health_check_port: health_check_port(service, &mut problems),
     };
     (Some(facts), problems)
 }
@@ -138,6 +141,19 @@ fn source_ranges(service: &Service, problems: &mut Vec<String>) -> Vec<IpNetwork
         }
     }
     ranges
+}
+
+/// Only externalTrafficPolicy Local makes nodes differ, and so only it has such a port.
+fn health_check_port(service: &Service, problems: &mut Vec<String>) -> Option<u16> {
+    let spec = &service.spec;
+    let balanced = spec.kind.as_deref() == Some("LoadBalancer")
+        && spec.external_traffic_policy.as_deref() == Some("Local");
+    let number = spec.health_check_node_port.filter(|number| balanced && *number != 0)?;
+    let port = u16::try_from(number).ok();
+    if port.is_none() {
+        problems.push(format!("spec.healthCheckNodePort: {number} is not a port (1-65535)"));
+    }
+    port
 }
 
 fn affinity_secs(service: &Service) -> Option<u32> {

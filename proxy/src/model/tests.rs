@@ -9,6 +9,7 @@ fn node() -> NodeFacts {
     NodeFacts {
         name: "here".to_owned(),
         addresses: vec![[192, 168, 0, 2].into()],
+        zone: Some("a".to_owned()),
         knows_pods: true,
         masquerade_all: false,
     }

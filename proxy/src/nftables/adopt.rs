@@ -12,7 +12,7 @@ use keelson_netlink::nft::{Batch, ElementFound, NftError, SetFound};
 use super::item::{Item, Key, Pool, Pools, items_of, merged, pool_items};
 use super::layout::{Chain, Map, STAMP, TABLE, stamps_of};
 use super::transaction::Operations;
-use super::{Nftables, NftablesError, Pending, Programmed, hairpin_item};
+use super::{Nftables, NftablesError, Pending, Programmed, guard_item, hairpin_item};
 use crate::backend::{Applied, BackendConfig, Difference};
 use crate::diff::Plans;
 use crate::model::{Family, PortPlan, Scope, ServiceKey, ServicePlan};
@@ -107,6 +107,7 @@ impl Nftables {
                 items.push(hairpin_item(*address));
             }
         }
+        items.extend(plan.guarded.iter().map(|address| guard_item(*address)));
         let mut operations = Operations::default();
         for item in &items {
             observed.settle(item, &mut operations);
@@ -173,7 +174,9 @@ impl Nftables {
     fn try_observe(&mut self) -> Result<Observed, NftError> {
         let before = self.nft.generation()?;
         let mut observed = Observed::default();
-        let programmed = |map: &Map| !matches!(map, Map::ClusterCidrs | Map::NodePortAddresses);
+        let programmed = |map: &Map| {
+            !matches!(map, Map::ClusterCidrs | Map::NodePortAddresses | Map::ServiceRanges)
+        };
         for family in Family::BOTH {
             for map in Map::all().filter(programmed) {
                 self.nft.elements(TABLE, map.name(family), |element| {
@@ -240,6 +243,7 @@ impl Nftables {
                 let wanted = match map {
                     Map::ClusterCidrs => keys(self.config.pods.ranges(), family),
                     Map::NodePortAddresses => node_port_ranges(&self.config, family),
+                    Map::ServiceRanges => keys(&self.config.service_ranges, family),
                     _ => continue,
                 };
                 if exists && self.ranges(name)? == boundaries(&wanted) {
@@ -271,7 +275,7 @@ impl Nftables {
         batch: &mut Batch,
         usable: bool,
     ) -> Result<HashSet<Chain>, NftablesError> {
-        let mark = self.config.mark();
+        let config = self.config.clone();
         let mut found: HashMap<String, Vec<Option<Vec<u8>>>> = HashMap::new();
         if usable {
             for chain in self.nft.chains(TABLE).map_err(NftablesError::Observe)? {
@@ -293,13 +297,13 @@ impl Nftables {
         }
         for chain in &all {
             let name = chain.to_string();
-            let wanted = stamps_of(*chain, mark).into_iter().map(Some).collect::<Vec<_>>();
+            let wanted = stamps_of(*chain, &config).into_iter().map(Some).collect::<Vec<_>>();
             match found.get(&name) {
                 Some(rules) if *rules == wanted => continue,
                 Some(rules) if !rules.is_empty() => batch.flush_chain(TABLE, &name),
                 _ => {}
             }
-            for rule in chain.rules(mark) {
+            for rule in chain.rules(&config) {
                 batch.add_rule(TABLE, &name, &rule);
             }
         }
@@ -311,7 +315,7 @@ impl Nftables {
         let mut operations = 0;
         for chunk in items.chunks(super::OPERATIONS_PER_TRANSACTION) {
             let part = Operations { deletes: chunk.to_vec(), adds: Vec::new() };
-            let (batch, _) = super::transaction::encode([&part], &self.chains, self.config.mark());
+            let (batch, _) = super::transaction::encode([&part], &self.chains, &self.config);
             operations += batch.operations();
             self.send(batch)?;
         }

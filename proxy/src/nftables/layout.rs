@@ -9,6 +9,7 @@ use keelson_netlink::nft::{
 };
 
 use super::transaction::add_chain;
+use crate::backend::BackendConfig;
 use crate::model::{Family, Masquerade};
 pub(crate) use rules::stamps_of;
 
@@ -18,6 +19,9 @@ pub(crate) const TABLE: Table<'static> =
 /// Changes whenever a table of an older version cannot be repaired but must be made anew.
 pub(crate) const STAMP: &[u8] = b"keelson-proxy 1";
 
+/// `filter`: where others expect packets to be filtered.
+const PRIORITY_FILTER: i32 = 0;
+
 /// More clients than this are not remembered; they are served all the same.
 const AFFINITY_ENTRIES: u32 = 1 << 20;
 
@@ -26,13 +30,14 @@ const AFFINITY_ENTRIES: u32 = 1 << 20;
 pub(crate) fn trial() -> Batch {
     const TRIAL: Table<'static> =
         Table { family: keelson_netlink::nft::Family::Inet, name: "keelson-proxy-trial" };
+    let config = BackendConfig::default();
     let mut batch = Batch::new();
     batch.add_table(TRIAL);
     for family in Family::BOTH {
         Map::all().for_each(|map| map.describe(family, |set| batch.add_set(TRIAL, set)));
     }
     for chain in Chain::fixed() {
-        add_chain(&mut batch, TRIAL, chain, 1 << 14);
+        add_chain(&mut batch, TRIAL, chain, &config);
     }
     for family in Family::BOTH {
         let forward = Forward {
@@ -43,7 +48,7 @@ pub(crate) fn trial() -> Batch {
             sticky_secs: Some(1),
             size: 2,
         };
-        add_chain(&mut batch, TRIAL, Chain::Forward(forward), 1 << 14);
+        add_chain(&mut batch, TRIAL, Chain::Forward(forward), &config);
     }
     batch.delete_table(TRIAL);
     batch
@@ -91,6 +96,10 @@ pub(crate) enum Map {
     ClusterCidrs,
     /// Node addresses that serve node ports.
     NodePortAddresses,
+    /// The ranges that ClusterIPs come from.
+    ServiceRanges,
+    /// ClusterIPs: what is no frontend there is refused.
+    ClusterIps,
     /// Frontends that only some sources may use.
     Restricted,
     /// Those sources.
@@ -115,6 +124,8 @@ impl Map {
             Map::Hairpin,
             Map::ClusterCidrs,
             Map::NodePortAddresses,
+            Map::ServiceRanges,
+            Map::ClusterIps,
             Map::Restricted,
             Map::Allowed,
         ])
@@ -140,6 +151,8 @@ impl Map {
             Map::Hairpin => ["hairpin4", "hairpin6"],
             Map::ClusterCidrs => ["cluster-cidrs4", "cluster-cidrs6"],
             Map::NodePortAddresses => ["node-port-addresses4", "node-port-addresses6"],
+            Map::ServiceRanges => ["service-ranges4", "service-ranges6"],
+            Map::ClusterIps => ["cluster-ips4", "cluster-ips6"],
             Map::Restricted => ["restricted4", "restricted6"],
             Map::Allowed => ["allowed-sources4", "allowed-sources6"],
         };
@@ -170,9 +183,10 @@ impl Map {
             }),
             Map::Places => take(&Set::map(name, &[Field::Mark, Field::Mark], &[Field::Mark])),
             Map::Hairpin => take(&Set::new(name, &[ip, ip])),
-            Map::ClusterCidrs | Map::NodePortAddresses => {
+            Map::ClusterCidrs | Map::NodePortAddresses | Map::ServiceRanges => {
                 take(&Set { interval: true, ..Set::new(name, &[ip]) })
             }
+            Map::ClusterIps => take(&Set::new(name, &[ip])),
             Map::Restricted => take(&Set::new(name, &frontend)),
             Map::Allowed => {
                 let key = [ip, Field::Protocol, Field::Port, ip];
@@ -189,6 +203,10 @@ pub(crate) enum Chain {
     Prerouting,
     Output,
     Postrouting,
+    /// Packets for this host: nobody outside reaches 127.0.0.1.
+    Input,
+    /// Packets that pass through: those that connection tracking cannot place end here.
+    PassThrough,
     /// Look-up of a frontend.
     Services(Family),
     NodePorts(Family),
@@ -219,6 +237,8 @@ impl fmt::Display for Chain {
             Chain::Prerouting => write!(f, "prerouting"),
             Chain::Output => write!(f, "output"),
             Chain::Postrouting => write!(f, "postrouting"),
+            Chain::Input => write!(f, "input"),
+            Chain::PassThrough => write!(f, "forward"),
             Chain::Services(family) => write!(f, "find-service{}", number(family)),
             Chain::NodePorts(family) => write!(f, "find-node-port{}", number(family)),
             Chain::BySource(family, kind) => write!(f, "local-{}{}", kind.word(), number(family)),
@@ -269,6 +289,8 @@ impl Chain {
             Chain::Prerouting,
             Chain::Output,
             Chain::Postrouting,
+            Chain::Input,
+            Chain::PassThrough,
         ])
     }
 
@@ -305,12 +327,14 @@ impl Chain {
     }
 
     pub(crate) fn base(self) -> Option<Base> {
-        let (hook, priority) = match self {
-            Chain::Prerouting => (Hook::Prerouting, PRIORITY_DNAT),
-            Chain::Output => (Hook::Output, PRIORITY_DNAT),
-            Chain::Postrouting => (Hook::Postrouting, PRIORITY_SNAT),
+        let (kind, hook, priority) = match self {
+            Chain::Prerouting => (ChainKind::Nat, Hook::Prerouting, PRIORITY_DNAT),
+            Chain::Output => (ChainKind::Nat, Hook::Output, PRIORITY_DNAT),
+            Chain::Postrouting => (ChainKind::Nat, Hook::Postrouting, PRIORITY_SNAT),
+            Chain::Input => (ChainKind::Filter, Hook::Input, PRIORITY_FILTER),
+            Chain::PassThrough => (ChainKind::Filter, Hook::Forward, PRIORITY_FILTER),
             _ => return None,
         };
-        Some(Base { kind: ChainKind::Nat, hook, priority })
+        Some(Base { kind, hook, priority })
     }
 }

@@ -6,6 +6,7 @@ use keelson_netlink::nft::{Batch, Element, Table, Value, Verdict};
 
 use super::item::{Item, Key, Val};
 use super::layout::{Chain, Map, TABLE};
+use crate::backend::BackendConfig;
 use crate::model::Family;
 
 /// What one Service's change does to the maps.
@@ -44,7 +45,7 @@ impl Operations {
 pub(crate) fn encode<'o>(
     parts: impl IntoIterator<Item = &'o Operations>,
     known: &HashSet<Chain>,
-    mark: u32,
+    config: &BackendConfig,
 ) -> (Batch, HashSet<Chain>) {
     let mut deletes: BTreeMap<(Map, Family), Vec<&Item>> = BTreeMap::new();
     let mut adds: BTreeMap<(Map, Family), Vec<&Item>> = BTreeMap::new();
@@ -64,7 +65,7 @@ pub(crate) fn encode<'o>(
     let mut new_chains: Vec<Chain> = targets.difference(known).copied().collect();
     new_chains.sort_unstable();
     for chain in &new_chains {
-        add_chain(&mut batch, TABLE, *chain, mark);
+        add_chain(&mut batch, TABLE, *chain, config);
     }
     let names = targets.iter().map(|chain| (*chain, chain.to_string())).collect();
     // A value is changed by removing the element and adding it again: so removals first.
@@ -80,10 +81,10 @@ pub(crate) fn encode<'o>(
 }
 
 /// Makes a chain that is not a base chain, with its rules.
-pub(crate) fn add_chain(batch: &mut Batch, table: Table<'_>, chain: Chain, mark: u32) {
+pub(crate) fn add_chain(batch: &mut Batch, table: Table<'_>, chain: Chain, config: &BackendConfig) {
     let name = chain.to_string();
     batch.add_chain(table, &name, chain.base());
-    for rule in chain.rules(mark) {
+    for rule in chain.rules(config) {
         batch.add_rule(table, &name, &rule);
     }
 }

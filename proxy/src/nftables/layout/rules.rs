@@ -1,29 +1,35 @@
 //! The rules in the chains. Pure.
 
+mod forwarding;
+
 use std::hash::{Hash, Hasher};
-use std::time::Duration;
 
 use keelson_netlink::nft::{
-    CT_STATUS_DNAT, Compare, Conntrack, DESTINATION_PORT, Dynamic, FIB_LOCAL, FibAddress, Header,
-    IPV4_DESTINATION, IPV4_SOURCE, IPV6_DESTINATION, IPV6_SOURCE, Meta, Nat, Refusal, Register,
-    Rule, Verdict,
+    CT_ESTABLISHED, CT_INVALID, CT_RELATED, CT_STATUS_DNAT, Compare, Conntrack, DESTINATION_PORT,
+    FIB_LOCAL, FibAddress, Header, IPV4_DESTINATION, IPV4_SOURCE, IPV6_DESTINATION, IPV6_SOURCE,
+    Meta, Refusal, Register, Rule, Verdict,
 };
 
-use super::{Chain, Forward, Kind, Map};
-use crate::model::{Family, Masquerade};
+use super::{Chain, Kind, Map};
+use crate::backend::{BackendConfig, PodSources};
+use crate::model::Family;
+use forwarding::forward_rules;
 
 impl Chain {
-    /// The rules of the chain; `mark` is the bit of the packet mark that asks for masquerading.
-    pub(crate) fn rules(self, mark: u32) -> Vec<Rule> {
+    /// The rules of the chain.
+    pub(crate) fn rules(self, config: &BackendConfig) -> Vec<Rule> {
+        let mark = config.mark();
         let rules = match self {
             Chain::Prerouting | Chain::Output => entry_rules(),
             Chain::Postrouting => postrouting_rules(mark),
-            Chain::Services(family) => find_service_rules(family),
+            Chain::Input => input_rules(),
+            Chain::PassThrough => pass_through_rules(),
+            Chain::Services(family) => find_service_rules(family, config),
             Chain::NodePorts(family) => find_node_port_rules(family),
-            Chain::BySource(family, kind) => by_source_rules(family, kind, mark),
+            Chain::BySource(family, kind) => by_source_rules(family, kind, config),
             Chain::Sources(family) => source_rules(family),
             Chain::Reject => reject_rules(),
-            Chain::Forward(forward) => forward_rules(forward, mark),
+            Chain::Forward(forward) => forward_rules(forward, config),
         };
         rules.into_iter().map(stamped).collect()
     }
@@ -52,13 +58,13 @@ impl Hasher for Fnv {
 }
 
 /// The stamp that [`Chain::rules`] gave a rule.
-pub(crate) fn stamps_of(chain: Chain, mark: u32) -> Vec<Vec<u8>> {
+pub(crate) fn stamps_of(chain: Chain, config: &BackendConfig) -> Vec<Vec<u8>> {
     let stamp = |rule: &Rule| {
         let mut hasher = Fnv(0xcbf2_9ce4_8422_2325);
         rule.encoded().hash(&mut hasher);
         hasher.finish().to_be_bytes().to_vec()
     };
-    chain.rules(mark).iter().map(stamp).collect()
+    chain.rules(config).iter().map(stamp).collect()
 }
 
 fn address_registers(family: Family) -> u8 {
@@ -117,7 +123,7 @@ fn services_chain(family: Family) -> &'static str {
     if family == Family::V4 { "find-service4" } else { "find-service6" }
 }
 
-fn find_service_rules(family: Family) -> Vec<Rule> {
+fn find_service_rules(family: Family, config: &BackendConfig) -> Vec<Rule> {
     let v4 = family == Family::V4;
     let (key, _) = frontend(only(family), family, Kind::Address);
     let restricted = key
@@ -125,24 +131,86 @@ fn find_service_rules(family: Family) -> Vec<Rule> {
         .lookup(Map::Restricted.name(family), Register(0), false)
         .verdict(Verdict::Jump(if v4 { "check-source4" } else { "check-source6" }));
     let found = key.lookup_verdict(Map::Frontends(Kind::Address).name(family), Register(0));
-    // A node port answers on the node's own addresses except the loopback ones.
-    let local = destination(only(family), family, 0);
-    let local = if v4 {
-        local.bitwise(Register(0), Register(4), &[255, 0, 0, 0], &[0; 4]).compare(
-            Register(4),
-            Compare::NotEqual,
-            &[127, 0, 0, 0],
-        )
-    } else {
-        let loopback = std::net::Ipv6Addr::LOCALHOST.octets();
-        local.compare(Register(0), Compare::NotEqual, &loopback)
+    let in_set = |map: Map| {
+        destination(only(family), family, 0).lookup(map.name(family), Register(0), false)
     };
-    let local = local
-        .lookup(Map::NodePortAddresses.name(family), Register(0), false)
-        .fib_address_type(FibAddress::Destination, Register(4))
-        .compare(Register(4), Compare::Equal, &FIB_LOCAL.to_ne_bytes())
-        .verdict(Verdict::Goto(if v4 { "find-node-port4" } else { "find-node-port6" }));
-    vec![restricted, found, local]
+    let unknown_port = in_set(Map::ClusterIps).verdict(Verdict::Goto("reject-all"));
+    let nobody = in_set(Map::ServiceRanges).verdict(Verdict::Drop);
+    let mut rules = vec![restricted, found, unknown_port];
+    rules.extend(own_address_rules(family, config));
+    rules.push(nobody);
+    rules
+}
+
+/// A node port answers on the node's own addresses; on loopback ones only as far as the kernel can
+/// route them.
+fn own_address_rules(family: Family, config: &BackendConfig) -> Vec<Rule> {
+    let v4 = family == Family::V4;
+    let address = || destination(only(family), family, 0);
+    let find = if v4 { "find-node-port4" } else { "find-node-port6" };
+    let mut rules = Vec::new();
+    if v4 && config.localhost_node_ports {
+        rules.push(loopback(address(), Compare::Equal).verdict(Verdict::Goto(find)));
+    }
+    let elsewhere = match family {
+        Family::V4 => loopback(address(), Compare::NotEqual),
+        Family::V6 => {
+            let loopback = std::net::Ipv6Addr::LOCALHOST.octets();
+            address().compare(Register(0), Compare::NotEqual, &loopback)
+        }
+    };
+    rules.push(
+        elsewhere
+            .lookup(Map::NodePortAddresses.name(family), Register(0), false)
+            .fib_address_type(FibAddress::Destination, Register(4))
+            .compare(Register(4), Compare::Equal, &FIB_LOCAL.to_ne_bytes())
+            .verdict(Verdict::Goto(find)),
+    );
+    rules
+}
+
+/// Tests whether the IPv4 address in register 0 is in 127.0.0.0/8.
+fn loopback(rule: Rule, how: Compare) -> Rule {
+    rule.bitwise(Register(0), Register(4), &[255, 0, 0, 0], &[0; 4]).compare(
+        Register(4),
+        how,
+        &[127, 0, 0, 0],
+    )
+}
+
+/// Tests a bit mask of connection tracking.
+fn conntrack_has(rule: Rule, what: Conntrack, bits: u32, how: Compare) -> Rule {
+    let register = Register(0);
+    // "Has one of them" is "not equal to none".
+    rule.conntrack(what, register)
+        .bitwise(register, register, &bits.to_ne_bytes(), &[0; 4])
+        .compare(register, how, &[0; 4])
+}
+
+/// With `route_localnet` on, which node ports on 127.0.0.1 need, the kernel lets strangers on the same
+/// network send to 127.0.0.1 (CVE-2020-8558). Only answers may come.
+fn input_rules() -> Vec<Rule> {
+    let to_loopback = loopback(destination(only(Family::V4), Family::V4, 0), Compare::Equal);
+    let mut lo = [0; 16];
+    lo[..2].copy_from_slice(b"lo");
+    let from_elsewhere =
+        to_loopback.meta(Meta::InputName, Register(0)).compare(Register(0), Compare::NotEqual, &lo);
+    let known = CT_ESTABLISHED | CT_RELATED;
+    let unknown = conntrack_has(from_elsewhere, Conntrack::State, known, Compare::Equal);
+    let untranslated = conntrack_has(unknown, Conntrack::Status, CT_STATUS_DNAT, Compare::Equal);
+    vec![untranslated.verdict(Verdict::Drop)]
+}
+
+/// A packet outside the window of its connection is not translated back; the client would answer a
+/// server that it does not know with a reset, and so end the connection.
+fn pass_through_rules() -> Vec<Rule> {
+    let tcp = Rule::new().meta(Meta::TransportProtocol, Register(0)).compare(
+        Register(0),
+        Compare::Equal,
+        &[TCP],
+    );
+    let invalid = conntrack_has(tcp, Conntrack::State, CT_INVALID, Compare::NotEqual);
+    vec![invalid.verdict(Verdict::Drop)]
 }
 
 fn find_node_port_rules(family: Family) -> Vec<Rule> {
@@ -150,22 +218,68 @@ fn find_node_port_rules(family: Family) -> Vec<Rule> {
     vec![key.lookup_verdict(Map::Frontends(Kind::NodePort).name(family), Register(0))]
 }
 
-fn by_source_rules(family: Family, kind: Kind, mark: u32) -> Vec<Rule> {
+fn by_source_rules(family: Family, kind: Kind, config: &BackendConfig) -> Vec<Rule> {
     let inside = Map::Inside(kind).name(family);
-    let from_pod =
-        source(only(family), family, 0).lookup(Map::ClusterCidrs.name(family), Register(0), false);
-    let from_node = only(family).fib_address_type(FibAddress::Source, Register(0)).compare(
+    let from_node = set_mark(from_node(family), config.mark());
+    let follow = |rule, map: &str| frontend(rule, family, kind).0.lookup_verdict(map, Register(0));
+    let mut rules: Vec<Rule> =
+        from_pod(family, config).map(|from_pod| follow(from_pod, inside)).into_iter().collect();
+    rules.push(follow(from_node, inside));
+    rules.push(follow(only(family), Map::Outside(kind).name(family)));
+    rules
+}
+
+/// Tests that the source is the node itself.
+fn from_node(family: Family) -> Rule {
+    only(family).fib_address_type(FibAddress::Source, Register(0)).compare(
         Register(0),
         Compare::Equal,
         &FIB_LOCAL.to_ne_bytes(),
-    );
-    let from_node = set_mark(from_node, mark);
-    let follow = |rule, map: &str| frontend(rule, family, kind).0.lookup_verdict(map, Register(0));
-    vec![
-        follow(from_pod, inside),
-        follow(from_node, inside),
-        follow(only(family), Map::Outside(kind).name(family)),
-    ]
+    )
+}
+
+/// Tests that the source is a pod; nothing when pods are not known.
+fn from_pod(family: Family, config: &BackendConfig) -> Option<Rule> {
+    let rule = only(family);
+    Some(match &config.pods {
+        PodSources::Unknown => return None,
+        PodSources::Ranges(_) => {
+            source(rule, family, 0).lookup(Map::ClusterCidrs.name(family), Register(0), false)
+        }
+        PodSources::Bridge(_) | PodSources::InterfacePrefix(_) => {
+            came_in_through(rule, &config.pods, Compare::Equal)
+        }
+    })
+}
+
+fn came_in_through(rule: Rule, pods: &PodSources, how: Compare) -> Rule {
+    let mut name = [0; 16];
+    let (text, compared) = match pods {
+        PodSources::Bridge(text) => (text.as_str(), 16),
+        PodSources::InterfacePrefix(text) => (text.as_str(), text.len()),
+        PodSources::Unknown | PodSources::Ranges(_) => ("", 0),
+    };
+    // The kernel's names have at most 15 bytes.
+    let text = &text.as_bytes()[..text.len().min(15)];
+    name[..text.len()].copy_from_slice(text);
+    rule.meta(Meta::InputName, Register(0)).compare(Register(0), how, &name[..compared.min(16)])
+}
+
+/// Asks for masquerading unless the source is a pod.
+fn hide_others_rules(family: Family, config: &BackendConfig) -> Vec<Rule> {
+    let mark = config.mark();
+    match &config.pods {
+        PodSources::Unknown => vec![set_mark(only(family), mark)],
+        PodSources::Ranges(_) => {
+            let cidrs = Map::ClusterCidrs.name(family);
+            vec![set_mark(source(only(family), family, 0).lookup(cidrs, Register(0), true), mark)]
+        }
+        pods @ (PodSources::Bridge(_) | PodSources::InterfacePrefix(_)) => {
+            let other = came_in_through(only(family), pods, Compare::NotEqual);
+            // The node's own packets came in nowhere, so that older kernels skip the first rule.
+            vec![set_mark(other, mark), set_mark(from_node(family), mark)]
+        }
+    }
 }
 
 fn source_rules(family: Family) -> Vec<Rule> {
@@ -176,8 +290,9 @@ fn source_rules(family: Family) -> Vec<Rule> {
     vec![allowed, Rule::new().verdict(Verdict::Drop)]
 }
 
+const TCP: u8 = 6;
+
 fn reject_rules() -> Vec<Rule> {
-    const TCP: u8 = 6;
     let tcp = Rule::new().meta(Meta::TransportProtocol, Register(0)).compare(
         Register(0),
         Compare::Equal,
@@ -206,138 +321,4 @@ fn postrouting_rules(mark: u32) -> Vec<Rule> {
         addresses.lookup(Map::Hairpin.name(family), Register(0), false).masquerade()
     };
     vec![marked, hairpin(Family::V4), hairpin(Family::V6)]
-}
-
-fn forward_rules(forward: Forward, mark: u32) -> Vec<Rule> {
-    let mut rules = Vec::new();
-    match forward.masquerade {
-        Masquerade::Never => {}
-        Masquerade::Always => rules.push(set_mark(Rule::new(), mark)),
-        Masquerade::UnlessPod => {
-            let others = source(only(forward.family), forward.family, 0).lookup(
-                Map::ClusterCidrs.name(forward.family),
-                Register(0),
-                true,
-            );
-            rules.push(set_mark(others, mark));
-        }
-    }
-    let registers = Registers::new(forward);
-    if let Some(secs) = forward.sticky_secs {
-        let timeout = Duration::from_secs(secs.into());
-        rules.push(registers.stick(forward, timeout));
-        rules.push(registers.choose_and_remember(forward, timeout));
-        // The table of remembered clients is full.
-        rules.push(registers.choose_place(forward).nat(registers.translation(forward)));
-    } else {
-        rules.push(registers.choose(forward));
-    }
-    rules
-}
-
-/// Where a forwarding rule keeps what: all sixteen registers are needed with IPv6 and affinity.
-///
-/// `frontend, later the packet's mark and a place | pool | place or client | address, port`
-///
-/// A number that came out of a map goes through the packet mark before it becomes part of another key,
-/// and the mark gets its old value back at once. The registers would do without, but `nft list` can
-/// show a key with a part that comes from a map only in this way (1.0.6 aborts otherwise).
-struct Registers {
-    pool: u8,
-    next: u8,
-    endpoint: u8,
-    port: u8,
-}
-
-const SAVED_MARK: Register = Register(0);
-const PLACE: Register = Register(1);
-
-impl Registers {
-    fn new(forward: Forward) -> Self {
-        let address = address_registers(forward.family);
-        let pool = match forward.kind {
-            Kind::Address => address + 2,
-            Kind::NodePort => 2,
-        };
-        let endpoint = pool + 1 + address;
-        Registers { pool, next: pool + 1, endpoint, port: endpoint + address }
-    }
-
-    fn load_pool(&self, forward: Forward) -> Rule {
-        let (key, _) = frontend(only(forward.family), forward.family, forward.kind);
-        let map = Map::Pools(forward.kind, forward.view).name(forward.family);
-        let pool = Register(self.pool);
-        let found = key.lookup_value(map, Register(0), pool).meta(Meta::Mark, SAVED_MARK);
-        through_mark(found, pool, &[pool])
-    }
-
-    /// A random slot.
-    fn random(&self, rule: Rule, forward: Forward) -> Rule {
-        rule.random(forward.size, Register(self.next))
-    }
-
-    fn load_endpoint(&self, rule: Rule, forward: Forward) -> Rule {
-        let map = Map::Endpoints.name(forward.family);
-        rule.lookup_value(map, Register(self.pool), Register(self.endpoint))
-    }
-
-    /// Without affinity the slots are the places.
-    fn choose(&self, forward: Forward) -> Rule {
-        let rule = self.random(self.load_pool(forward), forward);
-        self.load_endpoint(rule, forward).nat(self.translation(forward))
-    }
-
-    /// Forwards to the place that is remembered for the client, if somebody is still there.
-    fn stick(&self, forward: Forward, timeout: Duration) -> Rule {
-        let affinity = Map::Affinity.name(forward.family);
-        let pool = Register(self.pool);
-        let remembered = source(self.load_pool(forward), forward.family, self.next)
-            .lookup_value(affinity, pool, PLACE);
-        let remembered = through_mark(remembered, PLACE, &[PLACE]).dynamic_set(
-            affinity,
-            Dynamic::Update,
-            pool,
-            Some(PLACE),
-            Some(timeout),
-        );
-        let placed = through_mark(remembered, PLACE, &[Register(self.next)]);
-        self.load_endpoint(placed, forward).nat(self.translation(forward))
-    }
-
-    fn choose_place(&self, forward: Forward) -> Rule {
-        let slot = self.random(self.load_pool(forward), forward);
-        let found = slot.lookup_value(Map::Places.name(forward.family), Register(self.pool), PLACE);
-        let placed = through_mark(found, PLACE, &[Register(self.next), PLACE]);
-        self.load_endpoint(placed, forward)
-    }
-
-    /// An element's value cannot be overwritten by a rule: so remove the old one first.
-    fn choose_and_remember(&self, forward: Forward, timeout: Duration) -> Rule {
-        let affinity = Map::Affinity.name(forward.family);
-        let pool = Register(self.pool);
-        source(self.choose_place(forward), forward.family, self.next)
-            .dynamic_set(affinity, Dynamic::Delete, pool, Some(PLACE), Some(timeout))
-            .dynamic_set(affinity, Dynamic::Add, pool, Some(PLACE), Some(timeout))
-            .nat(self.translation(forward))
-    }
-
-    fn translation(&self, forward: Forward) -> Nat {
-        Nat {
-            destination: true,
-            ipv6: forward.family == Family::V6,
-            address: Register(self.endpoint),
-            address_end: None,
-            port: Some(Register(self.port)),
-            port_end: None,
-        }
-    }
-}
-
-/// Copies a register to others by way of the packet mark, which [`SAVED_MARK`] restores.
-///
-/// Nothing between the two changes of the mark can end the rule.
-fn through_mark(rule: Rule, from: Register, to: &[Register]) -> Rule {
-    let set = rule.set_meta(Meta::Mark, from);
-    let loaded = to.iter().fold(set, |rule, register| rule.meta(Meta::Mark, *register));
-    loaded.set_meta(Meta::Mark, SAVED_MARK)
 }

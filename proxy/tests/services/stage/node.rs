@@ -52,6 +52,7 @@ impl Node {
         let facts = NodeFacts {
             name: "here".to_owned(),
             addresses: vec![NODE4.parse().unwrap(), NODE6.parse().unwrap()],
+            zone: Some("a".to_owned()),
             knows_pods: config.pods != PodSources::Unknown,
             masquerade_all: false,
         };

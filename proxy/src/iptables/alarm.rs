@@ -1,0 +1,190 @@
+//! Notices when somebody else changes our rules.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use keelson_netlink::nft::{Announcement, Monitor, Nft};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::IptablesError;
+use super::fixed::HOOKS;
+use super::names::{PREFIX, Table};
+use super::program::{Programs, Variant};
+use super::sizes::{Sizes, TableSizes};
+
+/// Scripts with more rules than this are not watched by our own monitor: the kernel would have to
+/// describe every rule to it.
+const ANNOUNCED_OPERATIONS: usize = 500;
+/// How often the sizes of the old interface's tables are looked at, in milliseconds.
+const PERIOD: u16 = 500;
+
+/// Watches the rules of one variant.
+pub(crate) enum Alarm {
+    /// nf_tables tells of every change.
+    Announced { monitor: Monitor, nft: Nft, suspicious: bool },
+    /// The old interface tells nothing, but the sizes of its tables are cheap to read.
+    Measured { sizes: Sizes, bell: Arc<EventFd>, canary: Option<Canary> },
+}
+
+impl Alarm {
+    /// Starts to watch in the programs' network namespace.
+    pub(crate) fn open(programs: &Programs) -> Result<Self, IptablesError> {
+        programs.within(|| match programs.variant {
+            Variant::Nft => Ok(Alarm::Announced {
+                monitor: Monitor::open().map_err(IptablesError::Watch)?,
+                nft: Nft::open().map_err(IptablesError::Watch)?,
+                suspicious: false,
+            }),
+            Variant::Legacy => {
+                let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+                let bell = EventFd::from_value_and_flags(0, flags).map_err(IptablesError::Alarm)?;
+                let sizes = Sizes::open(&programs.families()).map_err(IptablesError::Sizes)?;
+                Ok(Alarm::Measured { sizes, bell: Arc::new(bell), canary: None })
+            }
+        })?
+    }
+
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Alarm::Announced { monitor, .. } => monitor.as_fd(),
+            Alarm::Measured { bell, .. } => bell.as_fd(),
+        }
+    }
+
+    /// Runs scripts of our own, which shall not raise the alarm. `work` returns the process ids of what
+    /// it ran.
+    pub(crate) fn during<T>(
+        &mut self,
+        operations: usize,
+        blocks: u32,
+        work: impl FnOnce(&mut Vec<u32>) -> T,
+    ) -> Result<T, IptablesError> {
+        let mut pids = Vec::new();
+        match self {
+            Alarm::Announced { monitor, nft, suspicious } => {
+                // What came before we did anything is not ours.
+                *suspicious |= read(monitor, &[])?;
+                if operations <= ANNOUNCED_OPERATIONS {
+                    let result = work(&mut pids);
+                    *suspicious |= read(monitor, &pids)?;
+                    return Ok(result);
+                }
+                let before = nft.generation().map_err(IptablesError::Watch)?;
+                monitor.pause().map_err(IptablesError::Watch)?;
+                let result = work(&mut pids);
+                monitor.resume().map_err(IptablesError::Watch)?;
+                let after = nft.generation().map_err(IptablesError::Watch)?;
+                *suspicious |= after != before.wrapping_add(blocks);
+                Ok(result)
+            }
+            Alarm::Measured { sizes, bell, canary } => {
+                let disturbed = canary.take().is_some_and(|canary| canary.stop());
+                let result = work(&mut pids);
+                let known = sizes.read().map_err(IptablesError::Sizes)?;
+                *canary = Some(Canary::start(sizes.clone(), known, Arc::clone(bell)));
+                if disturbed {
+                    bell.write(1).map_err(IptablesError::Alarm)?;
+                }
+                Ok(result)
+            }
+        }
+    }
+
+    /// True when our rules may have been changed by others since the last call.
+    pub(crate) fn read(&mut self) -> Result<bool, IptablesError> {
+        match self {
+            Alarm::Announced { monitor, suspicious, .. } => {
+                let seen = read(monitor, &[])?;
+                Ok(std::mem::take(suspicious) || seen)
+            }
+            Alarm::Measured { bell, .. } => match bell.read() {
+                Ok(_) => Ok(true),
+                Err(nix::errno::Errno::EAGAIN) => Ok(false),
+                Err(error) => Err(IptablesError::Alarm(error)),
+            },
+        }
+    }
+}
+
+fn read(monitor: &mut Monitor, own: &[u32]) -> Result<bool, IptablesError> {
+    let seen = monitor.read_each(|announcement| concerns_us(announcement, own));
+    Ok(seen.map_err(IptablesError::Watch)?.table_changed)
+}
+
+/// Others may do what they like in their chains, and add rules to built-in ones.
+fn concerns_us(announcement: &Announcement<'_>, own: &[u32]) -> bool {
+    const IPV4: u8 = 2;
+    const IPV6: u8 = 10;
+    if !matches!(announcement.family, IPV4 | IPV6) || own.contains(&announcement.port) {
+        return false;
+    }
+    let Some(table) = Table::parse(announcement.table) else { return false };
+    match announcement.chain {
+        Some(chain) if chain.starts_with(PREFIX) => true,
+        Some(chain) => {
+            announcement.removed && HOOKS.iter().any(|(of, hook, _)| (*of, *hook) == (table, chain))
+        }
+        None => announcement.removed,
+    }
+}
+
+/// A thread that rings the bell when the size of a table changes.
+#[derive(Debug)]
+pub(crate) struct Canary {
+    stop: Arc<EventFd>,
+    rang: Arc<AtomicBool>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Canary {
+    fn start(sizes: Sizes, known: TableSizes, bell: Arc<EventFd>) -> Canary {
+        let rang = Arc::new(AtomicBool::new(false));
+        let stop = match EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC) {
+            Ok(stop) => Arc::new(stop),
+            Err(error) => {
+                tracing::warn!(%error, "Cannot watch the rules: foreign changes stay unnoticed");
+                return Canary { stop: bell, rang, thread: None };
+            }
+        };
+        let (stopped, ringing) = (Arc::clone(&stop), Arc::clone(&rang));
+        let watch = move || {
+            let mut waiting = [PollFd::new(stopped.as_fd(), PollFlags::POLLIN)];
+            while matches!(poll(&mut waiting, PollTimeout::from(PERIOD)), Ok(0)) {
+                if sizes.read().is_ok_and(|now| now != known) {
+                    ringing.store(true, Ordering::Release);
+                    if let Err(error) = bell.write(1) {
+                        tracing::warn!(%error, "Cannot tell that the rules were changed");
+                    }
+                    return;
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("rule-canary".to_owned()).spawn(watch);
+        if let Err(error) = &thread {
+            tracing::warn!(%error, "Cannot watch the rules: foreign changes stay unnoticed");
+        }
+        Canary { stop, rang, thread: thread.ok() }
+    }
+
+    /// Ends the thread; true when it rang.
+    fn stop(mut self) -> bool {
+        self.end();
+        self.rang.load(Ordering::Acquire)
+    }
+
+    fn end(&mut self) {
+        let Some(thread) = self.thread.take() else { return };
+        if self.stop.write(1).is_ok() && thread.join().is_err() {
+            tracing::warn!("The thread that watches the rules panicked");
+        }
+    }
+}
+
+impl Drop for Canary {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
