@@ -9,7 +9,9 @@
 mod behaviour;
 mod crash;
 mod flows;
+mod guards;
 mod harness;
+mod oracle;
 mod policies;
 mod sequences;
 mod stage;
@@ -20,12 +22,23 @@ use std::process::ExitCode;
 use harness::Row;
 
 /// Every behaviour, by file.
-const ROWS: [&[Row]; 6] =
-    [behaviour::ROWS, policies::ROWS, flows::ROWS, whole::ROWS, sequences::ROWS, crash::ROWS];
+fn rows() -> Vec<Row> {
+    [
+        behaviour::ROWS,
+        oracle::ROWS,
+        policies::ROWS,
+        guards::ROWS,
+        flows::ROWS,
+        whole::ROWS,
+        sequences::ROWS,
+        crash::ROWS,
+    ]
+    .concat()
+}
 
 fn main() -> ExitCode {
     if crash::is_victim() {
         return crash::be_victim();
     }
-    harness::run(&ROWS.concat())
+    harness::run(&rows())
 }

@@ -8,6 +8,7 @@ mod namespace;
 mod node;
 mod objects;
 mod pod;
+mod wire;
 
 pub(crate) use crate::harness::{rows, silence, skip};
 pub(crate) use damage::damages;

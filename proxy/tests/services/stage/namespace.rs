@@ -1,11 +1,11 @@
 //! Network namespaces, links, addresses and routes, over netlink: no `ip` is needed.
 
+use std::os::fd::AsFd;
 use std::process::Command;
 
 use ipnetwork::IpNetwork;
 use keelson_netlink::netns::Netns;
 use keelson_netlink::route::{Route, Rtnl, VethEnd, VethPair};
-use std::os::fd::AsFd;
 
 /// A network namespace.
 pub(crate) struct Namespace {
@@ -64,6 +64,21 @@ impl Namespace {
     pub(crate) fn route_on(&self, address: &str, link: &str) {
         let route = Route::host(address.parse().unwrap(), self.index(link));
         self.rtnl().ensure_route(&route).unwrap();
+    }
+
+    /// No longer believes that these addresses are its own.
+    pub(crate) fn forget_local(&self, range: &str) {
+        const LOCAL_TABLE: u32 = 255;
+        for range in [range, "127.0.0.1/32"] {
+            let destination: IpNetwork = range.parse().unwrap();
+            let mut rtnl = self.rtnl();
+            let all = rtnl.routes().unwrap();
+            let ours =
+                |route: &&Route| route.table == LOCAL_TABLE && route.destination == destination;
+            for route in all.iter().filter(ours) {
+                rtnl.delete_route(route).unwrap();
+            }
+        }
     }
 
     /// Runs `work` on a thread inside the namespace. Sockets that it opens stay there.

@@ -1,0 +1,79 @@
+//! TCP segments by hand, and what arrives of them.
+
+use std::net::SocketAddrV4;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, recv, sendto, socket,
+};
+
+use super::{Namespace, silence};
+
+/// Sees every TCP segment that arrives.
+pub(crate) struct Wire(OwnedFd);
+
+impl Wire {
+    /// The next segment from that address, or nothing when it stays silent.
+    pub(crate) fn next_from(&self, source: [u8; 4]) -> Option<Vec<u8>> {
+        let patience = PollTimeout::try_from(silence()).unwrap();
+        let mut buffer = [0; 2000];
+        loop {
+            let mut waiting = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+            if poll(&mut waiting, patience).unwrap() == 0 {
+                return None;
+            }
+            let length = recv(self.0.as_raw_fd(), &mut buffer, MsgFlags::empty()).unwrap();
+            if buffer[12..16] == source {
+                return Some(buffer[..length].to_vec());
+            }
+        }
+    }
+}
+
+fn raw_socket() -> OwnedFd {
+    socket(AddressFamily::Inet, SockType::Raw, SockFlag::empty(), SockProtocol::Tcp).unwrap()
+}
+
+impl Namespace {
+    pub(crate) fn tcp_wire(&self) -> Wire {
+        Wire(self.run(raw_socket))
+    }
+
+    /// Sends a TCP segment that connection tracking cannot place.
+    pub(crate) fn send_stray_segment(&self, from: SocketAddrV4, to: SocketAddrV4) {
+        let mut segment = vec![0; 20];
+        segment[..2].copy_from_slice(&from.port().to_be_bytes());
+        segment[2..4].copy_from_slice(&to.port().to_be_bytes());
+        segment[4..8].copy_from_slice(&0x7777_7777_u32.to_be_bytes());
+        segment[8..12].copy_from_slice(&0x3333_3333_u32.to_be_bytes());
+        segment[12] = 5 << 4;
+        // No flag at all: nonsense in every state, so that it does not depend on sequence numbers.
+        segment[14..16].copy_from_slice(&1000u16.to_be_bytes());
+        let sum = checksum(from, to, &segment);
+        segment[16..18].copy_from_slice(&sum.to_be_bytes());
+        self.run(|| {
+            let raw =
+                socket(AddressFamily::Inet, SockType::Raw, SockFlag::empty(), SockProtocol::Tcp)
+                    .unwrap();
+            let to = SockaddrIn::from(to);
+            sendto(raw.as_raw_fd(), &segment, &to, MsgFlags::empty()).unwrap();
+        });
+    }
+}
+
+/// TCP's checksum over pseudo header and segment.
+fn checksum(from: SocketAddrV4, to: SocketAddrV4, segment: &[u8]) -> u16 {
+    let mut bytes = Vec::new();
+    bytes.extend(from.ip().octets());
+    bytes.extend(to.ip().octets());
+    bytes.extend([0, 6]);
+    bytes.extend(u16::try_from(segment.len()).unwrap().to_be_bytes());
+    bytes.extend(segment);
+    let words = bytes.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])));
+    let mut sum: u32 = words.sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    !u16::try_from(sum).unwrap()
+}
