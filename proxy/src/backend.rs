@@ -6,6 +6,7 @@ use std::os::fd::BorrowedFd;
 use ipnetwork::IpNetwork;
 
 use crate::diff::{Change, Plans};
+use crate::iptables::{Iptables, IptablesError, Variant};
 use crate::model::ServiceKey;
 use crate::nftables::{Nftables, NftablesError};
 
@@ -13,15 +14,19 @@ use crate::nftables::{Nftables, NftablesError};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Mode {
     Nftables,
+    Iptables(Variant),
 }
 
 impl Mode {
-    pub const ALL: [Mode; 1] = [Mode::Nftables];
+    pub const ALL: [Mode; 3] =
+        [Mode::Nftables, Mode::Iptables(Variant::Nft), Mode::Iptables(Variant::Legacy)];
 
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Mode::Nftables => "nftables",
+            Mode::Iptables(Variant::Nft) => "iptables-nft",
+            Mode::Iptables(Variant::Legacy) => "iptables-legacy",
         }
     }
 
@@ -29,7 +34,12 @@ impl Mode {
     #[must_use]
     pub fn candidates(text: &str) -> Option<&'static [Mode]> {
         match text {
-            "" | "auto" | "nftables" => Some(&[Mode::Nftables]),
+            "" | "auto" => Some(&Mode::ALL),
+            "nftables" => Some(&[Mode::Nftables]),
+            // Which of the two the node uses is found out when it starts.
+            "iptables" => Some(&[Mode::Iptables(Variant::Nft), Mode::Iptables(Variant::Legacy)]),
+            "iptables-nft" => Some(&[Mode::Iptables(Variant::Nft)]),
+            "iptables-legacy" => Some(&[Mode::Iptables(Variant::Legacy)]),
             _ => None,
         }
     }
@@ -39,6 +49,7 @@ impl Mode {
     pub fn probe(self) -> Result<(), BackendError> {
         match self {
             Mode::Nftables => Ok(Nftables::probe()?),
+            Mode::Iptables(variant) => Ok(Iptables::probe(variant)?),
         }
     }
 
@@ -46,6 +57,7 @@ impl Mode {
     pub fn open(self, config: BackendConfig) -> Result<Box<dyn Backend>, BackendError> {
         Ok(match self {
             Mode::Nftables => Box::new(Nftables::open(config)?),
+            Mode::Iptables(variant) => Box::new(Iptables::open(variant, config)?),
         })
     }
 }
@@ -172,4 +184,6 @@ pub struct Difference {
 pub enum BackendError {
     #[error(transparent)]
     Nftables(#[from] NftablesError),
+    #[error(transparent)]
+    Iptables(#[from] IptablesError),
 }

@@ -9,6 +9,7 @@ pub mod conntrack;
 pub mod diff;
 mod engine;
 pub mod flags;
+pub mod iptables;
 mod localhost;
 mod metrics;
 pub mod model;

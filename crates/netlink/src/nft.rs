@@ -50,7 +50,7 @@ pub use expression::{
     CT_ESTABLISHED, CT_INVALID, CT_NEW, CT_RELATED, CT_STATUS_DNAT, Compare, Conntrack, Dynamic,
     FIB_LOCAL, FibAddress, Header, Meta, Nat, Refusal, Register, Rule, Verdict,
 };
-pub use monitor::{Monitor, Seen};
+pub use monitor::{Announcement, Monitor, Seen};
 pub use set::{Element, Field, Set, Value, Values};
 
 pub(crate) const NETLINK_NETFILTER: isize = 12;

@@ -2,7 +2,6 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use keelson_netlink::nft::{Announcement, Monitor, Nft};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -25,7 +24,7 @@ pub(crate) enum Alarm {
     /// nf_tables tells of every change.
     Announced { monitor: Monitor, nft: Nft, suspicious: bool },
     /// The old interface tells nothing, but the sizes of its tables are cheap to read.
-    Measured { sizes: Sizes, bell: Arc<EventFd>, canary: Option<Canary> },
+    Measured { sizes: Sizes, known: Option<TableSizes>, bell: Arc<EventFd>, canary: Option<Canary> },
 }
 
 impl Alarm {
@@ -41,7 +40,7 @@ impl Alarm {
                 let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
                 let bell = EventFd::from_value_and_flags(0, flags).map_err(IptablesError::Alarm)?;
                 let sizes = Sizes::open(&programs.families()).map_err(IptablesError::Sizes)?;
-                Ok(Alarm::Measured { sizes, bell: Arc::new(bell), canary: None })
+                Ok(Alarm::Measured { sizes, known: None, bell: Arc::new(bell), canary: None })
             }
         })?
     }
@@ -79,14 +78,17 @@ impl Alarm {
                 *suspicious |= after != before.wrapping_add(blocks);
                 Ok(result)
             }
-            Alarm::Measured { sizes, bell, canary } => {
-                let disturbed = canary.take().is_some_and(|canary| canary.stop());
-                let result = work(&mut pids);
-                let known = sizes.read().map_err(IptablesError::Sizes)?;
-                *canary = Some(Canary::start(sizes.clone(), known, Arc::clone(bell)));
-                if disturbed {
+            Alarm::Measured { sizes, known, bell, canary } => {
+                // Ends the thread, so that it does not take our change for somebody else's.
+                *canary = None;
+                let before = sizes.read().map_err(IptablesError::Sizes)?;
+                if known.as_ref().is_some_and(|known| *known != before) {
                     bell.write(1).map_err(IptablesError::Alarm)?;
                 }
+                let result = work(&mut pids);
+                let now = sizes.read().map_err(IptablesError::Sizes)?;
+                *canary = Some(Canary::start(sizes.clone(), now.clone(), Arc::clone(bell)));
+                *known = Some(now);
                 Ok(result)
             }
         }
@@ -99,11 +101,15 @@ impl Alarm {
                 let seen = read(monitor, &[])?;
                 Ok(std::mem::take(suspicious) || seen)
             }
-            Alarm::Measured { bell, .. } => match bell.read() {
-                Ok(_) => Ok(true),
-                Err(nix::errno::Errno::EAGAIN) => Ok(false),
-                Err(error) => Err(IptablesError::Alarm(error)),
-            },
+            Alarm::Measured { sizes, known, bell, .. } => {
+                let rang = match bell.read() {
+                    Ok(_) => true,
+                    Err(nix::errno::Errno::EAGAIN) => false,
+                    Err(error) => return Err(IptablesError::Alarm(error)),
+                };
+                let now = sizes.read().map_err(IptablesError::Sizes)?;
+                Ok(rang || known.as_ref().is_some_and(|known| *known != now))
+            }
         }
     }
 }
@@ -134,26 +140,23 @@ fn concerns_us(announcement: &Announcement<'_>, own: &[u32]) -> bool {
 #[derive(Debug)]
 pub(crate) struct Canary {
     stop: Arc<EventFd>,
-    rang: Arc<AtomicBool>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
 impl Canary {
     fn start(sizes: Sizes, known: TableSizes, bell: Arc<EventFd>) -> Canary {
-        let rang = Arc::new(AtomicBool::new(false));
         let stop = match EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC) {
             Ok(stop) => Arc::new(stop),
             Err(error) => {
                 tracing::warn!(%error, "Cannot watch the rules: foreign changes stay unnoticed");
-                return Canary { stop: bell, rang, thread: None };
+                return Canary { stop: bell, thread: None };
             }
         };
-        let (stopped, ringing) = (Arc::clone(&stop), Arc::clone(&rang));
+        let stopped = Arc::clone(&stop);
         let watch = move || {
             let mut waiting = [PollFd::new(stopped.as_fd(), PollFlags::POLLIN)];
             while matches!(poll(&mut waiting, PollTimeout::from(PERIOD)), Ok(0)) {
                 if sizes.read().is_ok_and(|now| now != known) {
-                    ringing.store(true, Ordering::Release);
                     if let Err(error) = bell.write(1) {
                         tracing::warn!(%error, "Cannot tell that the rules were changed");
                     }
@@ -165,26 +168,15 @@ impl Canary {
         if let Err(error) = &thread {
             tracing::warn!(%error, "Cannot watch the rules: foreign changes stay unnoticed");
         }
-        Canary { stop, rang, thread: thread.ok() }
+        Canary { stop, thread: thread.ok() }
     }
+}
 
-    /// Ends the thread; true when it rang.
-    fn stop(mut self) -> bool {
-        self.end();
-        self.rang.load(Ordering::Acquire)
-    }
-
-    fn end(&mut self) {
+impl Drop for Canary {
+    fn drop(&mut self) {
         let Some(thread) = self.thread.take() else { return };
         if self.stop.write(1).is_ok() && thread.join().is_err() {
             tracing::warn!("The thread that watches the rules panicked");
         }
     }
 }
-
-impl Drop for Canary {
-    fn drop(&mut self) {
-        self.end();
-    }
-}
-

@@ -4,8 +4,8 @@ use std::fmt;
 
 use sha2::{Digest, Sha256};
 
-use crate::model::{Family, FrontendKey, Protocol, ServiceKey};
 use crate::model::{At, Endpoint};
+use crate::model::{Family, FrontendKey, Protocol, ServiceKey};
 
 /// Every chain of ours starts with this, and nobody else's does.
 pub(crate) const PREFIX: &str = "KEELSON-";
@@ -71,9 +71,8 @@ impl Chain {
             SERVICES | POSTROUTING | INPUT | FORWARD | OUTPUT => return 8,
             _ => {}
         }
-        let starts = |kind: &str| {
-            self.name.strip_prefix(PREFIX).is_some_and(|rest| rest.starts_with(kind))
-        };
+        let starts =
+            |kind: &str| self.name.strip_prefix(PREFIX).is_some_and(|rest| rest.starts_with(kind));
         if starts("SVC-") || starts("SVL-") {
             1
         } else if starts("EXT-") {
@@ -118,8 +117,7 @@ pub(crate) struct PortName {
 
 impl PortName {
     pub(crate) fn new(service: &ServiceKey, port: &str, protocol: Protocol) -> Self {
-        let text =
-            if port.is_empty() { service.to_string() } else { format!("{service}:{port}") };
+        let text = if port.is_empty() { service.to_string() } else { format!("{service}:{port}") };
         PortName { text, protocol }
     }
 
@@ -299,7 +297,8 @@ mod tests {
 
     #[test]
     fn names_fit_and_ranks_follow_the_references() {
-        let key = FrontendKey { at: At::NodePort(Family::V6), protocol: Protocol::Sctp, port: 65535 };
+        let key =
+            FrontendKey { at: At::NodePort(Family::V6), protocol: Protocol::Sctp, port: 65535 };
         for table in Table::ALL {
             let leaf = Leaf::of(table, &key);
             // The legacy variant takes 28 characters at most.

@@ -5,10 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use keelson_netlink::netns::{Netns, NetnsError};
-use keelson_netlink::sysctl::{self, SysctlError};
 
 use super::restore::Script;
-use super::saved::Saved;
 use crate::model::Family;
 
 /// The two programs of that name: one speaks to nf_tables, the other to the old kernel interface.
@@ -45,15 +43,13 @@ pub enum ProgramError {
     Failed { program: String, complaint: String },
     #[error("cannot run a program in the proxy's network namespace")]
     Namespace(#[from] NetnsError),
-    #[error("cannot prepare the kernel for iptables")]
-    Sysctl(#[from] SysctlError),
 }
 
 /// Runs the programs of one variant in one network namespace.
 #[derive(Debug)]
 pub(crate) struct Programs {
     pub(crate) variant: Variant,
-    netns: Netns,
+    pub(crate) netns: Netns,
 }
 
 impl Programs {
@@ -64,9 +60,8 @@ impl Programs {
 
     /// The address families that this kernel knows.
     pub(crate) fn families(&self) -> Vec<Family> {
-        let known = |family: &Family| {
-            *family == Family::V4 || Path::new("/proc/sys/net/ipv6").exists()
-        };
+        let known =
+            |family: &Family| *family == Family::V4 || Path::new("/proc/sys/net/ipv6").exists();
         Family::BOTH.into_iter().filter(known).collect()
     }
 
@@ -113,6 +108,13 @@ impl Programs {
         }
     }
 
+    /// Lets the program check rules without putting them in force.
+    pub(crate) fn test(&self, family: Family, script: &Script) -> Result<(), ProgramError> {
+        let (program, mut command) = self.command(family, "restore")?;
+        command.args(["--noflush", "--test"]);
+        self.run(&program, command, Some(script.text.as_bytes())).map(drop)
+    }
+
     /// Whether the family has any rules in this variant. Makes no tables.
     pub(crate) fn is_in_use(&self, family: Family) -> bool {
         match self.variant {
@@ -130,14 +132,11 @@ impl Programs {
         }
     }
 
-    /// Sets a kernel setting of the namespace.
-    pub(crate) fn set(&self, key: &str, value: &str) -> Result<(), ProgramError> {
-        self.netns.run(|| sysctl::ensure(key, value))??;
-        Ok(())
-    }
-
     /// Runs `work` in the namespace.
-    pub(crate) fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T, ProgramError> {
+    pub(crate) fn within<T: Send>(
+        &self,
+        work: impl FnOnce() -> T + Send,
+    ) -> Result<T, ProgramError> {
         Ok(self.netns.run(work)?)
     }
 
@@ -197,9 +196,9 @@ impl Programs {
 /// Quotes the line of the input that the program complains about.
 fn with_line(complaint: &str, text: &str) -> String {
     let after = |word: &str| complaint.split(word).nth(1);
-    let number = after("line ").or(after("line: ")).map(|rest| {
-        rest.trim_start().chars().take_while(char::is_ascii_digit).collect::<String>()
-    });
+    let number = after("line ")
+        .or(after("line: "))
+        .map(|rest| rest.trim_start().chars().take_while(char::is_ascii_digit).collect::<String>());
     let line = number
         .and_then(|number| number.parse::<usize>().ok())
         .and_then(|number| text.lines().nth(number.checked_sub(1)?));
@@ -228,7 +227,8 @@ pub(crate) fn chosen_by_node() -> Result<Variant, ProgramError> {
                 return Ok(variant);
             }
             // What we left in the one that was used until now must not outvote the others.
-            let foreign = |line: &&str| line.starts_with("-A ") && !line.contains(super::names::PREFIX);
+            let foreign =
+                |line: &&str| line.starts_with("-A ") && !line.contains(super::names::PREFIX);
             *rules += text.lines().filter(foreign).count();
         }
     }
@@ -236,12 +236,6 @@ pub(crate) fn chosen_by_node() -> Result<Variant, ProgramError> {
     let nft_is_there = Programs::new(Variant::Nft)?.check().is_ok();
     let legacy = legacy_is_there && (rules[1] > rules[0] || !nft_is_there);
     Ok(if legacy { Variant::Legacy } else { Variant::Nft })
-}
-
-/// Whether text of `iptables-save` holds anything of ours.
-pub(crate) fn holds_ours(text: &str) -> bool {
-    let saved = Saved::parse(text);
-    !saved.chains.is_empty() || !saved.jumps.is_empty()
 }
 
 #[cfg(test)]

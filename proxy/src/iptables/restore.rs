@@ -60,7 +60,7 @@ impl Script {
             self.line(&[":", &chain.name, " - [0:0]"]);
         }
         for (chain, lines) in chains {
-            for line in lines.into_iter().flatten() {
+            for line in lines.iter().copied().flatten() {
                 self.line(&["-A ", &chain.name, " ", line]);
                 self.operations += 1;
             }

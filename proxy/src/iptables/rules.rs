@@ -33,12 +33,21 @@ pub(crate) struct ServiceRules {
     pub(crate) lines: Vec<(Leaf, LineKey, Vec<String>)>,
 }
 
-pub(crate) fn rules_of(service: &ServiceKey, plan: &ServicePlan, pods: &PodSources) -> ServiceRules {
+pub(crate) fn rules_of(
+    service: &ServiceKey,
+    plan: &ServicePlan,
+    pods: &PodSources,
+) -> ServiceRules {
     let mut rules = ServiceRules::default();
     for port in &plan.ports {
         let name = PortName::new(service, &port.name, port.protocol);
         PortRules { name, port, pods, rules: &mut rules }.all();
     }
+    // After the address's frontends: connections to any other port are refused.
+    rules.lines.extend(plan.guarded.iter().map(|address| {
+        let line = format!("-d {} -j {REJECT}", IpNetwork::from(*address));
+        (Leaf::of_address(Table::Filter, *address), LineKey::Address(*address), vec![line])
+    }));
     rules.chains.sort_unstable();
     rules.chains.dedup_by(|a, b| a.0 == b.0);
     rules
@@ -142,7 +151,8 @@ impl PortRules<'_> {
     fn served(&mut self, frontend: &Frontend) -> Vec<String> {
         let Some(mut to) = self.entry(frontend) else { return Vec::new() };
         if let Some(sources) = &frontend.sources {
-            let allowed = sources.iter().map(|range| format!("{}-j {to}", source(*range))).collect();
+            let allowed =
+                sources.iter().map(|range| format!("{}-j {to}", source(*range))).collect();
             to = self.name.firewall(&frontend.key);
             self.push_chain(to.clone(), allowed);
         }

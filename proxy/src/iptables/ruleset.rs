@@ -5,13 +5,11 @@ use std::hash::Hash;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use ipnetwork::IpNetwork;
-
-use super::names::{Chain, HAIRPIN, Leaf, NODE_PORTS, REJECT, SERVICES, Table, UNSERVED, UNSERVED_PORTS};
+use super::names::{Chain, HAIRPIN, Leaf, NODE_PORTS, SERVICES, Table, UNSERVED, UNSERVED_PORTS};
 use super::rules::{LineKey, ServiceRules, rules_of};
 use super::{fixed, names};
 use crate::backend::BackendConfig;
-use crate::model::{At, Family, ServiceKey, ServicePlan};
+use crate::model::{Family, ServiceKey, ServicePlan};
 
 /// Chains to write, with all their rules, and chains to remove.
 pub(crate) type Dirty = BTreeMap<Chain, Option<Vec<String>>>;
@@ -31,8 +29,6 @@ pub(crate) struct Ruleset {
     leaves: BTreeMap<Leaf, BTreeMap<LineKey, Vec<String>>>,
     /// How many Service ports have an endpoint with that address on this node.
     hairpins: Counter<IpAddr>,
-    /// How many Service ports answer to that address of the Service ranges.
-    assigned: Counter<IpAddr>,
 }
 
 impl Ruleset {
@@ -43,7 +39,6 @@ impl Ruleset {
             plans: HashMap::new(),
             leaves: BTreeMap::new(),
             hairpins: Counter::default(),
-            assigned: Counter::default(),
         }
     }
 
@@ -122,34 +117,21 @@ impl Ruleset {
         }
     }
 
-    /// Several Services may have the same pod as endpoint, or several ports at one address.
+    /// Several Services may have the same pod as endpoint.
     fn count(
         &mut self,
         before: Option<&ServicePlan>,
         after: Option<&ServicePlan>,
         touched: &mut Touched,
     ) {
-        for address in after.into_iter().flat_map(|plan| self.hairpin_addresses(plan)) {
+        for address in after.map(|plan| self.hairpin_addresses(plan)).unwrap_or_default() {
             if self.hairpins.add(address) {
                 touched.hairpins.insert(Family::of(address));
             }
         }
-        for address in before.into_iter().flat_map(|plan| self.hairpin_addresses(plan)) {
+        for address in before.map(|plan| self.hairpin_addresses(plan)).unwrap_or_default() {
             if self.hairpins.remove(address) {
                 touched.hairpins.insert(Family::of(address));
-            }
-        }
-        for address in after.into_iter().flat_map(|plan| self.assigned_addresses(plan)) {
-            if self.assigned.add(address) {
-                let leaf = Leaf::of_address(Table::Filter, address);
-                let line = format!("-d {} -j {REJECT}", IpNetwork::from(address));
-                self.add_line(leaf, LineKey::Address(address), vec![line], touched);
-            }
-        }
-        for address in before.into_iter().flat_map(|plan| self.assigned_addresses(plan)) {
-            if self.assigned.remove(address) {
-                let leaf = Leaf::of_address(Table::Filter, address);
-                self.remove_line(leaf, LineKey::Address(address), touched);
             }
         }
     }
@@ -159,22 +141,6 @@ impl Ruleset {
         here.filter(|address| self.families.contains(&Family::of(*address))).collect()
     }
 
-    fn assigned_addresses(&self, plan: &ServicePlan) -> Vec<IpAddr> {
-        if self.config.service_ranges.is_empty() {
-            return Vec::new();
-        }
-        let frontends = plan.ports.iter().flat_map(|port| &port.frontends);
-        let addresses = frontends.filter_map(|frontend| match frontend.key.at {
-            At::Address(address) => Some(address),
-            At::NodePort(_) => None,
-        });
-        let known = |address: &IpAddr| {
-            self.families.contains(&Family::of(*address))
-                && self.config.service_ranges.iter().any(|range| range.contains(*address))
-        };
-        addresses.filter(known).collect()
-    }
-
     fn render(&self, touched: &Touched, dirty: &mut Dirty) {
         for leaf in &touched.leaves {
             let lines = self.leaves.get(leaf);
@@ -182,7 +148,8 @@ impl Ruleset {
             dirty.insert(leaf.chain(), lines);
         }
         for leaf in &touched.ways {
-            let in_branch: Vec<String> = self.in_branch(leaf).map(|leaf| leaf.leaf_rule()).collect();
+            let in_branch: Vec<String> =
+                self.in_branch(leaf).map(|leaf| leaf.leaf_rule()).collect();
             let lines = (!in_branch.is_empty()).then_some(in_branch);
             dirty.insert(leaf.branch_chain(), lines);
             let root = leaf.root_chain();
@@ -206,7 +173,8 @@ impl Ruleset {
         let mut rules = Vec::new();
         let mut last = None;
         for leaf in self.leaves.keys().filter(|leaf| (leaf.family, leaf.table) == (family, table)) {
-            if matches!(leaf.branch, names::Branch::Port(..)) == by_port && last != Some(leaf.branch)
+            if matches!(leaf.branch, names::Branch::Port(..)) == by_port
+                && last != Some(leaf.branch)
             {
                 last = Some(leaf.branch);
                 rules.push(leaf.branch_rule());

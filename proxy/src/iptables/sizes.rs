@@ -1,5 +1,8 @@
 //! How many rules the old interface's tables hold: read in a few microseconds, however many they are.
-#![allow(unsafe_code, reason = "getsockopt(IPT_SO_GET_INFO) has no wrapper in the libraries at hand")]
+#![allow(
+    unsafe_code,
+    reason = "getsockopt(IPT_SO_GET_INFO) has no wrapper in the libraries at hand"
+)]
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -75,7 +78,13 @@ fn size(family: Family, socket: &OwnedFd, table: Table) -> io::Result<(u32, u32)
     // SAFETY: `info` is a valid, writable object of the length that is passed along, and any bytes that
     // the kernel writes into it make a valid value.
     let result = unsafe {
-        libc::getsockopt(socket.as_raw_fd(), level, GET_INFO, (&raw mut info).cast(), &raw mut length)
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            level,
+            GET_INFO,
+            (&raw mut info).cast(),
+            &raw mut length,
+        )
     };
     if result == 0 { Ok((info.num_entries, info.size)) } else { Err(io::Error::last_os_error()) }
 }

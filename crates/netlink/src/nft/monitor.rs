@@ -49,6 +49,21 @@ impl Monitor {
 
     /// Reads all announcements that are there. Those of the socket `own_port` are left out.
     pub fn read(&mut self, table: Table<'_>, own_port: u32) -> Result<Seen, NftError> {
+        self.read_if(|kind, message| is_foreign(kind, message, table, own_port))
+    }
+
+    /// Reads all announcements that are there and asks `concerns` about each of them: for tables that
+    /// are not ours alone, such as those that `iptables-nft` keeps.
+    pub fn read_each(
+        &mut self,
+        mut concerns: impl FnMut(&Announcement<'_>) -> bool,
+    ) -> Result<Seen, NftError> {
+        self.read_if(|kind, message| {
+            Announcement::parse(kind, message).is_some_and(|a| concerns(&a))
+        })
+    }
+
+    fn read_if(&mut self, mut concerns: impl FnMut(u16, &[u8]) -> bool) -> Result<Seen, NftError> {
         let mut seen = Seen::default();
         loop {
             self.buffer.clear();
@@ -64,9 +79,54 @@ impl Monitor {
             }
             for (kind, _, message) in messages(&self.buffer) {
                 seen.anything = true;
-                seen.table_changed |= is_foreign(kind, message, table, own_port);
+                seen.table_changed |= concerns(kind, message);
             }
         }
+    }
+}
+
+/// What happened to a table, chain or rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Announcement<'a> {
+    /// False when it was added.
+    pub removed: bool,
+    /// Socket that did it; the first netlink socket of a process has the process's id.
+    pub port: u32,
+    /// Address family (`NFPROTO_*`) of the table.
+    pub family: u8,
+    /// Table.
+    pub table: &'a str,
+    /// Chain that came or went, or whose rules changed; nothing when it is the table itself.
+    pub chain: Option<&'a str>,
+}
+
+impl<'a> Announcement<'a> {
+    /// Nothing when it is about something else.
+    fn parse(kind: u16, message: &'a [u8]) -> Option<Self> {
+        const TABLE: u16 = 1;
+        const RULE_CHAIN: u16 = 2;
+        const CHAIN_NAME: u16 = 3;
+        if kind >> 8 != SUBSYSTEM || message.len() < 20 {
+            return None;
+        }
+        let attributes = &message[20..];
+        // NFT_MSG_NEWTABLE and DELTABLE, NEWCHAIN and DELCHAIN, NEWRULE and DELRULE.
+        let (removed, chain) = match kind & 0xff {
+            0 => (false, None),
+            2 => (true, None),
+            3 => (false, Some(CHAIN_NAME)),
+            5 => (true, Some(CHAIN_NAME)),
+            6 => (false, Some(RULE_CHAIN)),
+            8 => (true, Some(RULE_CHAIN)),
+            _ => return None,
+        };
+        Some(Announcement {
+            removed,
+            port: u32::from_ne_bytes([message[12], message[13], message[14], message[15]]),
+            family: message[16],
+            table: Reader::find(attributes, TABLE).map(read_text)?,
+            chain: chain.and_then(|at| Reader::find(attributes, at)).map(read_text),
+        })
     }
 }
 

@@ -1,6 +1,7 @@
 //! What strangers do to a backend's part of the kernel: it must be noticed and mended.
 
 use keelson_proxy::backend::Mode;
+use keelson_proxy::iptables::Variant;
 
 use super::Namespace;
 
@@ -20,6 +21,7 @@ impl Damage {
 pub(crate) fn damages(mode: Mode) -> Vec<Damage> {
     match mode {
         Mode::Nftables => nftables(),
+        Mode::Iptables(variant) => iptables(variant),
     }
 }
 
@@ -43,6 +45,32 @@ fn nftables() -> Vec<Damage> {
         inflict: Box::new(move |namespace| nft(namespace, &commands)),
     })
     .into()
+}
+
+fn iptables(variant: Variant) -> Vec<Damage> {
+    let run = |arguments: &str| {
+        let (program, arguments) = (format!("iptables-{}", variant.word()), arguments.to_owned());
+        let name = format!("{program} {arguments}");
+        let inflict = move |namespace: &Namespace| {
+            let arguments: Vec<&str> = arguments.split(' ').collect();
+            namespace.output(&program, &arguments);
+        };
+        Damage { name, inflict: Box::new(inflict) }
+    };
+    let mut damages = vec![
+        run("-t nat -F"),
+        run("-F"),
+        run("-t nat -F KEELSON-SERVICES"),
+        run("-t nat -D PREROUTING -j KEELSON-SERVICES"),
+        run("-t nat -D POSTROUTING -j KEELSON-POSTROUTING"),
+        run("-t nat -N KEELSON-STRANGE"),
+        run("-t nat -I KEELSON-SERVICES -j RETURN"),
+    ];
+    if variant == Variant::Nft {
+        let inflict = |namespace: &Namespace| nft(namespace, "flush ruleset");
+        damages.push(Damage { name: "flush ruleset".to_owned(), inflict: Box::new(inflict) });
+    }
+    damages
 }
 
 fn nft(namespace: &Namespace, commands: &str) {

@@ -1,0 +1,1 @@
+//! Golden tests of the rules, and the real programs in network namespaces of the test's own.
