@@ -104,6 +104,7 @@ impl Iptables {
         if self.config.localhost_node_ports {
             crate::localhost::open(&self.programs.netns);
         }
+        self.alarm.acknowledge()?;
         let (ruleset, all) = self.wanted(plans);
         let (dirty, hooks) = self.compare(&all)?;
         drop(all);

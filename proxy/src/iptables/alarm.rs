@@ -94,6 +94,16 @@ impl Alarm {
         }
     }
 
+    /// What happened until now is known: the rules are about to be read.
+    pub(crate) fn acknowledge(&mut self) -> Result<(), IptablesError> {
+        self.read()?;
+        if let Alarm::Measured { sizes, known, canary, .. } = self {
+            *canary = None;
+            *known = Some(sizes.read().map_err(IptablesError::Sizes)?);
+        }
+        Ok(())
+    }
+
     /// True when our rules may have been changed by others since the last call.
     pub(crate) fn read(&mut self) -> Result<bool, IptablesError> {
         match self {
