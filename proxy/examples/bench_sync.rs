@@ -7,11 +7,10 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use keelson_proxy::backend::{Backend, BackendConfig, PodSources};
+use keelson_proxy::backend::{Backend, BackendConfig, Mode, PodSources};
 use keelson_proxy::diff::{Plans, advance};
 use keelson_proxy::model::objects::{EndpointSlice, Service};
 use keelson_proxy::model::{Model, NodeFacts};
-use keelson_proxy::nftables::Nftables;
 use nix::sched::{CloneFlags, unshare};
 use serde_json::json;
 
@@ -26,6 +25,9 @@ struct Flags {
     /// Changes to measure
     #[arg(long, default_value_t = 20)]
     changes: u32,
+    /// Backend: nftables, iptables-nft, iptables-legacy
+    #[arg(long, default_value = "nftables")]
+    mode: String,
     /// One line of JSON instead of a table
     #[arg(long)]
     json: bool,
@@ -36,7 +38,11 @@ fn main() -> anyhow::Result<()> {
     unshare(CloneFlags::CLONE_NEWNET)?;
     let mut results = BTreeMap::new();
     let (mut model, mut plans) = (Model::new(node()), Plans::new());
-    let mut backend = Nftables::open(config()?)?;
+    let modes = Mode::candidates(&flags.mode)
+        .ok_or_else(|| anyhow::anyhow!("--mode: {:?} is not a mode", flags.mode))?;
+    let mode = *modes.first().ok_or_else(|| anyhow::anyhow!("--mode: none"))?;
+    mode.probe()?;
+    let mut backend = mode.open(config()?)?;
 
     let began = Instant::now();
     for number in 0..flags.services {
@@ -44,7 +50,7 @@ fn main() -> anyhow::Result<()> {
         model.apply_slice(&slice(number, flags.endpoints)?);
     }
     let parsed = began.elapsed();
-    put_in_force(&mut model, &mut plans, &mut backend, true)?;
+    put_in_force(&mut model, &mut plans, &mut *backend, true)?;
     results.insert("1 objects parsed (s)", parsed.as_secs_f64());
     results.insert("2 start to effective (s)", began.elapsed().as_secs_f64());
     results.insert("3 resident after start (MB)", resident_mb()?);
@@ -56,7 +62,7 @@ fn main() -> anyhow::Result<()> {
         let began = Instant::now();
         model.apply_service(&service);
         model.apply_slice(&slice);
-        put_in_force(&mut model, &mut plans, &mut backend, false)?;
+        put_in_force(&mut model, &mut plans, &mut *backend, false)?;
         times.push(began.elapsed());
     }
     report("4 new Service effective", &mut times, &mut results);
@@ -64,14 +70,14 @@ fn main() -> anyhow::Result<()> {
         let slice = slice(change, flags.endpoints - 1)?;
         let began = Instant::now();
         model.apply_slice(&slice);
-        put_in_force(&mut model, &mut plans, &mut backend, false)?;
+        put_in_force(&mut model, &mut plans, &mut *backend, false)?;
         times.push(began.elapsed());
     }
     report("5 endpoint removed", &mut times, &mut results);
 
     drop(backend);
     let began = Instant::now();
-    let mut backend = Nftables::open(config()?)?;
+    let mut backend = mode.open(config()?)?;
     let operations = backend.adopt(&plans)?.operations;
     results.insert("6 restart, nothing changed (s)", began.elapsed().as_secs_f64());
     results.insert("7 objects changed by restart", operations as f64);
@@ -111,7 +117,7 @@ fn report(name: &'static str, times: &mut Vec<Duration>, results: &mut BTreeMap<
 fn put_in_force(
     model: &mut Model,
     plans: &mut Plans,
-    backend: &mut Nftables,
+    backend: &mut dyn Backend,
     first: bool,
 ) -> anyhow::Result<()> {
     let dirty = model.take_dirty();
