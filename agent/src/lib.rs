@@ -10,6 +10,7 @@ pub mod events;
 pub mod image;
 pub mod logd;
 pub mod node;
+mod pidfd;
 pub mod pod;
 pub mod runtime;
 pub mod server;

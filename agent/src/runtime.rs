@@ -31,6 +31,7 @@ use containerd_client::types::Mount;
 use tokio::sync::{Notify, Semaphore, broadcast};
 
 pub use error::RuntimeError;
+pub use pause::PauseError;
 pub use exec::{ExecRequest, ExecSession, TerminalSize};
 pub use sandbox::{HostsText, SandboxFiles};
 pub(crate) use sandbox::{blocking, chain};
@@ -39,6 +40,7 @@ use crate::config::CgroupDriver;
 use crate::image::{ImageStore, RegistryCredentials};
 use crate::logd;
 use connection::Connection;
+use pause::Pauses;
 use types::{ContainerConfig, ImageRef, ObservedPod, ObservedSandbox, RuntimeEvent, SandboxConfig};
 
 /// How many runtime operations that start processes run side by side. More only makes all of them wait for the
@@ -85,11 +87,12 @@ pub(crate) struct Inner {
     events: broadcast::Sender<RuntimeEvent>,
     images: ImageStore,
     logs: logd::Client,
-    pause_rootfs: PathBuf,
+    /// Not there where only images are looked after.
+    pauses: Option<Pauses>,
     /// The agent may not lower its children's `oom_score_adj` below this (no CAP_SYS_RESOURCE): runc would fail.
     oom_floor: i32,
     starts: Semaphore,
-    /// Sandboxes and containers whose task this process is making just now.
+    /// Containers whose task this process is making just now.
     starting: Starting,
     mounts: MountCache,
 }
@@ -100,12 +103,12 @@ impl Runtime {
     /// # Errors
     /// When containerd does not answer or is older than 1.6; the error says what to do.
     pub async fn connect(options: RuntimeOptions) -> Result<Runtime, RuntimeError> {
-        let runtime = Runtime::connect_for_images(options).await?;
-        let run_dir = &runtime.inner.options.run_dir;
-        pause::install(run_dir)?;
+        let pauses = Pauses::open(&options.run_dir, spec::oom_score_floor())?;
+        let runtime = Runtime::open(options, Some(pauses)).await?;
         runtime.inner.logs.start()?;
         lease::delete_unfinished(&runtime.inner.connection).await?;
         sandbox::sweep(&runtime.inner).await?;
+        sandbox::adopt(&runtime.inner).await?;
         tokio::spawn(events::follow(Arc::downgrade(&runtime.inner)));
         let (socket, namespace) =
             (runtime.inner.options.socket.clone(), runtime.inner.options.namespace.clone());
@@ -118,6 +121,13 @@ impl Runtime {
     /// # Errors
     /// As [`Runtime::connect`].
     pub async fn connect_for_images(options: RuntimeOptions) -> Result<Runtime, RuntimeError> {
+        Runtime::open(options, None).await
+    }
+
+    async fn open(
+        options: RuntimeOptions,
+        pauses: Option<Pauses>,
+    ) -> Result<Runtime, RuntimeError> {
         let connection = Connection::open(&options.socket, &options.namespace).await?;
         let version = version_of(&connection).await?;
         check_version(&version)?;
@@ -130,7 +140,7 @@ impl Runtime {
             mounts: MountCache::default(),
             images: ImageStore::new(connection.clone(), &options),
             logs: logd::Client::new(&options.run_dir),
-            pause_rootfs: pause::rootfs(&options.run_dir),
+            pauses,
             options,
             connection,
             events,
@@ -159,8 +169,7 @@ impl Runtime {
         observe::pod(&self.inner, uid).await
     }
 
-    /// Makes a sandbox: namespaces, network, files. Returns when containers may be created in it; its pause process
-    /// starts beside them.
+    /// Makes a sandbox: namespaces, network, files, its pause process. Then containers may be created in it.
     ///
     /// # Errors
     /// What could not be made; everything else has been undone.
@@ -274,6 +283,13 @@ impl Runtime {
     /// When containerd does not answer.
     pub async fn version(&self) -> Result<String, RuntimeError> {
         version_of(&self.inner.connection).await
+    }
+}
+
+impl Inner {
+    fn pauses(&self) -> Result<&Pauses, RuntimeError> {
+        let none = || RuntimeError::invalid("this connection is for images only");
+        self.pauses.as_ref().ok_or_else(none)
     }
 }
 

@@ -120,6 +120,41 @@ impl CgroupTree {
         Ok(())
     }
 
+    /// Makes a cgroup for a process below a pod's and returns its folder in every hierarchy where a process of the pod
+    /// shall not be counted with the agent's: also those that only systemd looks at.
+    ///
+    /// # Errors
+    /// When the kernel refuses a folder.
+    pub fn make_leaf(&self, path: &str) -> Result<Vec<PathBuf>, CgroupError> {
+        let visited =
+            self.hierarchies.iter().filter(|h| h.matters() || h.unified || h.is_systemds());
+        visited.map(|hierarchy| hierarchy.make(path)).collect()
+    }
+
+    /// The processes in the cgroup `path` itself.
+    pub fn processes(&self, path: &str) -> Vec<i32> {
+        let Some(hierarchy) = self.hierarchies.iter().find(|h| h.matters()) else {
+            return Vec::new();
+        };
+        processes(&hierarchy.mount.join(path.trim_start_matches('/')))
+    }
+
+    /// Removes the cgroup `path` from all hierarchies; processes that are still in it are killed. Idempotent.
+    ///
+    /// # Errors
+    /// When it cannot be emptied and removed.
+    pub fn remove(&self, path: &str) -> Result<(), CgroupError> {
+        for hierarchy in &self.hierarchies {
+            let dir = hierarchy.mount.join(path.trim_start_matches('/'));
+            remove_tree(&dir).map_err(|source| CgroupError::Io {
+                step: "remove the cgroup",
+                path: dir,
+                source,
+            })?;
+        }
+        Ok(())
+    }
+
     /// The uids of all pods that have cgroups.
     pub fn pod_uids(&self) -> Vec<String> {
         let mut uids: Vec<String> = Vec::new();
@@ -156,7 +191,22 @@ impl Hierarchy {
         ["cpu", "memory", "pids"].iter().any(|c| self.has(c))
     }
 
+    /// systemd's own hierarchy on cgroup v1, by which it knows the processes of its units.
+    fn is_systemds(&self) -> bool {
+        self.controllers.iter().any(|c| c == "name=systemd")
+    }
+
+    /// Makes `path` for cgroups below it.
     fn ensure(&self, path: &str) -> Result<PathBuf, CgroupError> {
+        let dir = self.make(path)?;
+        if self.unified {
+            delegate(&dir);
+        }
+        Ok(dir)
+    }
+
+    /// Makes `path`, in which processes may be: on v2 that excludes cgroups with controllers below it.
+    fn make(&self, path: &str) -> Result<PathBuf, CgroupError> {
         let mut dir = self.mount.clone();
         for part in path.split('/').filter(|part| !part.is_empty()) {
             if self.unified {
@@ -169,9 +219,6 @@ impl Hierarchy {
                 }
                 _ => {}
             }
-        }
-        if self.unified {
-            delegate(&dir);
         }
         Ok(dir)
     }
@@ -271,9 +318,14 @@ fn remove_tree(dir: &Path) -> io::Result<()> {
     fs::remove_dir(dir)
 }
 
-fn kill_processes(dir: &Path) {
+fn processes(dir: &Path) -> Vec<i32> {
     let procs = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
-    for pid in procs.lines().filter_map(|line| line.parse::<i32>().ok()).filter(|pid| *pid > 1) {
+    // 0 is a process outside our PID namespace.
+    procs.lines().filter_map(|line| line.parse().ok()).filter(|pid| *pid > 1).collect()
+}
+
+fn kill_processes(dir: &Path) {
+    for pid in processes(dir) {
         let pid = nix::unistd::Pid::from_raw(pid);
         if let Err(error) = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL) {
             tracing::debug!(%pid, %error, "Process in a removed cgroup is gone already");

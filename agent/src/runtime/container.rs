@@ -16,7 +16,7 @@ use sha2::{Digest, Sha256};
 use tonic::{Code, Status};
 
 use super::error::gone_is_fine;
-use super::record::{ContainerRecord, Record};
+use super::record::{ContainerRecord, Record, SandboxRecord};
 use super::types::{ContainerConfig, Exit};
 use super::{Inner, RuntimeError, exit_record, lease, sandbox, spec, user};
 use crate::logd::LogSpec;
@@ -67,7 +67,7 @@ pub(crate) async fn create(
         let root = user::RootFs::of(&mounts);
         let target_pid = match &config.target_container_id {
             Some(target) => Some(running_pid(inner, target).await?),
-            None if pod.share_pid => Some(running_pid(inner, sandbox_id).await?),
+            None if pod.share_pid => Some(pause_pid(inner, sandbox_id, &pod)?),
             None => None,
         };
         let oci = spec::container(inner, &id, sandbox_id, &pod, config, &image, &root, target_pid)?;
@@ -346,6 +346,14 @@ async fn running_pid(inner: &Inner, id: &str) -> Result<u32, RuntimeError> {
             "container {id}, whose processes shall be shared, is not running"
         )))
     }
+}
+
+/// The process whose PID namespace all containers of the pod share.
+fn pause_pid(inner: &Inner, id: &str, sandbox: &SandboxRecord) -> Result<u32, RuntimeError> {
+    let pid = inner.pauses()?.pid(&sandbox.cgroup(id)).map(i32::cast_unsigned);
+    pid.ok_or_else(|| {
+        RuntimeError::invalid("the sandbox, whose processes shall be shared, is not running")
+    })
 }
 
 /// Written before the task is made, in memory: a container with this mark, without a task and without an exit record

@@ -26,6 +26,18 @@ pub enum RuntimeError {
         #[source]
         source: io::Error,
     },
+    /// The sandbox's pause process could not be started.
+    #[error("the sandbox cannot be started")]
+    Pause {
+        #[source]
+        source: super::pause::PauseError,
+    },
+    /// The kernel refused a cgroup for the sandbox, or this machine has none.
+    #[error("cgroup of the sandbox")]
+    Cgroup {
+        #[source]
+        source: crate::cgroup::CgroupError,
+    },
     /// The pod network could not be set up or taken down.
     #[error("network of pod {pod}: {message}")]
     Network { pod: String, message: String },

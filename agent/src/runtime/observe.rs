@@ -58,6 +58,10 @@ pub(crate) async fn pod(
     let filter = format!(r#"labels."{LABEL_POD_UID}"=={uid}"#);
     let mut pods = BTreeMap::new();
     for container in list(inner, vec![filter]).await? {
+        if matches!(Record::of(&container), Some(Record::Sandbox(_))) {
+            add(inner, &mut pods, &container, None).await?;
+            continue;
+        }
         let request = GetRequest { container_id: container.id.clone(), ..GetRequest::default() };
         let task = match inner.connection.tasks().get(request).await {
             Ok(reply) => reply.into_inner().process,
@@ -90,7 +94,7 @@ async fn add(
     });
     match record {
         Record::Sandbox(record) => {
-            let ready = sandbox_is_ready(inner, &container.id, &record, task.as_ref());
+            let ready = sandbox_is_ready(inner, &container.id, &record)?;
             entry.sandboxes.push(ObservedSandbox {
                 id: container.id.clone(),
                 attempt: record.attempt,
@@ -119,21 +123,9 @@ async fn add(
     Ok(())
 }
 
-/// Ready: its pause process runs, or is on its way in this very process.
-fn sandbox_is_ready(
-    inner: &Inner,
-    id: &str,
-    record: &SandboxRecord,
-    task: Option<&Process>,
-) -> bool {
-    if record.boot != boot_id() {
-        return false;
-    }
-    match task.map(Process::status) {
-        Some(TaskStatus::Running) => true,
-        Some(TaskStatus::Created) | None => inner.starting.contains(id),
-        Some(_) => false,
-    }
+/// Ready: its pause process runs.
+fn sandbox_is_ready(inner: &Inner, id: &str, record: &SandboxRecord) -> Result<bool, RuntimeError> {
+    Ok(record.boot == boot_id() && inner.pauses()?.pid(&record.cgroup(id)).is_some())
 }
 
 async fn state_of(

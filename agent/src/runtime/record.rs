@@ -16,7 +16,7 @@ pub(crate) const LABEL_POD_UID: &str = "io.kubernetes.pod.uid";
 const LABEL_POD_NAME: &str = "io.kubernetes.pod.name";
 const LABEL_POD_NAMESPACE: &str = "io.kubernetes.pod.namespace";
 const LABEL_CONTAINER_NAME: &str = "io.kubernetes.container.name";
-const LABEL_KIND: &str = "io.keelson.kind";
+pub(crate) const LABEL_KIND: &str = "io.keelson.kind";
 
 /// The extension that holds the whole record.
 const EXTENSION: &str = "io.keelson.record/1";
@@ -148,6 +148,11 @@ impl SandboxRecord {
             host_ports,
             runtime_handler: config.runtime_handler.clone(),
         }
+    }
+
+    /// The cgroup of the sandbox's own process.
+    pub(crate) fn cgroup(&self, id: &str) -> String {
+        super::spec::cgroup_of(&self.cgroup_parent, id)
     }
 }
 

@@ -1,17 +1,20 @@
 //! Sandboxes: namespaces that the agent makes and pins itself, the pod's network in them, a pause process that holds
 //! them, and the files that all containers of the pod share.
 //!
-//! Containers join the namespaces by path, so nothing waits for pause: it starts beside the first containers.
+//! Containers join the namespaces by path. containerd keeps the sandbox's record as a container without a task, so that
+//! every question about a pod is answered from one place.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::net::IpAddr;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use containerd_client::services::v1::container::Runtime as OciRuntime;
 use containerd_client::services::v1::{
-    Container, CreateContainerRequest, CreateTaskRequest, DeleteContainerRequest,
-    GetContainerRequest, StartRequest,
+    Container, CreateContainerRequest, DeleteContainerRequest, GetContainerRequest,
+    ListContainersRequest,
 };
 use jiff::Timestamp;
 use keelson_cni::conflist::Conflist;
@@ -21,12 +24,16 @@ use keelson_netlink::route::Rtnl;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use super::error::gone_is_fine;
-use super::record::{Record, SandboxRecord};
-use super::types::{HostPort, ObservedSandbox, PodNetwork, SandboxConfig};
+use super::pause::{self, sysctl};
+use super::record::{LABEL_KIND, Record, SandboxRecord};
+use super::types::{HostPort, ObservedSandbox, PodNetwork, RuntimeEvent, SandboxConfig};
 use super::{Inner, RuntimeError, container, spec};
 
 /// A pod's `/dev/shm`, as the CRI sizes it.
 const SHM_OPTIONS: &str = "mode=1777,size=64m";
+
+/// The runtime that a sandbox's record names in containerd.
+const NO_TASK: &str = "io.keelson.pause.v1";
 
 /// How long one CNI plugin may take.
 const CNI_LIMIT: std::time::Duration = std::time::Duration::from_secs(60);
@@ -90,12 +97,12 @@ async fn make(
         blocking(move || prepare(&inner, &id, &config, &files)).await?
     };
     let record = SandboxRecord::new(config, ips, port_mappings(config));
-    let oci = spec::pause(inner, id, config, &record);
     let request = Container {
         id: id.to_owned(),
         labels: Record::Sandbox(record.clone()).labels(),
-        runtime: Some(runtime_of(inner, &config.runtime_handler)),
-        spec: Some(spec::to_any(&oci)?),
+        // containerd wants both; nothing is ever run by them.
+        runtime: Some(OciRuntime { name: NO_TASK.into(), options: None }),
+        spec: Some(spec::to_any(&serde_json::json!({ "ociVersion": "1.0.2" }))?),
         extensions: Record::Sandbox(record.clone()).extensions(),
         ..Container::default()
     };
@@ -106,16 +113,7 @@ async fn make(
         .create(create)
         .await
         .map_err(RuntimeError::call("create sandbox", id))?;
-    let started = {
-        let (inner, id) = (Arc::clone(inner), id.to_owned());
-        tokio::spawn(async move { start_pause(&inner, &id).await })
-    };
-    if config.share_pid {
-        // Containers join pause's PID namespace, which exists only once pause does.
-        started
-            .await
-            .map_err(|e| RuntimeError::invalid(format!("starting pause was cancelled: {e}")))??;
-    }
+    start_pause(inner, id, &record).await?;
     Ok(ObservedSandbox {
         id: id.to_owned(),
         attempt: config.attempt,
@@ -124,6 +122,47 @@ async fn make(
         ips: record.ips,
         host_network: record.host_network,
     })
+}
+
+/// The record is in containerd before the process exists: whoever finds the one finds the other.
+async fn start_pause(
+    inner: &Arc<Inner>,
+    id: &str,
+    record: &SandboxRecord,
+) -> Result<(), RuntimeError> {
+    let process = {
+        let (inner, id, record) = (Arc::clone(inner), id.to_owned(), record.clone());
+        blocking(move || {
+            inner.pauses()?.start(&SandboxDir::of(&inner, &id), &record, &record.cgroup(&id))
+        })
+        .await?
+    };
+    tokio::spawn(watch(Arc::downgrade(inner), process, record.pod.uid.clone()));
+    Ok(())
+}
+
+/// Has the pod looked at when its pause process has ended.
+async fn watch(inner: Weak<Inner>, process: OwnedFd, uid: String) {
+    pause::ended(process).await;
+    if let Some(inner) = inner.upgrade() {
+        // Nobody listening is not an error.
+        drop(inner.events.send(RuntimeEvent::Pod { uid }));
+    }
+}
+
+/// Watches the pause processes that an earlier agent started.
+pub(crate) async fn adopt(inner: &Arc<Inner>) -> Result<(), RuntimeError> {
+    let filters = vec![format!(r#"labels."{LABEL_KIND}"==sandbox"#)];
+    let reply = inner.connection.containers().list(ListContainersRequest { filters }).await;
+    let sandboxes = reply.map_err(RuntimeError::call("list", "sandboxes"))?.into_inner().containers;
+    let pauses = inner.pauses()?;
+    for sandbox in sandboxes {
+        let Some(Record::Sandbox(record)) = Record::of(&sandbox) else { continue };
+        if let Some(process) = pauses.process(&record.cgroup(&sandbox.id)) {
+            tokio::spawn(watch(Arc::downgrade(inner), process, record.pod.uid));
+        }
+    }
+    Ok(())
 }
 
 /// Everything that needs the kernel and the file system but not containerd. Blocking.
@@ -170,10 +209,13 @@ fn pin_namespaces(dir: &SandboxDir, config: &SandboxConfig) -> Result<(), Runtim
     if !config.host_ipc {
         wanted.push((Kind::Ipc, &ipc));
     }
+    let own = sysctl::Own { network: !host_network, ipc: !config.host_ipc };
+    let sysctls = sysctl::files(&sysctls(config), own).map_err(RuntimeError::invalid)?;
     let pinned = if wanted.is_empty() {
         Ok(())
     } else {
         netns::pin(&wanted, || {
+            sysctl::write(&sysctls)?;
             if host_network {
                 return Ok(());
             }
@@ -192,6 +234,16 @@ fn pin_namespaces(dir: &SandboxDir, config: &SandboxConfig) -> Result<(), Runtim
             })?;
     }
     Ok(())
+}
+
+fn sysctls(config: &SandboxConfig) -> BTreeMap<String, String> {
+    let mut sysctls = config.sysctls.clone();
+    if config.network != PodNetwork::Host {
+        // As the CRI has it since 2.0: nothing in a pod's own network needs root for a low port or a ping.
+        sysctls.entry("net.ipv4.ip_unprivileged_port_start".into()).or_insert_with(|| "0".into());
+        sysctls.entry("net.ipv4.ping_group_range".into()).or_insert_with(|| "0 2147483647".into());
+    }
+    sysctls
 }
 
 fn add_network(
@@ -256,36 +308,7 @@ fn invoker(inner: &Inner) -> Invoker {
     }
 }
 
-async fn start_pause(inner: &Inner, id: &str) -> Result<(), RuntimeError> {
-    let _starting = inner.starting.enter(id);
-    let create = CreateTaskRequest { container_id: id.to_owned(), ..CreateTaskRequest::default() };
-    let result = async {
-        inner.connection.tasks().create(create).await?;
-        inner
-            .connection
-            .tasks()
-            .start(StartRequest { container_id: id.to_owned(), ..StartRequest::default() })
-            .await
-    }
-    .await;
-    match result {
-        Ok(_) => Ok(()),
-        Err(status) => {
-            tracing::warn!(
-                sandbox = id,
-                error = status.message(),
-                "The sandbox's pause process does not start"
-            );
-            if let Some(uid) = super::observe::pod_of(inner, id).await {
-                // Nobody listening is not an error.
-                drop(inner.events.send(super::types::RuntimeEvent::Pod { uid }));
-            }
-            Err(RuntimeError::call("start sandbox", id)(status))
-        }
-    }
-}
-
-/// How containerd shall run it.
+/// How containerd shall run a container.
 pub(crate) fn runtime_of(inner: &Inner, handler: &str) -> OciRuntime {
     let binary = if handler.is_empty() { &inner.options.default_runtime } else { handler };
     OciRuntime { name: "io.containerd.runc.v2".into(), options: spec::runc_options(inner, binary) }
@@ -307,8 +330,9 @@ pub(crate) async fn record(inner: &Inner, id: &str) -> Result<Option<SandboxReco
 }
 
 pub(crate) async fn stop(inner: &Arc<Inner>, id: &str) -> Result<(), RuntimeError> {
-    container::end_task(inner, id, libc::SIGKILL.cast_unsigned()).await?;
+    // Without a record there was no pause process yet.
     let Some(record) = record(inner, id).await? else { return take_down(inner, id, None).await };
+    inner.pauses()?.end(&record.cgroup(id)).await?;
     take_down(inner, id, Some(record)).await
 }
 
@@ -363,6 +387,10 @@ fn release(dir: &SandboxDir) -> Result<(), RuntimeError> {
 
 pub(crate) async fn remove(inner: &Arc<Inner>, id: &str) -> Result<(), RuntimeError> {
     stop(inner, id).await?;
+    if let Some(record) = record(inner, id).await? {
+        let (inner, cgroup) = (Arc::clone(inner), record.cgroup(id));
+        blocking(move || inner.pauses()?.forget(&cgroup)).await?;
+    }
     let request = DeleteContainerRequest { id: id.to_owned() };
     gone_is_fine(
         inner.connection.containers().delete(request).await.map(tonic::Response::into_inner),
@@ -400,7 +428,11 @@ pub(crate) async fn sweep(inner: &Arc<Inner>) -> Result<(), RuntimeError> {
 
 /// After a failure: as if it had never been tried.
 async fn undo(inner: &Arc<Inner>, id: &str, config: &SandboxConfig) {
-    drop(container::end_task(inner, id, libc::SIGKILL.cast_unsigned()).await);
+    let cgroup = spec::cgroup_of(&config.cgroup_parent, id);
+    if let Ok(pauses) = inner.pauses() {
+        drop(pauses.end(&cgroup).await);
+        drop(pauses.forget(&cgroup));
+    }
     let request = DeleteContainerRequest { id: id.to_owned() };
     drop(inner.connection.containers().delete(request).await);
     let record = (config.network == PodNetwork::Host)

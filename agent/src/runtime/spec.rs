@@ -1,4 +1,4 @@
-//! OCI specifications: what runc is told about a sandbox's pause process and about a container. Pure, but for what is
+//! OCI specifications: what runc is told about a container. Pure, but for what is
 //! read once from the machine (capabilities of the agent, devices of a privileged container).
 
 mod device;
@@ -14,14 +14,12 @@ use serde_json::{Value, json};
 
 use super::record::SandboxRecord;
 use super::sandbox::SandboxDir;
-use super::types::{ContainerConfig, Mount, PodNetwork, Propagation, SandboxConfig};
+use super::types::{ContainerConfig, Mount, Propagation};
 use super::user::{self, RootFs, User};
-use super::{Inner, RuntimeError, pause};
+use super::{Inner, RuntimeError};
 use crate::config::CgroupDriver;
 use crate::image::ResolvedImage;
 
-/// The shim of a container is that of its sandbox: containerd's shim groups by this annotation.
-const ANNOTATION_SANDBOX: &str = "io.kubernetes.cri.sandbox-id";
 const ANNOTATION_TYPE: &str = "io.kubernetes.cri.container-type";
 const ANNOTATION_NAME: &str = "io.kubernetes.cri.container-name";
 
@@ -108,45 +106,6 @@ const MASKED: &[&str] = &[
 const READ_ONLY: &[&str] =
     &["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
-/// The pause process of a sandbox.
-pub(crate) fn pause(
-    inner: &Inner,
-    id: &str,
-    config: &SandboxConfig,
-    record: &SandboxRecord,
-) -> Value {
-    let dir = SandboxDir::of(inner, id);
-    let mut namespaces = vec![json!({ "type": "mount" })];
-    if !config.host_pid {
-        namespaces.push(json!({ "type": "pid" }));
-    }
-    namespaces.extend(shared_namespaces(&dir, record));
-    let mut sysctls = config.sysctls.clone();
-    if config.network != PodNetwork::Host {
-        // As the CRI has it since 2.0: nothing in a pod's own network needs root for a low port or a ping.
-        sysctls.entry("net.ipv4.ip_unprivileged_port_start".into()).or_insert_with(|| "0".into());
-        sysctls.entry("net.ipv4.ping_group_range".into()).or_insert_with(|| "0 2147483647".into());
-    }
-    json!({
-        "ociVersion": "1.0.2",
-        "process": {
-            "args": [pause::PATH], "cwd": "/", "user": { "uid": 65535, "gid": 65535 },
-            "noNewPrivileges": true, "oomScoreAdj": (-998).max(inner.oom_floor),
-        },
-        "root": { "path": inner.pause_rootfs, "readonly": true },
-        "mounts": [{ "destination": "/proc", "type": "proc", "source": "proc",
-            "options": ["nosuid", "noexec", "nodev"] }],
-        "annotations": annotations(id, "sandbox", "POD"),
-        "linux": {
-            "namespaces": namespaces,
-            "cgroupsPath": cgroups_path(inner, &config.cgroup_parent, id),
-            "sysctl": sysctls,
-            "resources": { "cpu": { "shares": 2 }, "devices": [{ "allow": false, "access": "rwm" }] },
-            "maskedPaths": MASKED, "readonlyPaths": READ_ONLY,
-        },
-    })
-}
-
 /// A container of a pod.
 #[allow(
     clippy::too_many_arguments,
@@ -216,7 +175,7 @@ pub(crate) fn container(
         linux["rootfsPropagation"] = "rslave".into();
     }
     let mut all_annotations = config.annotations.clone();
-    all_annotations.extend(annotations(sandbox_id, "container", &config.name));
+    all_annotations.extend(annotations(&config.name));
     Ok(without_nulls(json!({
         "ociVersion": "1.0.2",
         "process": process(inner, sandbox, config, image, &user)?,
@@ -374,12 +333,10 @@ fn shared_namespaces(dir: &SandboxDir, sandbox: &SandboxRecord) -> Vec<Value> {
     shared
 }
 
-fn annotations(
-    sandbox_id: &str,
-    kind: &str,
-    name: &str,
-) -> std::collections::BTreeMap<String, String> {
-    [(ANNOTATION_TYPE, kind), (ANNOTATION_SANDBOX, sandbox_id), (ANNOTATION_NAME, name)]
+/// Without `io.kubernetes.cri.sandbox-id`, by which containerd's shim would group the containers of a pod: the shim of a
+/// group may be on its way out when the next container is told to join it, since no pause task keeps it.
+fn annotations(name: &str) -> std::collections::BTreeMap<String, String> {
+    [(ANNOTATION_TYPE, "container"), (ANNOTATION_NAME, name)]
         .map(|(key, value)| (key.to_owned(), value.to_owned()))
         .into()
 }

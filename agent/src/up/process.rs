@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -10,12 +10,14 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::pidfd;
+
 /// Waits until process `pid`, which need not be a child, has ended.
 ///
 /// # Errors
 /// When the kernel cannot watch it.
 pub(crate) fn wait_end(pid: i32) -> io::Result<()> {
-    let Some(fd) = pidfd(pid)? else { return Ok(()) };
+    let Some(fd) = pidfd::open(pid)? else { return Ok(()) };
     loop {
         match poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE) {
             Ok(_) => return Ok(()),
@@ -28,7 +30,7 @@ pub(crate) fn wait_end(pid: i32) -> io::Result<()> {
 /// Asks every process of `pids` to end with `first`, and ends those by force that have not gone after `patience`.
 pub(crate) fn end_all(pids: &[i32], first: Signal, patience: Duration) {
     let watched: Vec<(i32, OwnedFd)> =
-        pids.iter().filter_map(|pid| Some((*pid, pidfd(*pid).ok()??))).collect();
+        pids.iter().filter_map(|pid| Some((*pid, pidfd::open(*pid).ok()??))).collect();
     let deadline = Instant::now() + patience;
     for (pid, _) in &watched {
         // Gone already is what we want.
@@ -76,19 +78,6 @@ fn ends_before(fd: &OwnedFd, deadline: Instant) -> bool {
     }
 }
 
-#[allow(unsafe_code, reason = "pidfd_open(2) has no wrapper in the libraries at hand")]
-fn pidfd(pid: i32) -> io::Result<Option<OwnedFd>> {
-    // SAFETY: pidfd_open takes two integers and touches no memory of ours.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-    if fd >= 0 {
-        let fd = i32::try_from(fd).map_err(io::Error::other)?;
-        // SAFETY: the kernel has just given us this descriptor; nobody else owns it.
-        return Ok(Some(unsafe { OwnedFd::from_raw_fd(fd) }));
-    }
-    let error = io::Error::last_os_error();
-    if error.raw_os_error() == Some(libc::ESRCH) { Ok(None) } else { Err(error) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -106,6 +95,6 @@ mod tests {
         }
         end_all(&[pid], Signal::SIGTERM, Duration::from_secs(5));
         assert!(!child.wait().unwrap().success());
-        assert!(pidfd(pid).unwrap().is_none());
+        assert!(pidfd::open(pid).unwrap().is_none());
     }
 }
