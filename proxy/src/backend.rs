@@ -4,6 +4,7 @@
 use std::os::fd::BorrowedFd;
 
 use ipnetwork::IpNetwork;
+use serde::{Deserialize, Serialize};
 
 use crate::diff::{Change, Plans};
 use crate::iptables::{Iptables, IptablesError, Variant};
@@ -100,7 +101,7 @@ pub trait Backend: Send {
 }
 
 /// What a backend needs to know about the node beside the plans.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BackendConfig {
     /// How pods are told from other sources: for [`crate::model::Masquerade::UnlessPod`] and
     /// [`crate::model::Route::BySource`].
@@ -117,7 +118,7 @@ pub struct BackendConfig {
 }
 
 /// How pods are told from other sources of packets.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PodSources {
     /// They are not.
     #[default]

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use ipnetwork::IpNetwork;
+use serde_json::json;
 
 use crate::backend::Mode;
 
@@ -29,6 +30,11 @@ pub struct ProxyConfig {
     pub masquerade_bit: u8,
     /// Which addresses of the node serve node ports.
     pub node_port_addresses: NodePortAddresses,
+    /// Node ports answer on 127.0.0.1, too.
+    pub localhost_node_ports: bool,
+    /// Where the last known state is kept, so that Services work after a reboot while the API server is
+    /// still away; nowhere when not given.
+    pub state_file: Option<PathBuf>,
     /// Where to serve /healthz, /livez and /readyz.
     pub healthz_address: Option<SocketAddr>,
     /// Where to serve /metrics, /proxyMode and /configz.
@@ -46,6 +52,10 @@ pub enum LocalSources {
     Cidrs(Vec<IpNetwork>),
     /// By the Node object's pod ranges: only the pods of this node.
     NodeCidrs,
+    /// Their packets come through this bridge.
+    Bridge(String),
+    /// Their packets come through an interface whose name starts like this.
+    InterfacePrefix(String),
 }
 
 /// Which addresses of the node serve node ports.
@@ -71,9 +81,51 @@ impl Default for ProxyConfig {
             masquerade_all: false,
             masquerade_bit: 14,
             node_port_addresses: NodePortAddresses::Primary,
+            localhost_node_ports: true,
+            state_file: None,
             healthz_address: Some(SocketAddr::from(([0, 0, 0, 0], 10256))),
             metrics_address: Some(SocketAddr::from(([127, 0, 0, 1], 10249))),
             sync_period: Duration::from_secs(30),
         }
+    }
+}
+
+impl ProxyConfig {
+    /// As /configz shows it: the fields of KubeProxyConfiguration that mean something here.
+    pub(crate) fn as_json(&self, mode: Mode) -> serde_json::Value {
+        let texts =
+            |ranges: &[IpNetwork]| ranges.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let address =
+            |address: Option<SocketAddr>| address.map(|a| a.to_string()).unwrap_or_default();
+        let (detect, cidrs, local) = match &self.local_sources {
+            LocalSources::Unknown => ("ClusterCIDR", Vec::new(), json!({})),
+            LocalSources::Cidrs(cidrs) => ("ClusterCIDR", texts(cidrs), json!({})),
+            LocalSources::NodeCidrs => ("NodeCIDR", Vec::new(), json!({})),
+            LocalSources::Bridge(name) => {
+                ("BridgeInterface", Vec::new(), json!({"bridgeInterface": name}))
+            }
+            LocalSources::InterfacePrefix(prefix) => {
+                ("InterfaceNamePrefix", Vec::new(), json!({"interfaceNamePrefix": prefix}))
+            }
+        };
+        let node_ports = match &self.node_port_addresses {
+            NodePortAddresses::Primary => vec!["primary".to_owned()],
+            NodePortAddresses::All => Vec::new(),
+            NodePortAddresses::Ranges(ranges) => texts(ranges),
+        };
+        json!({"kubeproxy.config.k8s.io": {
+            "kind": "KubeProxyConfiguration",
+            "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
+            "mode": mode.name(),
+            "hostnameOverride": self.node_name,
+            "clientConnection": {"kubeconfig": self.kubeconfig},
+            "clusterCIDR": cidrs.join(","),
+            "detectLocalMode": detect,
+            "detectLocal": local,
+            "nodePortAddresses": node_ports,
+            "healthzBindAddress": address(self.healthz_address),
+            "metricsBindAddress": address(self.metrics_address),
+            mode.name(): {"masqueradeAll": self.masquerade_all, "masqueradeBit": self.masquerade_bit},
+        }})
     }
 }

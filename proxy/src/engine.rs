@@ -4,30 +4,35 @@
 //! transaction runs are taken together in the next one, so that transactions grow just as far as the
 //! kernel needs.
 
+mod intake;
+mod progress;
+
 use std::collections::HashSet;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use kube::runtime::watcher::Event;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use crate::backend::{Applied, Backend, BackendConfig, BackendError, Mode, PodSources};
-use crate::config::{LocalSources, NodePortAddresses, ProxyConfig};
+use crate::backend::{Applied, Backend, BackendError, Mode};
+use crate::config::ProxyConfig;
 use crate::conntrack::{Checks, Cleaner};
-use crate::diff::{Plans, advance};
-use crate::metrics::{Metrics, now_secs};
-use crate::model::objects::{EndpointSlice, Node, Service};
-use crate::model::{Model, NodeFacts, ServiceKey, key_of, parse_address};
+use crate::diff::{Change, Plans, advance};
+use crate::events::{Notice, Notices};
+use crate::health_checks::HealthChecks;
+use crate::last_known::LastKnown;
+use crate::metrics::Metrics;
+use crate::model::{Family, ServiceKey};
 use crate::watch::Wake;
+use intake::Intake;
+pub(crate) use progress::Progress;
 
 /// How long the next attempt waits when nothing could be put in force.
 const RETRY: Duration = Duration::from_secs(5);
 /// How long a single Service that the kernel refused waits for the next attempt.
 const RETRY_REFUSED: Duration = Duration::from_secs(30);
-const TRIGGER_ANNOTATION: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 
 /// Sends to the engine from another thread.
 #[derive(Clone)]
@@ -47,60 +52,31 @@ impl Mailbox {
     }
 }
 
-/// What health checks may know about the engine.
-#[derive(Debug, Default)]
-pub(crate) struct Progress {
-    inner: Mutex<ProgressState>,
-}
-
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct ProgressState {
-    /// Everything was in force at least once.
-    pub(crate) synced: bool,
-    /// Since when the oldest change waits.
-    pub(crate) waiting_since: Option<Instant>,
-    pub(crate) last_update: Option<SystemTime>,
-    /// The node is being deleted: load balancers shall stop to send.
-    pub(crate) node_leaving: bool,
-}
-
-impl Progress {
-    pub(crate) fn get(&self) -> ProgressState {
-        *self.inner.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn update(&self, change: impl FnOnce(&mut ProgressState)) {
-        change(&mut self.inner.lock().unwrap_or_else(PoisonError::into_inner));
-    }
-}
-
-/// Which lists are complete, and what the current ones held so far.
-#[derive(Default)]
-struct Lists {
-    services: Option<HashSet<ServiceKey>>,
-    slices: Option<HashSet<ServiceKey>>,
-    services_done: bool,
-    slices_done: bool,
-    node_done: bool,
+/// What the engine tells others.
+pub(crate) struct Listeners {
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) progress: Arc<Progress>,
+    pub(crate) notices: Notices,
+    pub(crate) health_checks: HealthChecks,
+    /// Called when everything is in force for the first time.
+    pub(crate) on_synced: Box<dyn FnOnce() + Send>,
 }
 
 pub(crate) struct Engine {
-    config: ProxyConfig,
-    model: Model,
+    intake: Intake,
     plans: Plans,
+    mode: Mode,
     backend: Box<dyn Backend>,
     inbox: Receiver<Wake>,
     bell: Arc<EventFd>,
-    lists: Lists,
-    node: Option<Node>,
-    /// Changes of the node's facts that the backend has not seen yet.
-    reconfigure: bool,
     started: bool,
     retry_at: Option<Instant>,
-    triggers: Vec<SystemTime>,
     conntrack: Cleaner,
+    last_known: LastKnown,
     metrics: Arc<Metrics>,
     progress: Arc<Progress>,
+    notices: Notices,
+    health_checks: HealthChecks,
     on_synced: Option<Box<dyn FnOnce() + Send>>,
 }
 
@@ -108,53 +84,77 @@ impl Engine {
     /// Opens the backend in the network namespace of the calling thread.
     pub(crate) fn open(
         config: ProxyConfig,
-        metrics: Arc<Metrics>,
-        progress: Arc<Progress>,
-        on_synced: Box<dyn FnOnce() + Send>,
+        listeners: Listeners,
     ) -> anyhow::Result<(Engine, Mailbox)> {
         let (sender, inbox) = channel();
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let bell = Arc::new(EventFd::from_value_and_flags(0, flags)?);
+        let Listeners { metrics, progress, notices, health_checks, on_synced } = listeners;
         let mode = choose(config.modes)?;
-        let backend = mode.open(backend_config(&config, None))?;
+        let last_known = LastKnown::new(config.state_file.clone());
+        let intake = Intake::new(config, Arc::clone(&metrics), Arc::clone(&progress));
         let engine = Engine {
-            model: Model::new(node_facts(&config, None)),
-            config,
+            backend: mode.open(intake.backend_config())?,
+            mode,
+            intake,
             plans: Plans::new(),
-            backend,
             inbox,
             bell: Arc::clone(&bell),
-            lists: Lists::default(),
-            node: None,
-            reconfigure: false,
             started: false,
             retry_at: None,
-            triggers: Vec::new(),
             conntrack: Cleaner::start(metrics.conntrack_deleted.clone())?,
+            last_known,
             metrics,
             progress,
+            notices,
+            health_checks,
             on_synced: Some(on_synced),
         };
         Ok((engine, Mailbox { sender, bell }))
     }
 
+    pub(crate) fn mode(&self) -> Mode {
+        self.mode
+    }
+
     /// Works until [`Wake::Stop`]. What is in force stays in force.
     pub(crate) fn run(mut self) -> anyhow::Result<()> {
+        self.start_from_last_known();
         loop {
             let alarmed = self.wait()?;
             if !self.take_in() {
+                self.last_known.write_now(&self.plans, &self.intake.backend_config());
                 return Ok(());
             }
             let disturbed = alarmed && self.backend.disturbed()?;
-            if self.lists.services_done && self.lists.slices_done && self.lists.node_done {
+            if self.intake.is_complete() {
                 self.put_in_force(disturbed);
             }
         }
     }
 
+    /// After a reboot the kernel has nothing, and the API server may be a pod that needs Services itself.
+    /// After a mere restart the kernel knows better than any file.
+    fn start_from_last_known(&mut self) {
+        let Some((plans, config)) = self.last_known.read_after_reboot() else { return };
+        self.backend.configure(config);
+        match self.backend.adopt(&plans) {
+            Ok(applied) => {
+                let services = plans.len();
+                let operations = applied.operations;
+                tracing::info!(services, operations, "The last known Services are in force");
+                self.plans = plans;
+            }
+            Err(error) => {
+                tracing::error!(error = %Chain(&error), "Cannot program the last known Services");
+            }
+        }
+    }
+
     /// Sleeps until there is something to do; true when the backend's alarm rang.
-    fn wait(&self) -> anyhow::Result<bool> {
-        let timeout = match self.retry_at {
+    fn wait(&mut self) -> anyhow::Result<bool> {
+        let wake_at = self.retry_at.into_iter().chain(self.last_known.due()).min();
+        let timeout = match wake_at {
             None => PollTimeout::NONE,
             Some(at) => {
                 let rest = at.saturating_duration_since(Instant::now());
@@ -180,116 +180,48 @@ impl Engine {
     /// Takes in everything that has arrived; false when it is time to stop.
     fn take_in(&mut self) -> bool {
         while let Ok(wake) = self.inbox.try_recv() {
-            match wake {
-                Wake::Service(event) => self.take_service(event),
-                Wake::Slice(event) => self.take_slice(event),
-                Wake::Node(event) => self.take_node(event),
-                Wake::Stop => return false,
+            if !self.intake.take(wake) {
+                return false;
             }
         }
-        for problem in self.model.take_problems() {
-            let (kind, object, what) = (problem.kind, problem.object, problem.what);
+        for problem in self.intake.model.take_problems() {
+            let (kind, object, what) = (problem.kind, &problem.object, &problem.what);
             tracing::warn!(kind, %object, %what, "Left something out");
+            self.metrics.left_out.inc();
+            self.notices.send(Notice::left_out(problem));
         }
-        if self.model.pending() > 0 {
-            self.progress.update(|state| {
-                state.waiting_since.get_or_insert_with(Instant::now);
-            });
-        }
+        self.intake.note_pending();
         true
-    }
-
-    fn take_service(&mut self, event: Event<Service>) {
-        match event {
-            Event::Init => self.lists.services = Some(HashSet::new()),
-            Event::InitApply(service) => {
-                self.lists.services.get_or_insert_default().insert(key_of(&service.metadata));
-                self.model.apply_service(&service);
-            }
-            Event::InitDone => {
-                let listed = self.lists.services.take().unwrap_or_default();
-                self.model.retain_services(&listed);
-                self.lists.services_done = true;
-            }
-            Event::Apply(service) => {
-                self.metrics.service_changes.inc();
-                self.metrics.last_queued.set(now_secs());
-                self.model.apply_service(&service);
-            }
-            Event::Delete(service) => {
-                self.metrics.service_changes.inc();
-                self.model.delete_service(&key_of(&service.metadata));
-            }
-        }
-    }
-
-    fn take_slice(&mut self, event: Event<EndpointSlice>) {
-        match event {
-            Event::Init => self.lists.slices = Some(HashSet::new()),
-            Event::InitApply(slice) => {
-                self.lists.slices.get_or_insert_default().insert(key_of(&slice.metadata));
-                self.model.apply_slice(&slice);
-            }
-            Event::InitDone => {
-                let listed = self.lists.slices.take().unwrap_or_default();
-                self.model.retain_slices(&listed);
-                self.lists.slices_done = true;
-            }
-            Event::Apply(slice) => {
-                self.metrics.endpoint_changes.inc();
-                self.metrics.last_queued.set(now_secs());
-                self.triggers.extend(trigger_time(&slice));
-                self.model.apply_slice(&slice);
-            }
-            Event::Delete(slice) => {
-                self.metrics.endpoint_changes.inc();
-                self.model.delete_slice(&key_of(&slice.metadata));
-            }
-        }
-    }
-
-    fn take_node(&mut self, event: Event<Node>) {
-        match event {
-            Event::Init => return,
-            Event::InitDone => self.lists.node_done = true,
-            Event::Apply(node) | Event::InitApply(node) => {
-                let leaving = is_leaving(&node);
-                self.progress.update(|state| state.node_leaving = leaving);
-                self.node = Some(node);
-            }
-            // A deleted Node does not change what the kernel shall do.
-            Event::Delete(_) => self.progress.update(|state| state.node_leaving = true),
-        }
-        let facts = node_facts(&self.config, self.node.as_ref());
-        if facts != *self.model.node() {
-            self.model.set_node(facts);
-        }
-        self.reconfigure = true;
     }
 
     fn put_in_force(&mut self, disturbed: bool) {
         let began = Instant::now();
-        let reconfigured = std::mem::take(&mut self.reconfigure) && self.configure();
+        let reconfigured = std::mem::take(&mut self.intake.reconfigure)
+            && self.backend.configure(self.intake.backend_config());
         let due = self.retry_at.is_some_and(|at| at <= began);
-        let dirty = self.model.take_dirty();
-        let model = &self.model;
+        let dirty = self.dirty();
+        let model = &self.intake.model;
+        self.health_checks.update(dirty.iter().map(|key| (key, model.health_check(key))));
         let changes = advance(&mut self.plans, dirty, |key| model.plan(key));
-        let result = if !self.started || disturbed || reconfigured || due {
+        let all = !self.started || disturbed || reconfigured || due;
+        let result = if all {
             if disturbed && self.started {
                 self.metrics.repairs.inc();
-                tracing::warn!("Somebody changed our table, mending it");
+                tracing::warn!("Somebody changed what we programmed, mending it");
             }
             self.backend.adopt(&self.plans)
         } else if changes.is_empty() {
+            self.last_known.write_if_due(&self.plans, &self.intake.backend_config());
             return self.note_idle();
         } else {
             self.backend.apply(&changes, &self.plans)
         };
         self.retry_at = None;
         match result {
-            Ok(applied) => self.note_applied(&applied, began),
+            Ok(applied) => self.note_applied(&applied, &changes, all, began),
             Err(error) => return self.note_failure(&error),
         }
+        self.last_known.note_change();
         // Not before the new rules are in force: else the next packet makes the same flow again.
         self.conntrack.check(match std::mem::replace(&mut self.started, true) {
             true => Checks::after(&changes),
@@ -297,9 +229,13 @@ impl Engine {
         });
     }
 
-    fn configure(&mut self) -> bool {
-        let config = backend_config(&self.config, self.node.as_ref());
-        self.backend.configure(config)
+    /// The Services to plan; at the start also those that only the file of the last boot knows.
+    fn dirty(&mut self) -> HashSet<ServiceKey> {
+        let mut dirty = self.intake.model.take_dirty();
+        if !self.started {
+            dirty.extend(self.plans.keys().cloned());
+        }
+        dirty
     }
 
     fn note_idle(&self) {
@@ -307,20 +243,26 @@ impl Engine {
         self.progress.update(|state| state.waiting_since = None);
     }
 
-    fn note_applied(&mut self, applied: &Applied, began: Instant) {
+    fn note_applied(&mut self, applied: &Applied, changes: &[Change], all: bool, began: Instant) {
         for (service, error) in &applied.refused {
             tracing::error!(%service, error = %Chain(error), "The kernel refused a Service, retrying");
             self.metrics.sync_failures.inc();
+            self.notices.send(Notice::refused(service, &Chain(error).to_string()));
             self.retry_at = Some(Instant::now() + RETRY_REFUSED);
         }
         let elapsed = began.elapsed();
-        self.metrics.sync_duration.observe(elapsed.as_secs_f64());
-        self.metrics.last_sync.set(now_secs());
+        let families = if all { Family::BOTH.to_vec() } else { touched(changes) };
+        for family in families {
+            self.metrics.synced(family, all, elapsed);
+        }
         self.metrics.operations.inc_by(applied.operations as u64);
+        self.metrics.count_without_local(changes);
         let now = SystemTime::now();
-        for trigger in self.triggers.drain(..) {
-            let waited = now.duration_since(trigger).unwrap_or(Duration::ZERO);
-            self.metrics.programming_duration.observe(waited.as_secs_f64());
+        for trigger in self.intake.triggers.drain(..) {
+            if trigger.service.is_none_or(|service| self.plans.contains_key(&service)) {
+                let waited = now.duration_since(trigger.at).unwrap_or(Duration::ZERO);
+                self.metrics.programmed(trigger.family, waited);
+            }
         }
         self.note_idle();
         self.progress.update(|state| {
@@ -329,14 +271,23 @@ impl Engine {
         });
         tracing::debug!(operations = applied.operations, ?elapsed, "Put changes in force");
         if let Some(on_synced) = self.on_synced.take() {
-            let services = self.plans.len();
-            tracing::info!(
-                services,
-                operations = applied.operations,
-                ?elapsed,
-                "Services are in force"
-            );
+            let (services, operations) = (self.plans.len(), applied.operations);
+            tracing::info!(services, operations, ?elapsed, "Services are in force");
+            self.clean_up_other_modes();
             on_synced();
+        }
+    }
+
+    /// Only now, so that there is no moment in which nobody forwards.
+    fn clean_up_other_modes(&self) {
+        for other in Mode::ALL.into_iter().filter(|mode| *mode != self.mode) {
+            let cleaned = other
+                .probe()
+                .and_then(|()| other.open(self.intake.backend_config()))
+                .and_then(|mut backend| backend.cleanup());
+            if let Err(error) = cleaned {
+                tracing::debug!(mode = %other, error = %Chain(&error), "Nothing to clean up");
+            }
         }
     }
 
@@ -346,6 +297,15 @@ impl Engine {
         self.retry_at = Some(Instant::now() + RETRY);
         self.metrics.pending.set(1);
     }
+}
+
+fn touched(changes: &[Change]) -> Vec<Family> {
+    let ports = changes.iter().flat_map(|change| {
+        let plans = change.before.iter().chain(&change.plan);
+        plans.flat_map(|plan| plan.ports.iter().map(|port| port.family))
+    });
+    let found: HashSet<Family> = ports.collect();
+    Family::BOTH.into_iter().filter(|family| found.contains(family)).collect()
 }
 
 /// Prints an error with its sources.
@@ -379,67 +339,4 @@ fn choose(modes: &[Mode]) -> anyhow::Result<Mode> {
         }
     }
     anyhow::bail!("no proxy mode works here: {}", reasons.join("; "))
-}
-
-fn trigger_time(slice: &EndpointSlice) -> Option<SystemTime> {
-    let text = slice.metadata.annotations.as_ref()?.get(TRIGGER_ANNOTATION)?;
-    text.parse::<jiff::Timestamp>().ok().map(SystemTime::from)
-}
-
-fn is_leaving(node: &Node) -> bool {
-    const TAINT: &str = "ToBeDeletedByClusterAutoscaler";
-    let tainted = node.spec.taints.iter().flatten().any(|taint| taint.key == TAINT);
-    tainted || node.metadata.deletion_timestamp.is_some()
-}
-
-fn node_addresses(config: &ProxyConfig, node: Option<&Node>) -> Vec<std::net::IpAddr> {
-    if !config.node_addresses.is_empty() {
-        return config.node_addresses.clone();
-    }
-    let addresses = node.into_iter().flat_map(|node| node.status.addresses.iter().flatten());
-    let ips = addresses.filter(|address| matches!(&*address.kind, "InternalIP" | "ExternalIP"));
-    ips.filter_map(|address| parse_address(&address.address)).collect()
-}
-
-fn zone(node: &Node) -> Option<String> {
-    const LABEL: &str = "topology.kubernetes.io/zone";
-    node.metadata.labels.as_ref()?.get(LABEL).filter(|zone| !zone.is_empty()).cloned()
-}
-
-fn node_facts(config: &ProxyConfig, node: Option<&Node>) -> NodeFacts {
-    NodeFacts {
-        name: config.node_name.clone(),
-        addresses: node_addresses(config, node),
-        zone: node.and_then(zone),
-        knows_pods: !cluster_cidrs(config, node).is_empty(),
-        masquerade_all: config.masquerade_all,
-    }
-}
-
-fn cluster_cidrs(config: &ProxyConfig, node: Option<&Node>) -> Vec<ipnetwork::IpNetwork> {
-    match &config.local_sources {
-        LocalSources::Unknown => Vec::new(),
-        LocalSources::Cidrs(cidrs) => cidrs.clone(),
-        LocalSources::NodeCidrs => {
-            let cidrs = node.into_iter().flat_map(|node| node.spec.pod_cidrs.iter().flatten());
-            cidrs.filter_map(|cidr| cidr.parse().ok()).collect()
-        }
-    }
-}
-
-fn backend_config(config: &ProxyConfig, node: Option<&Node>) -> BackendConfig {
-    let node_port_ranges = match &config.node_port_addresses {
-        NodePortAddresses::All => Vec::new(),
-        NodePortAddresses::Ranges(ranges) => ranges.clone(),
-        NodePortAddresses::Primary => {
-            node_addresses(config, node).into_iter().map(ipnetwork::IpNetwork::from).collect()
-        }
-    };
-    let ranges = cluster_cidrs(config, node);
-    BackendConfig {
-        pods: if ranges.is_empty() { PodSources::Unknown } else { PodSources::Ranges(ranges) },
-        node_port_ranges,
-        masquerade_bit: config.masquerade_bit,
-        ..BackendConfig::default()
-    }
 }

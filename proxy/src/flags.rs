@@ -12,6 +12,9 @@ use ipnetwork::IpNetwork;
 use crate::backend::Mode;
 use crate::config::{LocalSources, NodePortAddresses, ProxyConfig};
 
+/// Where the last known Services are kept by default.
+const STATE_FILE: &str = "/var/lib/keelson-proxy/last-known.json";
+
 /// Replaces kube-proxy: the same flags, the same behaviour.
 #[derive(Debug, Default, Parser)]
 #[command(name = "keelson-proxy", version)]
@@ -34,9 +37,21 @@ pub struct Flags {
     /// Pod ranges of the cluster, one per IP family
     #[arg(long, value_name = "CIDRS", value_delimiter = ',')]
     pub cluster_cidr: Vec<String>,
-    /// How pods are told from other sources: ClusterCIDR or NodeCIDR
+    /// How pods are told from other sources: ClusterCIDR, NodeCIDR, BridgeInterface or InterfaceNamePrefix
     #[arg(long, value_name = "MODE")]
     pub detect_local_mode: Option<String>,
+    /// The bridge that pods are on, for BridgeInterface
+    #[arg(long, value_name = "NAME")]
+    pub pod_bridge_interface: Option<String>,
+    /// How the names of pods' interfaces start, for InterfaceNamePrefix
+    #[arg(long, value_name = "PREFIX")]
+    pub pod_interface_name_prefix: Option<String>,
+    /// Node ports answer on 127.0.0.1, too
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", action = ArgAction::Set)]
+    pub iptables_localhost_nodeports: Option<bool>,
+    /// Where the last known Services are kept for a start without the API server; empty for nowhere
+    #[arg(long, value_name = "FILE")]
+    pub state_file: Option<PathBuf>,
     /// Masquerade all traffic to ClusterIPs
     #[arg(long, num_args = 0..=1, default_missing_value = "true", action = ArgAction::Set)]
     pub masquerade_all: Option<bool>,
@@ -101,10 +116,6 @@ pub struct IgnoredFlags {
     logging_format: Option<String>,
     #[arg(long, hide = true)]
     profiling: Option<String>,
-    #[arg(long, hide = true)]
-    pod_bridge_interface: Option<String>,
-    #[arg(long, hide = true)]
-    pod_interface_name_prefix: Option<String>,
 }
 
 impl IgnoredFlags {
@@ -126,8 +137,6 @@ impl IgnoredFlags {
             ("--feature-gates", &self.feature_gates),
             ("--logging-format", &self.logging_format),
             ("--profiling", &self.profiling),
-            ("--pod-bridge-interface", &self.pod_bridge_interface),
-            ("--pod-interface-name-prefix", &self.pod_interface_name_prefix),
         ];
         flags.into_iter().filter(|(_, value)| value.is_some()).map(|(name, _)| name).collect()
     }
@@ -164,6 +173,9 @@ impl Flags {
         fill(&mut self.hostname_override, file.hostname_override);
         fill(&mut self.proxy_mode, file.proxy_mode);
         fill(&mut self.detect_local_mode, file.detect_local_mode);
+        fill(&mut self.pod_bridge_interface, file.pod_bridge_interface);
+        fill(&mut self.pod_interface_name_prefix, file.pod_interface_name_prefix);
+        fill(&mut self.iptables_localhost_nodeports, file.iptables_localhost_nodeports);
         fill(&mut self.masquerade_all, file.masquerade_all);
         fill(&mut self.iptables_masquerade_bit, file.iptables_masquerade_bit);
         fill(&mut self.healthz_bind_address, file.healthz_bind_address);
@@ -204,7 +216,13 @@ impl Flags {
                 .filter(|ip| !ip.is_unspecified())
                 .into_iter()
                 .collect(),
-            local_sources: local_sources(self.detect_local_mode.as_deref(), &self.cluster_cidr)?,
+            local_sources: local_sources(&self)?,
+            localhost_node_ports: self.iptables_localhost_nodeports.unwrap_or(true),
+            state_file: match self.state_file {
+                Some(path) if path.as_os_str().is_empty() => None,
+                Some(path) => Some(path),
+                None => Some(PathBuf::from(STATE_FILE)),
+            },
             masquerade_all: self.masquerade_all.unwrap_or(false),
             masquerade_bit,
             node_port_addresses: node_port_addresses(&self.nodeport_addresses)?,
@@ -230,18 +248,29 @@ fn parse_cidrs(flag: &str, texts: &[String]) -> anyhow::Result<Vec<IpNetwork>> {
     texts.iter().filter(|text| !text.trim().is_empty()).map(parse).collect()
 }
 
-fn local_sources(mode: Option<&str>, cidrs: &[String]) -> anyhow::Result<LocalSources> {
-    let cidrs = parse_cidrs("--cluster-cidr", cidrs)?;
-    match mode {
+fn local_sources(flags: &Flags) -> anyhow::Result<LocalSources> {
+    let cidrs = parse_cidrs("--cluster-cidr", &flags.cluster_cidr)?;
+    let given = |flag: &str, value: &Option<String>| match value.as_deref() {
+        None | Some("") => bail!("--detect-local-mode: this mode needs {flag}"),
+        Some(name) if name.len() > 15 => {
+            bail!("{flag}: {name:?} is longer than an interface name can be (15)")
+        }
+        Some(name) => Ok(name.to_owned()),
+    };
+    match flags.detect_local_mode.as_deref() {
         None | Some("" | "ClusterCIDR") if cidrs.is_empty() => Ok(LocalSources::Unknown),
         None | Some("" | "ClusterCIDR") => Ok(LocalSources::Cidrs(cidrs)),
         Some("NodeCIDR") => Ok(LocalSources::NodeCidrs),
-        Some(mode @ ("BridgeInterface" | "InterfaceNamePrefix")) => bail!(
-            "--detect-local-mode: {mode} is not there yet in this version; use ClusterCIDR or NodeCIDR"
-        ),
-        Some(mode) => {
-            bail!("--detect-local-mode: {mode:?} is not a mode; use ClusterCIDR or NodeCIDR")
+        Some("BridgeInterface") => {
+            given("--pod-bridge-interface", &flags.pod_bridge_interface).map(LocalSources::Bridge)
         }
+        Some("InterfaceNamePrefix") => {
+            given("--pod-interface-name-prefix", &flags.pod_interface_name_prefix)
+                .map(LocalSources::InterfacePrefix)
+        }
+        Some(mode) => bail!(
+            "--detect-local-mode: {mode:?} is not a mode; use ClusterCIDR, NodeCIDR, BridgeInterface or InterfaceNamePrefix"
+        ),
     }
 }
 

@@ -8,7 +8,9 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::ProxyConfig;
-use crate::engine::{Engine, Progress};
+use crate::engine::{Engine, Listeners, Progress};
+use crate::events::{Notices, publish};
+use crate::health_checks::{self, HealthChecks};
 use crate::metrics::Metrics;
 use crate::server::{Pages, serve};
 use crate::watch::{Wake, follow};
@@ -29,14 +31,26 @@ pub async fn run_with(
 ) -> anyhow::Result<()> {
     let client = client(&config).await?;
     let (metrics, progress) = (Arc::new(Metrics::new()), Arc::new(Progress::default()));
-    let pages = Arc::new(Pages {
+    let (notices, noticed) = Notices::channel();
+    let (health_checks, wanted) = HealthChecks::channel();
+    let listeners = Listeners {
         metrics: Arc::clone(&metrics),
         progress: Arc::clone(&progress),
+        notices: notices.clone(),
+        health_checks,
+        on_synced: Box::new(on_synced),
+    };
+    let (engine, mailbox) =
+        Engine::open(config.clone(), listeners).context("cannot program Services")?;
+    let patience = 2 * config.sync_period;
+    let context = health_checks::Context { progress: Arc::clone(&progress), patience, notices };
+    let pages = Arc::new(Pages {
+        metrics,
+        progress,
+        mode: engine.mode(),
         sync_period: config.sync_period,
-        config_text: format!("{config:#?}\n"),
+        config_text: config.as_json(engine.mode()).to_string(),
     });
-    let (engine, mailbox) = Engine::open(config.clone(), metrics, progress, Box::new(on_synced))
-        .context("cannot program Services")?;
     // nf_tables calls block, the longest for some tenths of a second.
     let (ended, engine_ended) = tokio::sync::oneshot::channel::<()>();
     let thread = std::thread::Builder::new().name("proxy-engine".to_owned()).spawn(move || {
@@ -49,7 +63,9 @@ pub async fn run_with(
         // Each arm ends the proxy, so nothing is lost by dropping the others.
         () = shutdown.cancelled() => {}
         _ = engine_ended => {}
-        () = follow(client, &config.node_name, &mailbox) => {}
+        () = follow(client.clone(), &config.node_name, &mailbox) => {}
+        () = publish(client, &config.node_name, noticed) => {}
+        () = health_checks::serve(wanted, context) => {}
         () = serve("healthz", config.healthz_address, move |path| health.health(path)) => {}
         () = serve("metrics", config.metrics_address, move |path| counters.metrics(path)) => {}
     }

@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use http::{Request, Response, StatusCode};
 use http_body_util::Full;
@@ -13,6 +13,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
 
+use crate::backend::Mode;
 use crate::engine::Progress;
 use crate::metrics::Metrics;
 
@@ -26,6 +27,7 @@ pub(crate) type Answer = (StatusCode, &'static str, String);
 pub(crate) struct Pages {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) progress: Arc<Progress>,
+    pub(crate) mode: Mode,
     pub(crate) sync_period: Duration,
     pub(crate) config_text: String,
 }
@@ -38,10 +40,7 @@ impl Pages {
     /// /healthz takes the node's eligibility into account, /livez does not.
     pub(crate) fn health(&self, path: &str) -> Answer {
         let state = self.progress.get();
-        let late = state
-            .waiting_since
-            .is_some_and(|since| Instant::now().duration_since(since) > 2 * self.sync_period);
-        let alive = state.synced && !late;
+        let alive = state.is_healthy(2 * self.sync_period);
         let healthy = match path {
             "/healthz" => alive && !state.node_leaving,
             "/livez" => alive || !state.synced,
@@ -58,6 +57,7 @@ impl Pages {
             "nodeEligible": !state.node_leaving,
         });
         let status = if healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+        self.metrics.asked_for_health(path, status.as_u16());
         (status, JSON, text.to_string())
     }
 
@@ -65,8 +65,8 @@ impl Pages {
         const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
         match path {
             "/metrics" => (StatusCode::OK, OPEN_METRICS, self.metrics.text()),
-            "/proxyMode" => (StatusCode::OK, TEXT, "nftables".to_owned()),
-            "/configz" => (StatusCode::OK, TEXT, self.config_text.clone()),
+            "/proxyMode" => (StatusCode::OK, TEXT, self.mode.name().to_owned()),
+            "/configz" => (StatusCode::OK, JSON, self.config_text.clone()),
             "/healthz" => (StatusCode::OK, TEXT, "ok".to_owned()),
             _ => NOT_FOUND,
         }

@@ -12,7 +12,7 @@ use kube::{Api, Client, Resource};
 use serde::de::DeserializeOwned;
 
 use crate::engine::Mailbox;
-use crate::model::objects::{EndpointSlice, Node, Service};
+use crate::model::objects::{EndpointSlice, Node, Service, ServiceCidr};
 
 /// Services that another proxy handles, and headless slices, do not even cross the wire. One whose
 /// label changes comes as a deletion or an addition.
@@ -27,20 +27,23 @@ pub(crate) enum Wake {
     Service(Event<Service>),
     Slice(Event<EndpointSlice>),
     Node(Event<Node>),
+    Cidr(Event<ServiceCidr>),
     Stop,
 }
 
-/// Follows all three until the mailbox is closed. Never gives up: errors are logged and retried.
+/// Follows all of them until the mailbox is closed. Never gives up: errors are logged and retried.
 pub(crate) async fn follow(client: Client, node_name: &str, mailbox: &Mailbox) {
     let config = || watcher::Config::default().page_size(PAGE_SIZE);
     let services = Api::<Service>::all(client.clone());
     let slices = Api::<EndpointSlice>::all(client.clone());
-    let nodes = Api::<Node>::all(client);
+    let nodes = Api::<Node>::all(client.clone());
+    let cidrs = Api::<ServiceCidr>::all(client);
     let own_node = config().fields(&format!("metadata.name={node_name}"));
     tokio::join!(
         follow_kind(services, config().labels(SERVICE_SELECTOR), mailbox, Wake::Service),
         follow_kind(slices, config().labels(SLICE_SELECTOR), mailbox, Wake::Slice),
         follow_kind(nodes, own_node, mailbox, Wake::Node),
+        follow_kind(cidrs, config(), mailbox, Wake::Cidr),
     );
 }
 
@@ -65,6 +68,11 @@ async fn follow_kind<K>(
                     return;
                 }
             }
+            // Before 1.33 there are no ServiceCIDRs: nothing is lost but the guard for unused addresses.
+            Err(error) if is_unknown_kind(&error) && kind == "ServiceCIDR" => {
+                tracing::info!("This API server has no ServiceCIDRs");
+                return;
+            }
             // Repeated at every attempt: only the first is news.
             Err(error) if complaining => tracing::debug!(%kind, %error, "Cannot watch, retrying"),
             Err(error) => {
@@ -73,6 +81,12 @@ async fn follow_kind<K>(
             }
         }
     }
+}
+
+/// The API server does not know, or does not let us see, this kind of object.
+fn is_unknown_kind(error: &watcher::Error) -> bool {
+    let watcher::Error::InitialListFailed(kube::Error::Api(status)) = error else { return false };
+    matches!(status.code, 403 | 404)
 }
 
 impl Resource for Service {
@@ -151,6 +165,35 @@ impl Resource for Node {
 
     fn plural((): &()) -> Cow<'_, str> {
         "nodes".into()
+    }
+
+    fn meta(&self) -> &ObjectMeta {
+        &self.metadata
+    }
+
+    fn meta_mut(&mut self) -> &mut ObjectMeta {
+        &mut self.metadata
+    }
+}
+
+impl Resource for ServiceCidr {
+    type DynamicType = ();
+    type Scope = ClusterResourceScope;
+
+    fn kind((): &()) -> Cow<'_, str> {
+        "ServiceCIDR".into()
+    }
+
+    fn group((): &()) -> Cow<'_, str> {
+        "networking.k8s.io".into()
+    }
+
+    fn version((): &()) -> Cow<'_, str> {
+        "v1".into()
+    }
+
+    fn plural((): &()) -> Cow<'_, str> {
+        "servicecidrs".into()
     }
 
     fn meta(&self) -> &ObjectMeta {

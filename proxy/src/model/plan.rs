@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
+use serde::{Deserialize, Serialize};
 
 /// `namespace/name` of a Service. Cheap to clone.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -17,13 +18,21 @@ impl ServiceKey {
     }
 }
 
+impl ServiceKey {
+    /// Namespace and name.
+    #[must_use]
+    pub fn parts(&self) -> (&str, &str) {
+        self.0.split_once('/').unwrap_or(("", &self.0))
+    }
+}
+
 impl fmt::Display for ServiceKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Family {
     V4,
     V6,
@@ -38,7 +47,7 @@ impl Family {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Protocol {
     Tcp = 6,
     Udp = 17,
@@ -69,7 +78,7 @@ impl fmt::Display for Protocol {
 }
 
 /// Where a connection is sent to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Endpoint {
     pub address: IpAddr,
     pub port: u16,
@@ -89,7 +98,7 @@ impl fmt::Display for Endpoint {
 }
 
 /// The destination address that a frontend answers to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum At {
     Address(IpAddr),
     /// The node's own addresses of that family.
@@ -107,7 +116,7 @@ impl At {
 }
 
 /// What a packet must carry to reach a frontend. At most one Service owns such a key.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct FrontendKey {
     pub at: At,
     pub protocol: Protocol,
@@ -127,7 +136,7 @@ impl fmt::Display for FrontendKey {
 }
 
 /// The two lists of endpoints of a Service port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Scope {
     /// All endpoints that may serve this node.
     Cluster,
@@ -135,7 +144,7 @@ pub enum Scope {
     Local,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Target {
     /// A random (or sticky) endpoint of that list, which is not empty.
     Forward(Scope),
@@ -146,7 +155,7 @@ pub enum Target {
 }
 
 /// When the source address is replaced by the node's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Masquerade {
     Never,
     /// Unless the source is a pod.
@@ -154,7 +163,7 @@ pub enum Masquerade {
     Always,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Route {
     /// Everybody is treated alike.
     Same { target: Target, masquerade: Masquerade },
@@ -163,7 +172,7 @@ pub enum Route {
     BySource { inside: Target, outside: Target },
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Frontend {
     pub key: FrontendKey,
     pub route: Route,
@@ -172,7 +181,7 @@ pub struct Frontend {
 }
 
 /// One port of a Service in one family.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PortPlan {
     /// The port's name, empty when it has none.
     pub name: Box<str>,
@@ -202,7 +211,7 @@ impl PortPlan {
 }
 
 /// All that is to be in force for one Service.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServicePlan {
     pub ports: Box<[PortPlan]>,
     /// Its ClusterIPs, which nobody else uses: connections to a port there that is no frontend are

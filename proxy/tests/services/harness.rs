@@ -50,7 +50,7 @@ pub(crate) fn backends() -> (Vec<Mode>, Vec<(Mode, String)>) {
 
 /// How long nothing must come for it to count as silence.
 pub(crate) fn silence() -> Duration {
-    *SILENCE.get_or_init(|| Duration::from_millis(400))
+    *SILENCE.get_or_init(|| Duration::from_secs(1))
 }
 
 static SILENCE: OnceLock<Duration> = OnceLock::new();

@@ -1,16 +1,29 @@
-//! The whole proxy against an API server that only knows lists and watches.
+//! The whole proxy against an API server that only knows lists, watches, and posted Events.
 
+use std::io::ErrorKind;
+use std::path::Path;
 use std::sync::mpsc;
+use std::time::Duration;
 
-use crate::stage::api::{api_server, kubeconfig};
-use crate::stage::*;
 use keelson_proxy::{LocalSources, ProxyConfig, run_with};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 
-rows![services_of_an_api_server_answer_and_follow_its_events,];
+use crate::stage::api::{api_server, kubeconfig};
+use crate::stage::*;
+
+rows![
+    services_of_an_api_server_answer_and_follow_its_events,
+    load_balancers_learn_whether_endpoints_are_here,
+    the_node_object_and_service_ranges_are_followed,
+    what_is_wrong_with_an_object_is_told_in_an_event,
+    after_a_reboot_the_last_known_services_answer_without_an_api_server,
+];
+
+/// Only kills a row that hangs.
+const DEADLINE: Duration = Duration::from_secs(20);
 
 fn service(name: &str, spec: Value) -> Value {
     json!({"metadata": {"namespace": "default", "name": name, "resourceVersion": "2"}, "spec": spec})
@@ -21,6 +34,7 @@ fn slice(service: &str, address: &str) -> Value {
         "metadata": {
             "namespace": "default", "name": format!("{service}-x"), "resourceVersion": "2",
             "labels": {"kubernetes.io/service-name": service},
+            "annotations": {"endpoints.kubernetes.io/last-change-trigger-time": "2026-01-01T00:00:00Z"},
         },
         "addressType": "IPv4",
         "endpoints": [{"addresses": [address], "conditions": {"ready": true}, "nodeName": "here"}],
@@ -35,87 +49,272 @@ fn spec(address: &str, node_port: u16) -> Value {
     })
 }
 
-/// Asks until the answer comes. The time only ends a test that hangs: not every kernel interface tells
-/// of changes, some are looked at twice a second.
-fn eventually(from: &Namespace, to: &str) -> Answer {
-    let began = std::time::Instant::now();
-    while began.elapsed() < std::time::Duration::from_secs(10) {
-        if let Ok(answer) = from.tcp(to) {
-            return answer;
-        }
-    }
-    panic!("{to} never answered");
+fn node_object() -> Value {
+    json!({
+        "metadata": {"name": "here", "resourceVersion": "1"},
+        "status": {"addresses": [{"type": "InternalIP", "address": NODE4}]},
+    })
 }
 
-fn services_of_an_api_server_answer_and_follow_its_events(mode: Mode) {
-    let mut node = Node::new(mode);
-    node.backend = None;
-    let client = node.pod("client", 10);
-    let _server = node.pod("one", 2).serving("TCP", 8080);
-    let directory = tempfile::tempdir().unwrap();
-    let lists = json!({
-        "services": [service("web", spec("10.96.0.1", 30080))],
-        "endpointslices": [slice("web", "10.66.0.2")],
-        "nodes": [{
-            "metadata": {"name": "here", "resourceVersion": "1"},
-            "status": {"addresses": [{"type": "InternalIP", "address": NODE4}]},
-        }],
-    });
-    let (events, _) = broadcast::channel(16);
+/// Asks until it is as wanted; refusals come at once, so the number bounds the time.
+#[track_caller]
+fn eventually<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
+    let began = std::time::Instant::now();
+    while began.elapsed() < DEADLINE {
+        if let Some(found) = ask() {
+            return found;
+        }
+        std::thread::yield_now();
+    }
+    panic!("never: {what}");
+}
+
+/// The running proxy, seen from outside.
+struct World {
+    api: broadcast::Sender<(String, Value)>,
+    posted: broadcast::Receiver<(String, Value)>,
+}
+
+impl World {
+    fn tell(&self, kind: &str, what: &str, object: Value) {
+        self.api.send((kind.to_owned(), json!({"type": what, "object": object}))).unwrap();
+    }
+}
+
+/// Runs the proxy on the node while `work` runs; `folder` is for its files.
+fn with_proxy(node: &Node, lists: Value, folder: &Path, work: impl FnOnce(&mut World)) {
+    let (api, posted) = broadcast::channel(64);
     let shutdown = CancellationToken::new();
     let (synced, wait_synced) = mpsc::channel();
     std::thread::scope(|scope| {
-        let (shutdown_inside, events_inside) = (shutdown.clone(), events.clone());
-        let (node_namespace, directory) = (&node.namespace, directory.path());
+        let (stop_inside, api_inside) = (shutdown.clone(), api.clone());
+        let (namespace, mode) = (&node.namespace, node.mode);
         scope.spawn(move || {
-            node_namespace.run(|| {
+            namespace.run(|| {
                 let runtime =
                     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
                 tokio::task::LocalSet::new().block_on(&runtime, async {
                     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-                    let port = listener.local_addr().unwrap().port();
-                    let path = kubeconfig(directory, port);
-                    tokio::task::spawn_local(api_server(listener, lists, events_inside));
-                    let config = ProxyConfig {
-                        kubeconfig: Some(path),
-                        node_name: "here".to_owned(),
-                        modes: Mode::candidates(mode.name()).unwrap(),
-                        local_sources: LocalSources::Cidrs(vec!["10.66.0.0/16".parse().unwrap()]),
-                        ..ProxyConfig::default()
-                    };
-                    run_with(config, shutdown_inside, move || synced.send(()).unwrap())
-                        .await
-                        .unwrap();
+                    let path = kubeconfig(folder, listener.local_addr().unwrap().port());
+                    tokio::task::spawn_local(api_server(listener, lists, api_inside));
+                    let config = config(mode, &path, folder);
+                    run_with(config, stop_inside, move || synced.send(()).unwrap()).await.unwrap();
                 });
             });
         });
+        // Dropped also when an assertion fails, so that the proxy ends.
         let stop = shutdown.clone().drop_guard();
-        wait_synced.recv_timeout(std::time::Duration::from_secs(10)).unwrap();
+        wait_synced.recv_timeout(DEADLINE).unwrap();
+        work(&mut World { api, posted });
+        drop(stop);
+    });
+}
+
+fn config(mode: Mode, kubeconfig: &Path, folder: &Path) -> ProxyConfig {
+    ProxyConfig {
+        kubeconfig: Some(kubeconfig.to_owned()),
+        node_name: "here".to_owned(),
+        modes: Mode::candidates(mode.name()).unwrap(),
+        local_sources: LocalSources::Cidrs(vec!["10.66.0.0/16".parse().unwrap()]),
+        state_file: Some(folder.join("last-known.json")),
+        ..ProxyConfig::default()
+    }
+}
+
+fn bare(mode: Mode) -> Node {
+    let mut node = Node::new(mode);
+    node.backend = None;
+    node
+}
+
+fn services_of_an_api_server_answer_and_follow_its_events(mode: Mode) {
+    let node = bare(mode);
+    let client = node.pod("client", 10);
+    let _server = node.pod("one", 2).serving("TCP", 8080);
+    let folder = tempfile::tempdir().unwrap();
+    let lists = json!({
+        "services": [service("web", spec("10.96.0.1", 30080))],
+        "endpointslices": [slice("web", "10.66.0.2")],
+        "nodes": [node_object()],
+    });
+    with_proxy(&node, lists, folder.path(), |world| {
         assert_eq!(client.namespace.tcp("10.96.0.1:80").unwrap().client, client.v4);
         assert_eq!(node.outside.tcp(&format!("{NODE4}:30080")).unwrap().server, "one");
 
         // A new Service, then its endpoint.
-        let added = |object| json!({"type": "ADDED", "object": object});
-        events
-            .send(("services".to_owned(), added(service("two", spec("10.96.0.2", 30081)))))
-            .unwrap();
-        events.send(("endpointslices".to_owned(), added(slice("two", "10.66.0.2")))).unwrap();
-        assert_eq!(eventually(&client.namespace, "10.96.0.2:80").server, "one");
+        world.tell("services", "ADDED", service("two", spec("10.96.0.2", 30081)));
+        world.tell("endpointslices", "ADDED", slice("two", "10.66.0.2"));
+        eventually("a new Service", || client.namespace.tcp("10.96.0.2:80").ok());
 
         // Somebody flushes everything.
         damages(mode)[0].inflict(&node.namespace);
-        assert_eq!(eventually(&client.namespace, "10.96.0.1:80").server, "one");
+        eventually("mended", || client.namespace.tcp("10.96.0.1:80").ok());
 
         let health = node.namespace.get("127.0.0.1:10256", "/healthz");
         assert!(health.contains("\"nodeEligible\":true"), "{health}");
+        assert!(node.namespace.get("127.0.0.1:10256", "/livez").starts_with("HTTP/1.1 200"));
+        let proxy_mode = node.namespace.get("127.0.0.1:10249", "/proxyMode");
+        let (_, shown) = proxy_mode.split_once("\r\n\r\n").unwrap();
+        assert!(!shown.is_empty() && mode.name().starts_with(shown), "{proxy_mode}");
+        let configz = node.namespace.get("127.0.0.1:10249", "/configz");
+        assert!(configz.contains("\"clusterCIDR\":\"10.66.0.0/16\""), "{configz}");
         let metrics = node.namespace.get("127.0.0.1:10249", "/metrics");
-        for name in
-            ["kubeproxy_sync_proxy_rules_duration_seconds_count", "keelson_proxy_repairs_total 1"]
-        {
+        for name in [
+            "kubeproxy_sync_proxy_rules_duration_seconds_count{ip_family=\"IPv4\"}",
+            "kubeproxy_network_programming_duration_seconds_count{ip_family=\"IPv4\"} 1",
+            "kubeproxy_proxy_healthz_total{code=\"200\"} 1",
+            "keelson_proxy_repairs_total",
+        ] {
             assert!(metrics.contains(name), "{name} is not in {metrics}");
         }
-        drop(stop);
     });
     // The proxy is gone, the Services are not.
     assert_eq!(client.namespace.tcp("10.96.0.2:80").unwrap().server, "one");
+}
+
+/// Rows 18 and 19, cases 14 and 16.
+fn load_balancers_learn_whether_endpoints_are_here(mode: Mode) {
+    let node = bare(mode);
+    let folder = tempfile::tempdir().unwrap();
+    let balanced = with(
+        spec("10.96.0.1", 30080),
+        json!({
+            "type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": 32000,
+        }),
+    );
+    let lists = json!({
+        "services": [service("web", balanced)],
+        "endpointslices": [slice("web", "10.66.0.2")],
+        "nodes": [node_object()],
+    });
+    with_proxy(&node, lists, folder.path(), |world| {
+        let ask = || {
+            let at = format!("{NODE4}:32000");
+            node.outside.try_get(&at, "/").unwrap_or_default()
+        };
+        let text = eventually("the health check answers", || {
+            Some(ask()).filter(|text| text.starts_with("HTTP/1.1 200"))
+        });
+        let lower = text.to_lowercase();
+        assert!(lower.contains("x-load-balancing-endpoint-weight: 1"), "{text}");
+        assert!(lower.contains("content-type: application/json"), "{text}");
+        let body: Value = serde_json::from_str(text.split_once("\r\n\r\n").unwrap().1).unwrap();
+        let wanted = json!({
+            "service": {"namespace": "default", "name": "web"},
+            "localEndpoints": 1, "serviceProxyHealthy": true,
+        });
+        assert_eq!(body, wanted);
+        // Traffic is still served, but nothing new shall be sent here.
+        let mut going = slice("web", "10.66.0.2");
+        going["endpoints"][0]["conditions"] =
+            json!({"ready": false, "serving": true, "terminating": true});
+        world.tell("endpointslices", "MODIFIED", going);
+        eventually("no endpoint is ready here", || {
+            Some(ask()).filter(|text| {
+                text.starts_with("HTTP/1.1 503") && text.contains("\"localEndpoints\": 0")
+            })
+        });
+        world.tell("services", "MODIFIED", service("web", spec("10.96.0.1", 30080)));
+        eventually("the port is closed", || ask().is_empty().then_some(()));
+    });
+}
+
+/// Rows 38 and 53.
+fn the_node_object_and_service_ranges_are_followed(mode: Mode) {
+    let node = bare(mode);
+    let client = node.pod("client", 10);
+    node.let_outside_have("10.96.0.9", "fd96::9");
+    let folder = tempfile::tempdir().unwrap();
+    let lists = json!({"services": [], "endpointslices": [], "nodes": [node_object()]});
+    with_proxy(&node, lists, folder.path(), |world| {
+        let health = || node.namespace.get("127.0.0.1:10256", "/healthz");
+        assert!(health().starts_with("HTTP/1.1 200"));
+        let mut tainted = node_object();
+        tainted["spec"] = json!({"taints": [{"key": "ToBeDeletedByClusterAutoscaler"}]});
+        world.tell("nodes", "MODIFIED", tainted);
+        eventually("load balancers shall go", || {
+            health().starts_with("HTTP/1.1 503").then_some(())
+        });
+        // The proxy itself is fine.
+        assert!(node.namespace.get("127.0.0.1:10256", "/livez").starts_with("HTTP/1.1 200"));
+        world.tell("nodes", "MODIFIED", node_object());
+        eventually("all is well again", || health().starts_with("HTTP/1.1 200").then_some(()));
+
+        let ranges = json!({
+            "metadata": {"name": "kubernetes", "resourceVersion": "3"},
+            "spec": {"cidrs": ["10.96.0.0/16"]},
+        });
+        assert_eq!(client.namespace.tcp("10.96.0.9:80"), Err(ErrorKind::ConnectionRefused));
+        world.tell("servicecidrs", "ADDED", ranges);
+        eventually("an unused address is silent", || {
+            let silent = client.namespace.tcp("10.96.0.9:80") == Err(ErrorKind::TimedOut);
+            silent.then_some(())
+        });
+    });
+}
+
+fn what_is_wrong_with_an_object_is_told_in_an_event(mode: Mode) {
+    let node = bare(mode);
+    let folder = tempfile::tempdir().unwrap();
+    let lists = json!({
+        "services": [service("web", spec("10.96.0.1", 30080))],
+        "endpointslices": [],
+        "nodes": [node_object()],
+    });
+    with_proxy(&node, lists, folder.path(), |world| {
+        let mut late = service("late", spec("10.96.0.2", 30080));
+        late["metadata"]["creationTimestamp"] = json!("2026-01-01T00:00:00Z");
+        world.tell("services", "ADDED", late);
+        let event = eventually("an event about the conflict", || {
+            let (kind, object) = world.posted.try_recv().ok()?;
+            (kind == "posted").then_some(object)
+        });
+        assert_eq!(event["regarding"]["name"], "late");
+        let note = event["note"].as_str().unwrap();
+        assert!(note.contains("node port 30080/tcp is also asked for by default/web"), "{note}");
+        let metrics = node.namespace.get("127.0.0.1:10249", "/metrics");
+        assert!(metrics.contains("keelson_proxy_left_out_total 1"), "{metrics}");
+    });
+}
+
+/// Row 57.
+fn after_a_reboot_the_last_known_services_answer_without_an_api_server(mode: Mode) {
+    let node = bare(mode);
+    let client = node.pod("client", 10);
+    let _server = node.pod("one", 2).serving("TCP", 8080);
+    let folder = tempfile::tempdir().unwrap();
+    let lists = json!({
+        "services": [service("web", spec("10.96.0.1", 30080))],
+        "endpointslices": [slice("web", "10.66.0.2")],
+        "nodes": [node_object()],
+    });
+    with_proxy(&node, lists, folder.path(), |_| {});
+    // The kernel forgets, and it is another boot.
+    let mut backend = node.namespace.run(|| mode.open(BackendConfig::default()).unwrap());
+    backend.cleanup().unwrap();
+    drop(backend);
+    assert!(client.namespace.tcp("10.96.0.1:80").is_err());
+    let path = folder.path().join("last-known.json");
+    let mut state: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    state["boot"] = json!("an earlier one");
+    std::fs::write(&path, state.to_string()).unwrap();
+
+    let shutdown = CancellationToken::new();
+    std::thread::scope(|scope| {
+        let stop_inside = shutdown.clone();
+        // Nobody listens there.
+        let config = config(mode, &kubeconfig(folder.path(), 9), folder.path());
+        let namespace = &node.namespace;
+        scope.spawn(move || {
+            namespace.run(|| {
+                let runtime =
+                    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+                runtime.block_on(keelson_proxy::run(config, stop_inside)).unwrap();
+            });
+        });
+        let _stop = shutdown.drop_guard();
+        let answer =
+            eventually("the last known Service", || client.namespace.tcp("10.96.0.1:80").ok());
+        assert_eq!(answer.client, client.v4);
+    });
 }

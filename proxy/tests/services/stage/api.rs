@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::broadcast;
 
@@ -28,8 +28,8 @@ pub(crate) async fn api_server(
 ) {
     loop {
         let (stream, _) = listener.accept().await.unwrap();
-        let (lists, events) = (lists.clone(), events.subscribe());
-        tokio::task::spawn_local(async move { drop(answer(stream, lists, events).await) });
+        let (lists, posted, events) = (lists.clone(), events.clone(), events.subscribe());
+        tokio::task::spawn_local(async move { drop(answer(stream, lists, events, posted).await) });
     }
 }
 
@@ -37,6 +37,7 @@ async fn answer(
     stream: TcpStream,
     lists: Value,
     mut events: broadcast::Receiver<(String, Value)>,
+    posted: broadcast::Sender<(String, Value)>,
 ) -> std::io::Result<()> {
     let mut stream = BufReader::new(stream);
     loop {
@@ -45,11 +46,27 @@ async fn answer(
             return Ok(());
         }
         let mut header = String::new();
+        let mut length = 0;
         while stream.read_line(&mut header).await? > 2 {
+            if let Some(value) = header.to_lowercase().strip_prefix("content-length:") {
+                length = value.trim().parse().unwrap();
+            }
             header.clear();
         }
+        let mut body = vec![0; length];
+        stream.read_exact(&mut body).await?;
         let path = request.split_whitespace().nth(1).unwrap();
         let kind = path.split('?').next().unwrap().rsplit('/').next().unwrap().to_owned();
+        if !request.starts_with("GET") {
+            // Only Events are written; whoever listens gets them like a watch.
+            let object: Value = serde_json::from_slice(&body).unwrap();
+            drop(posted.send(("posted".to_owned(), object)));
+            let head = "HTTP/1.1 201 Created\r\nContent-Type: application/json\r\n";
+            let head = format!("{head}Content-Length: {length}\r\n\r\n");
+            stream.write_all(head.as_bytes()).await?;
+            stream.write_all(&body).await?;
+            continue;
+        }
         if !path.contains("watch=true") {
             let items = lists.get(&kind).cloned().unwrap_or(json!([]));
             let body = json!({

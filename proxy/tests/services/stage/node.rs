@@ -71,6 +71,15 @@ impl Node {
         node
     }
 
+    /// A host outside that has an address of the Service range, and refuses connections: what comes out
+    /// of an answer to that address tells whether packets left the node.
+    pub(crate) fn let_outside_have(&self, v4: &str, v6: &str) {
+        self.outside.address("lo", &format!("{v4}/32"));
+        self.outside.address("lo", &format!("{v6}/128"));
+        self.outside.route("10.66.0.0/24", NODE4);
+        self.outside.route("fd66::/64", NODE6);
+    }
+
     /// A pod 10.66.0.`number` / fd66::`number`.
     pub(crate) fn pod(&self, name: &str, number: u8) -> Pod {
         let namespace = Namespace::new();

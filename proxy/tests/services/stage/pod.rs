@@ -69,14 +69,18 @@ impl Namespace {
 
     /// Status line, headers and body that a web server answers.
     pub(crate) fn get(&self, server: &str, path: &str) -> String {
+        self.try_get(server, path).unwrap()
+    }
+
+    pub(crate) fn try_get(&self, server: &str, path: &str) -> std::io::Result<String> {
         let server: SocketAddr = server.parse().unwrap();
         self.run(|| {
-            let mut stream = TcpStream::connect_timeout(&server, DEADLINE).unwrap();
-            stream.set_read_timeout(Some(DEADLINE)).unwrap();
-            write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+            let mut stream = TcpStream::connect_timeout(&server, DEADLINE)?;
+            stream.set_read_timeout(Some(DEADLINE))?;
+            write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
             let mut text = String::new();
-            stream.read_to_string(&mut text).unwrap();
-            text
+            stream.read_to_string(&mut text)?;
+            Ok(text)
         })
     }
 
