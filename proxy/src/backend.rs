@@ -31,6 +31,15 @@ impl Mode {
         }
     }
 
+    /// The name that kube-proxy has for it, on /proxyMode.
+    #[must_use]
+    pub fn kube_name(self) -> &'static str {
+        match self {
+            Mode::Iptables(_) => "iptables",
+            Mode::Nftables => "nftables",
+        }
+    }
+
     /// What a value of `--proxy-mode` means, in order of preference; nothing when it is not a mode.
     #[must_use]
     pub fn candidates(text: &str) -> Option<&'static [Mode]> {

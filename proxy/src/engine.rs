@@ -67,6 +67,8 @@ pub(crate) struct Engine {
     plans: Plans,
     mode: Mode,
     backend: Box<dyn Backend>,
+    /// What an earlier mode left was looked for.
+    alone: bool,
     inbox: Receiver<Wake>,
     bell: Arc<EventFd>,
     started: bool,
@@ -90,12 +92,13 @@ impl Engine {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let bell = Arc::new(EventFd::from_value_and_flags(0, flags)?);
         let Listeners { metrics, progress, notices, health_checks, on_synced } = listeners;
-        let mode = choose(config.modes)?;
+        let mode = crate::switch::choose(config.modes)?;
         let last_known = LastKnown::new(config.state_file.clone());
         let intake = Intake::new(config, Arc::clone(&metrics), Arc::clone(&progress));
         let engine = Engine {
             backend: mode.open(intake.backend_config())?,
             mode,
+            alone: false,
             intake,
             plans: Plans::new(),
             inbox,
@@ -218,7 +221,14 @@ impl Engine {
         };
         self.retry_at = None;
         match result {
-            Ok(applied) => self.note_applied(&applied, &changes, all, began),
+            Ok(applied) => {
+                // A Service that this mode cannot have keeps what an earlier mode gave it.
+                if !self.alone && applied.refused.is_empty() {
+                    self.alone = true;
+                    crate::switch::leave_others(self.mode);
+                }
+                self.note_applied(&applied, &changes, all, began);
+            }
             Err(error) => return self.note_failure(&error),
         }
         self.last_known.note_change();
@@ -273,21 +283,7 @@ impl Engine {
         if let Some(on_synced) = self.on_synced.take() {
             let (services, operations) = (self.plans.len(), applied.operations);
             tracing::info!(services, operations, ?elapsed, "Services are in force");
-            self.clean_up_other_modes();
             on_synced();
-        }
-    }
-
-    /// Only now, so that there is no moment in which nobody forwards.
-    fn clean_up_other_modes(&self) {
-        for other in Mode::ALL.into_iter().filter(|mode| *mode != self.mode) {
-            let cleaned = other
-                .probe()
-                .and_then(|()| other.open(self.intake.backend_config()))
-                .and_then(|mut backend| backend.cleanup());
-            if let Err(error) = cleaned {
-                tracing::debug!(mode = %other, error = %Chain(&error), "Nothing to clean up");
-            }
         }
     }
 
@@ -321,22 +317,4 @@ impl std::fmt::Display for Chain<'_> {
         }
         Ok(())
     }
-}
-
-/// The first mode that this kernel can do.
-fn choose(modes: &[Mode]) -> anyhow::Result<Mode> {
-    let mut reasons = Vec::new();
-    for mode in modes {
-        match mode.probe() {
-            Ok(()) => {
-                tracing::info!(%mode, "Programming Services");
-                return Ok(*mode);
-            }
-            Err(error) => {
-                tracing::info!(%mode, error = %Chain(&error), "Cannot use a proxy mode here");
-                reasons.push(format!("{mode}: {}", Chain(&error)));
-            }
-        }
-    }
-    anyhow::bail!("no proxy mode works here: {}", reasons.join("; "))
 }

@@ -31,7 +31,8 @@ pub struct Flags {
     /// Name of this node, instead of the host name
     #[arg(long, value_name = "NAME")]
     pub hostname_override: Option<String>,
-    /// How to program the kernel; `auto` takes the first that works here
+    /// How to program the kernel: nftables, iptables (or iptables-nft, iptables-legacy to choose the
+    /// variant), or auto for the first that works here
     #[arg(long, value_name = "MODE")]
     pub proxy_mode: Option<String>,
     /// Pod ranges of the cluster, one per IP family
@@ -70,14 +71,27 @@ pub struct Flags {
     /// The node's address, instead of those in the Node object; 0.0.0.0 and :: mean none
     #[arg(long, value_name = "IP")]
     pub bind_address: Option<IpAddr>,
-    /// Remove everything that the proxy ever made, and exit
-    #[arg(long)]
-    pub cleanup: bool,
+    /// Remove everything that the proxy, in any mode, and kube-proxy ever made, and exit;
+    /// =kube-proxy: only what kube-proxy made
+    #[arg(long, value_name = "WHAT", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub cleanup: Option<Cleanup>,
     /// Verbosity: 4 shows decisions, 6 everything
     #[arg(short, long, value_name = "LEVEL", default_value_t = 2)]
     pub v: u8,
     #[command(flatten)]
     pub ignored: IgnoredFlags,
+}
+
+/// What `--cleanup` removes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Cleanup {
+    #[value(name = "true")]
+    Everything,
+    #[value(name = "false")]
+    Nothing,
+    /// So that kube-proxy can be replaced while keelson-proxy runs already.
+    #[value(name = "kube-proxy")]
+    KubeProxy,
 }
 
 /// Flags of kube-proxy without a meaning here: taken, and named in a warning.

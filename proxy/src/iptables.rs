@@ -21,6 +21,7 @@
 mod alarm;
 mod fixed;
 mod isolate;
+mod leftovers;
 mod names;
 mod program;
 mod restore;
@@ -41,6 +42,7 @@ use crate::diff::{Change, Plans};
 use crate::model::Family;
 use alarm::Alarm;
 use fixed::HOOKS;
+pub use leftovers::{Leftovers, remove as remove_leftovers};
 use names::Chain;
 use program::Programs;
 pub use program::{ProgramError, Variant};
@@ -48,8 +50,7 @@ use restore::{Hooks, Script, script};
 use ruleset::{Dirty, Ruleset, Update};
 use saved::Saved;
 
-/// Chains per transaction of `iptables-nft-restore`, whose time grows with their square.
-const CHAINS_PER_TRANSACTION: usize = 200;
+const OURS: Leftovers = Leftovers { is_chain: |name| name.starts_with(names::PREFIX) };
 /// Somebody may change the rules while they are being repaired.
 const ATTEMPTS: u32 = 3;
 
@@ -98,6 +99,11 @@ impl Iptables {
         let alarm = Alarm::open(&programs)?;
         let ruleset = Ruleset::new(config.clone(), &families);
         Ok(Iptables { programs, families, config, ruleset, alarm })
+    }
+
+    /// Removes everything that the backend ever made with a variant of iptables, without opening it.
+    pub fn remove(variant: Variant) -> Result<(), IptablesError> {
+        remove_leftovers(variant, &OURS).map(drop)
     }
 
     fn adopt_once(&mut self, plans: &Plans) -> Result<Applied, IptablesError> {
@@ -150,12 +156,7 @@ impl Iptables {
 
     /// Puts changes in force and says how many rules and chains that were.
     fn write(&mut self, dirty: &Dirty, hooks: &[(Family, Hooks)]) -> Result<usize, IptablesError> {
-        let limit = match self.programs.variant {
-            Variant::Nft => CHAINS_PER_TRANSACTION,
-            // Each transaction reads and replaces the whole table.
-            Variant::Legacy => usize::MAX,
-        };
-        let none = Hooks::new();
+        let (limit, none) = (self.programs.chains_per_transaction(), Hooks::new());
         let scripts: Vec<(Family, Script)> = self
             .families
             .iter()
@@ -220,33 +221,6 @@ fn hook_changes(saved: &Saved<'_>) -> Hooks {
         changes.push((*table, format!("-I {hook} -j {to}")));
     }
     changes
-}
-
-/// Everything of ours that is there goes.
-fn remove_all(programs: &Programs) -> Result<(), IptablesError> {
-    for family in programs.families() {
-        if !programs.is_in_use(family) {
-            continue;
-        }
-        let text = programs.save(family, None)?;
-        let saved = Saved::parse(&text);
-        let hooks: Hooks = saved
-            .jumps
-            .iter()
-            .map(|(table, chain, rule)| (*table, format!("-D {chain} {rule}")))
-            .collect();
-        let chains = saved.chains.keys().map(|(table, name)| Chain::new(family, *table, *name));
-        let dirty: Dirty = chains.map(|chain| (chain, None)).collect();
-        let limit = match programs.variant {
-            Variant::Nft => CHAINS_PER_TRANSACTION,
-            Variant::Legacy => usize::MAX,
-        };
-        let script = script(family, &dirty, &hooks, limit);
-        if script.blocks > 0 {
-            programs.restore(family, &script)?;
-        }
-    }
-    Ok(())
 }
 
 /// One rule with each match and target that is used, to find out whether the kernel has them.
@@ -346,7 +320,7 @@ impl Backend for Iptables {
     fn cleanup(&mut self) -> Result<(), BackendError> {
         let programs = &self.programs;
         // How many transactions that takes does not matter: nothing of ours is left to worry about.
-        self.alarm.during(usize::MAX, 0, |_| remove_all(programs))??;
+        self.alarm.during(usize::MAX, 0, |_| leftovers::remove_with(programs, &OURS))??;
         self.ruleset = Ruleset::new(self.config.clone(), &self.families);
         Ok(())
     }

@@ -4,6 +4,7 @@
 //! [`backend`] puts it in force; [`run`] connects them to an API server.
 
 pub mod backend;
+pub mod cleanup;
 pub mod config;
 pub mod conntrack;
 pub mod diff;
@@ -20,6 +21,7 @@ pub mod nftables;
 mod node;
 mod run;
 mod server;
+pub mod switch;
 pub mod trace;
 mod watch;
 

@@ -4,8 +4,8 @@ use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::Parser;
-use keelson_proxy::backend::{BackendConfig, Mode};
-use keelson_proxy::flags::Flags;
+use keelson_proxy::cleanup;
+use keelson_proxy::flags::{Cleanup, Flags};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
@@ -31,20 +31,11 @@ fn main() -> ExitCode {
     }
 }
 
-/// Removes what any mode that works here may have left.
-fn cleanup() -> anyhow::Result<()> {
-    for mode in Mode::ALL {
-        match mode.probe() {
-            Ok(()) => mode.open(BackendConfig::default())?.cleanup()?,
-            Err(error) => tracing::info!(%mode, %error, "Nothing to clean up"),
-        }
-    }
-    Ok(())
-}
-
 fn run(flags: Flags) -> anyhow::Result<()> {
-    if flags.cleanup {
-        return cleanup();
+    match flags.cleanup {
+        None | Some(Cleanup::Nothing) => {}
+        Some(Cleanup::Everything) => return Ok(cleanup::everything()?),
+        Some(Cleanup::KubeProxy) => return Ok(cleanup::kube_proxy()?),
     }
     let (config, warnings) = flags.resolve()?;
     for warning in warnings {

@@ -65,7 +65,7 @@ impl Pages {
         const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
         match path {
             "/metrics" => (StatusCode::OK, OPEN_METRICS, self.metrics.text()),
-            "/proxyMode" => (StatusCode::OK, TEXT, self.mode.name().to_owned()),
+            "/proxyMode" => (StatusCode::OK, TEXT, self.mode.kube_name().to_owned()),
             "/configz" => (StatusCode::OK, JSON, self.config_text.clone()),
             "/healthz" => (StatusCode::OK, TEXT, "ok".to_owned()),
             _ => NOT_FOUND,

@@ -31,15 +31,20 @@ pub(crate) const REJECT: &str = "KEELSON-REJECT";
 pub(crate) enum Table {
     Nat,
     Filter,
+    /// Nothing of ours is in there.
+    Mangle,
 }
 
 impl Table {
-    pub(crate) const ALL: [Table; 2] = [Table::Nat, Table::Filter];
+    pub(crate) const ALL: [Table; 3] = [Table::Nat, Table::Filter, Table::Mangle];
+    /// Those that we have chains in.
+    pub(crate) const OURS: [Table; 2] = [Table::Nat, Table::Filter];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
             Table::Nat => "nat",
             Table::Filter => "filter",
+            Table::Mangle => "mangle",
         }
     }
 
@@ -204,11 +209,11 @@ impl Leaf {
     fn branch_name(self) -> String {
         match (self.table, self.branch) {
             (Table::Nat, Branch::Address(low)) => format!("{SERVICES}-{low:X}"),
-            (Table::Filter, Branch::Address(low)) => format!("{UNSERVED}-{low:X}"),
+            (_, Branch::Address(low)) => format!("{UNSERVED}-{low:X}"),
             (Table::Nat, Branch::Port(protocol, upper)) => {
                 format!("{NODE_PORTS}-{}-{upper:02X}", capitals(protocol))
             }
-            (Table::Filter, Branch::Port(protocol, upper)) => {
+            (_, Branch::Port(protocol, upper)) => {
                 format!("{UNSERVED}-{}-{upper:02X}", capitals(protocol))
             }
         }
@@ -229,8 +234,8 @@ impl Leaf {
         let name = match (self.table, self.branch) {
             (Table::Nat, Branch::Address(_)) => SERVICES,
             (Table::Nat, Branch::Port(..)) => NODE_PORTS,
-            (Table::Filter, Branch::Address(_)) => UNSERVED,
-            (Table::Filter, Branch::Port(..)) => UNSERVED_PORTS,
+            (_, Branch::Address(_)) => UNSERVED,
+            (_, Branch::Port(..)) => UNSERVED_PORTS,
         };
         Chain::new(self.family, self.table, name)
     }
@@ -299,7 +304,7 @@ mod tests {
     fn names_fit_and_ranks_follow_the_references() {
         let key =
             FrontendKey { at: At::NodePort(Family::V6), protocol: Protocol::Sctp, port: 65535 };
-        for table in Table::ALL {
+        for table in Table::OURS {
             let leaf = Leaf::of(table, &key);
             // The legacy variant takes 28 characters at most.
             assert!(leaf.chain().name.len() <= 28, "{}", leaf.chain());

@@ -58,6 +58,15 @@ impl Programs {
         Ok(Programs { variant, netns: Netns::current()? })
     }
 
+    /// How many chains a transaction may name: the time of `iptables-nft-restore` grows with their square.
+    pub(crate) fn chains_per_transaction(&self) -> usize {
+        match self.variant {
+            Variant::Nft => 200,
+            // Each transaction reads and replaces the whole table.
+            Variant::Legacy => usize::MAX,
+        }
+    }
+
     /// The address families that this kernel knows.
     pub(crate) fn families(&self) -> Vec<Family> {
         let known =

@@ -1,21 +1,26 @@
-//! What `iptables-save` tells about our chains. Pure.
+//! What `iptables-save` tells about our chains, or about kube-proxy's. Pure.
 
 use std::collections::HashMap;
 
 use super::names::{PREFIX, Table};
 
-/// Our part of one family's rules, as text.
+/// Somebody's part of one family's rules, as text: ours, mostly.
 #[derive(Debug, Default)]
 pub(crate) struct Saved<'t> {
-    /// Our chains and their rules.
+    /// The owner's chains and their rules.
     pub(crate) chains: HashMap<(Table, &'t str), Vec<&'t str>>,
-    /// Rules of others' chains that lead to ours: table, chain, rule.
+    /// Rules of others' chains that lead to the owner's: table, chain, rule.
     pub(crate) jumps: Vec<(Table, &'t str, &'t str)>,
 }
 
 impl<'t> Saved<'t> {
-    /// Reads the output of `iptables-save`; tables and chains that do not concern us are left out.
+    /// Reads our part of the output of `iptables-save`.
     pub(crate) fn parse(text: &'t str) -> Saved<'t> {
+        Saved::parse_of(text, |chain| chain.starts_with(PREFIX))
+    }
+
+    /// Reads the part of the output that belongs to whoever owns the chains with such names.
+    pub(crate) fn parse_of(text: &'t str, owns: impl Fn(&str) -> bool) -> Saved<'t> {
         let mut saved = Saved::default();
         let mut table = None;
         for line in text.lines() {
@@ -25,22 +30,22 @@ impl<'t> Saved<'t> {
             let Some(table) = table else { continue };
             if let Some(declared) = line.strip_prefix(':') {
                 let name = declared.split(' ').next().unwrap_or_default();
-                if name.starts_with(PREFIX) {
+                if owns(name) {
                     saved.chains.entry((table, name)).or_default();
                 }
             } else if let Some((chain, rule)) =
                 line.strip_prefix("-A ").and_then(|rule| rule.split_once(' '))
             {
-                saved.add(table, chain, rule);
+                saved.add(table, chain, rule, &owns);
             }
         }
         saved
     }
 
-    fn add(&mut self, table: Table, chain: &'t str, rule: &'t str) {
-        if chain.starts_with(PREFIX) {
+    fn add(&mut self, table: Table, chain: &'t str, rule: &'t str, owns: impl Fn(&str) -> bool) {
+        if owns(chain) {
             self.chains.entry((table, chain)).or_default().push(rule);
-        } else if target(rule).is_some_and(|target| target.starts_with(PREFIX)) {
+        } else if target(rule).is_some_and(owns) {
             self.jumps.push((table, chain, rule));
         }
     }
@@ -59,7 +64,7 @@ mod tests {
 
     #[test]
     fn only_what_is_ours_is_read() {
-        let text = "# Generated\n*mangle\n:KEELSON-X - [0:0]\nCOMMIT\n*nat\n:PREROUTING ACCEPT [1:2]\n\
+        let text = "# Generated\n*raw\n:KEELSON-X - [0:0]\nCOMMIT\n*nat\n:PREROUTING ACCEPT [1:2]\n\
             :CNI-HOSTPORT - [0:0]\n:KEELSON-SERVICES - [0:0]\n:KEELSON-MARK - [0:0]\n\
             -A PREROUTING -j KEELSON-SERVICES\n-A PREROUTING -j CNI-HOSTPORT\n\
             -A KEELSON-MARK -j MARK --set-xmark 0x4000/0x4000\nCOMMIT\n";

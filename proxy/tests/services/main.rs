@@ -15,6 +15,7 @@ mod oracle;
 mod policies;
 mod sequences;
 mod stage;
+mod switching;
 mod whole;
 
 use std::process::ExitCode;
@@ -30,6 +31,7 @@ fn rows() -> Vec<Row> {
         guards::ROWS,
         flows::ROWS,
         whole::ROWS,
+        switching::ROWS,
         sequences::ROWS,
         crash::ROWS,
     ]

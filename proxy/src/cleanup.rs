@@ -1,0 +1,36 @@
+//! `--cleanup`: removes what any mode of ours has ever made, and what kube-proxy left behind.
+//!
+//! Both are known by their names alone; nothing else is touched, and nothing of kube-proxy's is touched
+//! in any other case.
+
+mod kube_proxy;
+
+use crate::backend::Mode;
+use crate::switch::{Refused, clean, with_sources};
+
+pub use kube_proxy::clean as kube_proxy;
+
+/// Something that could not be removed.
+#[derive(Debug, thiserror::Error)]
+#[error("not everything could be removed: {0}")]
+pub struct CleanupError(String);
+
+/// Removes everything of keelson-proxy and of kube-proxy from the calling thread's network namespace.
+pub fn everything() -> Result<(), CleanupError> {
+    let mut failures = Vec::new();
+    for mode in Mode::ALL {
+        match clean(mode) {
+            Ok(()) => tracing::info!(%mode, "Removed everything of this mode"),
+            Err(Refused::Absent(error)) => {
+                tracing::info!(%mode, error = with_sources(&error), "Nothing to clean up");
+            }
+            Err(Refused::Failed(error)) => {
+                failures.push(format!("{mode}: {}", with_sources(&error)));
+            }
+        }
+    }
+    if let Err(CleanupError(failed)) = kube_proxy() {
+        failures.push(failed);
+    }
+    if failures.is_empty() { Ok(()) } else { Err(CleanupError(failures.join("; "))) }
+}

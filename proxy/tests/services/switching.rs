@@ -1,0 +1,238 @@
+//! From one mode to another on a running node, and from kube-proxy to us.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use keelson_proxy::backend::BackendConfig;
+use keelson_proxy::diff::Plans;
+use keelson_proxy::iptables::{Iptables, Variant};
+use keelson_proxy::{cleanup, switch};
+
+use crate::harness::{backends, rows, skip};
+use crate::stage::{Mode, NODE4, NODE6, Namespace, Node, Outcome, cluster_ip, node_port};
+
+rows![
+    a_node_that_changes_its_mode_loses_nothing,
+    what_kube_proxy_left_goes_and_nothing_else,
+    the_variant_of_iptables_is_the_one_that_the_node_uses,
+];
+
+/// A connection that stays.
+struct Flow {
+    client: TcpStream,
+    server: TcpStream,
+}
+
+impl Flow {
+    fn open(from: &Namespace, to: &str, listener: &TcpListener) -> Flow {
+        let client = from.run(|| TcpStream::connect(to).unwrap());
+        let (server, _) = listener.accept().unwrap();
+        for side in [&client, &server] {
+            side.set_read_timeout(Some(std::time::Duration::from_secs(5))).unwrap();
+        }
+        Flow { client, server }
+    }
+
+    fn check(&mut self) {
+        let mut buffer = [0; 4];
+        self.client.write_all(b"ping").unwrap();
+        self.server.read_exact(&mut buffer).unwrap();
+        self.server.write_all(b"pong").unwrap();
+        self.client.read_exact(&mut buffer).unwrap();
+        assert_eq!(&buffer, b"pong");
+    }
+}
+
+/// Asks again and again until told to stop; how often, and what else than `wanted` came.
+fn keep_asking(
+    from: &Namespace,
+    to: &str,
+    stop: &AtomicBool,
+    wanted: impl Fn(&Outcome) -> bool,
+) -> (u32, Vec<Outcome>) {
+    let (mut asked, mut unwanted) = (0, Vec::new());
+    while !stop.load(Ordering::Relaxed) {
+        let outcome = from.tcp(to);
+        asked += 1;
+        if !wanted(&outcome) {
+            unwanted.push(outcome);
+        }
+    }
+    (asked, unwanted)
+}
+
+fn a_node_that_changes_its_mode_loses_nothing(mode: Mode) {
+    let others: Vec<Mode> = backends().0.into_iter().filter(|other| *other != mode).collect();
+    if others.is_empty() {
+        skip("this is the only mode here");
+    }
+    let mut node = Node::new(mode);
+    let client = node.pod("client", 10);
+    let _one = node.pod("one", 2).serving("TCP", 8080);
+    let patient = node.pod("patient", 3);
+    let listener = patient.namespace.run(|| TcpListener::bind("[::]:9090").unwrap());
+    node.service("web", node_port(cluster_ip(1, "TCP", 80), 30080));
+    node.ready("web", "TCP", 8080, &[2]);
+    node.service("long", node_port(cluster_ip(2, "TCP", 80), 30090));
+    node.ready("long", "TCP", 9090, &[3]);
+    node.service("empty", cluster_ip(3, "TCP", 80));
+    for number in 20..120 {
+        let name = format!("more{number}");
+        node.service(&name, cluster_ip(number, "TCP", 80));
+        node.ready(&name, "TCP", 8080, &[2, 3]);
+    }
+    node.apply();
+    let node_port6 = format!("[{NODE6}]:30090");
+    let mut flows = [
+        Flow::open(&client.namespace, "10.96.0.2:80", &listener),
+        Flow::open(&client.namespace, "[fd96::2]:80", &listener),
+        Flow::open(&node.outside, &format!("{NODE4}:30090"), &listener),
+        Flow::open(&node.outside, &node_port6, &listener),
+        Flow::open(&node.namespace, "10.96.0.2:80", &listener),
+    ];
+    let stop = AtomicBool::new(false);
+    let route: Vec<Mode> = others.iter().flat_map(|other| [*other, mode]).collect();
+    std::thread::scope(|scope| {
+        let (stop, plans, config) = (&stop, &node.plans, &node.config);
+        let (namespace, outside, inside) = (&node.namespace, &node.outside, &client.namespace);
+        let served = |outcome: &Outcome| outcome.as_ref().is_ok_and(|a| a.server == "one");
+        let refused = |outcome: &Outcome| *outcome == Err(ErrorKind::ConnectionRefused);
+        let askers = [
+            scope.spawn(move || keep_asking(inside, "10.96.0.1:80", stop, served)),
+            scope.spawn(move || keep_asking(inside, "[fd96::1]:80", stop, served)),
+            scope.spawn(move || keep_asking(outside, &format!("{NODE4}:30080"), stop, served)),
+            scope.spawn(move || keep_asking(namespace, "10.96.0.1:80", stop, served)),
+            scope.spawn(move || keep_asking(inside, "10.96.0.3:80", stop, refused)),
+        ];
+        let mut from = mode;
+        for to in route {
+            let mut backend = namespace.run(|| to.open(config.clone()).unwrap());
+            backend.adopt(plans).unwrap();
+            namespace.run(|| switch::leave_others(to));
+            flows.iter_mut().for_each(Flow::check);
+            // Nothing of the old mode is left, the new one is whole.
+            assert_eq!(backend.verify(plans).unwrap(), [], "{from} to {to}");
+            assert!(is_clean(from, namespace), "{from} to {to}");
+            from = to;
+        }
+        stop.store(true, Ordering::Relaxed);
+        for asker in askers {
+            let (asked, unwanted) = asker.join().unwrap();
+            assert_eq!(unwanted, [], "of {asked}");
+            assert!(asked > 0);
+        }
+    });
+}
+
+/// As on a node where the mode was never used.
+fn is_clean(mode: Mode, namespace: &Namespace) -> bool {
+    let fresh = Namespace::new();
+    let open = |namespace: &Namespace| {
+        let mut backend = namespace.run(|| mode.open(BackendConfig::default()).unwrap());
+        backend.verify(&Plans::new()).unwrap()
+    };
+    open(namespace) == open(&fresh)
+}
+
+fn variant_of(mode: Mode) -> Variant {
+    match mode {
+        Mode::Iptables(variant) => variant,
+        _ => skip("this is about iptables"),
+    }
+}
+
+fn restore(namespace: &Namespace, program: &str, text: &str) {
+    namespace.run(|| {
+        let mut child =
+            Command::new(program).arg("--noflush").stdin(Stdio::piped()).spawn().unwrap();
+        child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+        assert!(child.wait().unwrap().success());
+    });
+}
+
+const KUBE_PROXY: &str = "*mangle
+:KUBE-PROXY-CANARY - [0:0]
+:KUBE-KUBELET-CANARY - [0:0]
+COMMIT
+*nat
+:KUBE-SERVICES - [0:0]
+:KUBE-NODEPORTS - [0:0]
+:KUBE-POSTROUTING - [0:0]
+:KUBE-MARK-MASQ - [0:0]
+:KUBE-SVC-NPX46M4PTMTKRN6Y - [0:0]
+:KUBE-SEP-AAAAAAAAAAAAAAAA - [0:0]
+:OTHERS - [0:0]
+-A PREROUTING -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES
+-A OUTPUT -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES
+-A POSTROUTING -m comment --comment \"kubernetes postrouting rules\" -j KUBE-POSTROUTING
+-A PREROUTING -j OTHERS
+-A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000
+-A KUBE-SERVICES -p tcp -m tcp --dport 1 -j KUBE-SVC-NPX46M4PTMTKRN6Y
+-A KUBE-SERVICES -m addrtype --dst-type LOCAL -j KUBE-NODEPORTS
+-A KUBE-SVC-NPX46M4PTMTKRN6Y -j KUBE-SEP-AAAAAAAAAAAAAAAA
+-A KUBE-SEP-AAAAAAAAAAAAAAAA -p tcp -j DNAT --to-destination :1
+COMMIT
+*filter
+:KUBE-FIREWALL - [0:0]
+:KUBE-FORWARD - [0:0]
+-A INPUT -j KUBE-FIREWALL
+-A FORWARD -m comment --comment \"kubernetes forwarding rules\" -j KUBE-FORWARD
+-A KUBE-FORWARD -m conntrack --ctstate INVALID -j DROP
+COMMIT
+";
+
+fn what_kube_proxy_left_goes_and_nothing_else(mode: Mode) {
+    let variant = variant_of(mode);
+    let mut node = Node::new(mode);
+    let client = node.pod("client", 10);
+    let _one = node.pod("one", 2).serving("TCP", 8080);
+    node.service("web", cluster_ip(1, "TCP", 80));
+    node.ready("web", "TCP", 8080, &[2]);
+    node.apply();
+    for ip in ["iptables", "ip6tables"] {
+        restore(&node.namespace, &format!("{ip}-{}-restore", variant.word()), KUBE_PROXY);
+    }
+    // Never touched as long as nobody asks for it.
+    assert_eq!(node.restart(), 0);
+    node.namespace.run(|| switch::leave_others(mode));
+    let saved = |node: &Node, ip: &str| {
+        node.namespace.output(&format!("{ip}-{}-save", variant.word()), &[])
+    };
+    assert!(saved(&node, "iptables").contains("-j KUBE-SVC-NPX46M4PTMTKRN6Y"));
+    node.namespace.run(|| cleanup::kube_proxy().unwrap());
+    for ip in ["iptables", "ip6tables"] {
+        let left = saved(&node, ip);
+        for gone in ["KUBE-S", "KUBE-NODEPORTS", "KUBE-POST", "KUBE-PROXY", "KUBE-FORWARD", "MASQ "]
+        {
+            let ours = |line: &&str| !line.contains("KEELSON-");
+            assert!(!left.lines().filter(ours).any(|line| line.contains(gone)), "{gone}: {left}");
+        }
+        for stays in [":KUBE-KUBELET-CANARY", "-j KUBE-FIREWALL", "-A PREROUTING -j OTHERS"] {
+            assert!(left.contains(stays), "{stays} is not in {left}");
+        }
+    }
+    assert_eq!(node.restart(), 0);
+    assert_eq!(client.namespace.tcp("10.96.0.1:80").unwrap().server, "one");
+    // Everything, ours included; and a second time there is nothing to do.
+    node.namespace.run(|| cleanup::everything().unwrap());
+    node.namespace.run(|| cleanup::everything().unwrap());
+    assert!(!saved(&node, "iptables").contains("KEELSON-"));
+}
+
+fn the_variant_of_iptables_is_the_one_that_the_node_uses(mode: Mode) {
+    let variant = variant_of(mode);
+    let namespace = Namespace::new();
+    let usual = || namespace.run(|| Iptables::usual_variant().unwrap());
+    assert_eq!(usual(), Variant::Nft);
+    // The one with more rules; what is ours does not count.
+    let rules = "*filter\n:OTHERS - [0:0]\n-A OTHERS -j RETURN\nCOMMIT\n";
+    restore(&namespace, &format!("iptables-{}-restore", variant.word()), rules);
+    assert_eq!(usual(), variant);
+    // The kubelet's hint counts more than rules.
+    let other = if variant == Variant::Nft { Variant::Legacy } else { Variant::Nft };
+    let hint = "*mangle\n:KUBE-IPTABLES-HINT - [0:0]\nCOMMIT\n";
+    restore(&namespace, &format!("iptables-{}-restore", other.word()), hint);
+    assert_eq!(usual(), other);
+}
