@@ -1,5 +1,7 @@
 //! The cases of kube-proxy's corner that need no packets, each with its number in the reference.
 
+mod topology;
+
 use proptest::prelude::*;
 use serde_json::{Value, json};
 

@@ -4,10 +4,9 @@
 //! answer and with what packets meet.
 
 use std::io::ErrorKind;
-use std::net::IpAddr;
 
 use keelson_proxy::model::{NodeFacts, Protocol};
-use keelson_proxy::trace::{Fate, Ground, Packet, trace};
+use keelson_proxy::trace::Fate;
 use serde_json::json;
 
 use crate::stage::*;
@@ -87,19 +86,13 @@ impl Scene {
 
     /// The model's answer.
     fn planned(&self, client: &str, to: &str) -> Cell {
-        let (address, port) = to.rsplit_once(':').unwrap();
-        let destination: IpAddr = address.parse().unwrap();
         let (source, interface) = match client {
-            "pod" => (self.pod.v4, Some("pod10".to_owned())),
-            "node" if destination.is_loopback() => (destination, None),
+            "pod" => (self.pod.v4, Some("pod10")),
+            "node" if to.starts_with("127.") => ("127.0.0.1".parse().unwrap(), None),
             "node" => (NODE4.parse().unwrap(), None),
-            _ => (OUTSIDE4.parse().unwrap(), Some("eth0".to_owned())),
+            _ => (OUTSIDE4.parse().unwrap(), Some("eth0")),
         };
-        let own = [NODE4, "10.66.0.1", "127.0.0.1"].map(|own| own.parse().unwrap());
-        let ground = Ground { config: &self.node.config, own: &own };
-        let port = port.parse().unwrap();
-        let packet = Packet { source, interface, destination, protocol: Protocol::Tcp, port };
-        match trace(&self.node.plans, ground, &packet).fate {
+        match self.node.trace(source, interface, Protocol::Tcp, to).fate {
             Fate::Forwarded { to, masqueraded, .. } if to.len() == 2 => C(masqueraded),
             Fate::Forwarded { to, masqueraded, .. } if to[0].address.to_string() == "10.66.0.2" => {
                 L(masqueraded)

@@ -1,7 +1,14 @@
-//! Random histories against the real kernel: whatever happened, a new start finds nothing to do.
+//! Random histories against the real kernel: whatever happened, a new start finds nothing to do, and
+//! packets meet the fate that the model foretells.
 
 use crate::stage::*;
+use std::io::ErrorKind;
+use std::net::IpAddr;
+use std::time::Duration;
+
 use keelson_proxy::diff::{Plans, advance};
+use keelson_proxy::model::Protocol;
+use keelson_proxy::trace::Fate;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use serde_json::json;
@@ -22,7 +29,8 @@ enum Step {
     Endpoints {
         number: u8,
         udp: bool,
-        pods: Vec<u8>,
+        /// Pods and how they are.
+        pods: Vec<(u8, u8)>,
     },
     Restart,
     /// Several steps are put in force together.
@@ -41,7 +49,7 @@ fn step() -> impl Strategy<Value = Step> {
         },
     );
     let endpoints =
-        (0u8..5, any::<bool>(), proptest::collection::btree_set(2u8..9, 0..6)).prop_map(
+        (0u8..5, any::<bool>(), proptest::collection::btree_map(2u8..7, 0u8..6, 0..6)).prop_map(
             |(number, udp, pods)| Step::Endpoints { number, udp, pods: pods.into_iter().collect() },
         );
     prop_oneof![
@@ -89,7 +97,7 @@ fn perform(node: &mut Node, step: &Step) {
         Step::Endpoints { number, udp, pods } => {
             let of: Vec<_> = pods
                 .iter()
-                .map(|pod| (*pod, if pod % 2 == 0 { "here" } else { "other" }, json!({})))
+                .map(|(pod, how)| (*pod, if pod % 2 == 0 { "here" } else { "other" }, state(*how)))
                 .collect();
             node.endpoints(&name(number), protocol(udp), 8080, &of);
         }
@@ -102,13 +110,106 @@ fn perform(node: &mut Node, step: &Step) {
     }
 }
 
+/// Most are ready.
+fn state(how: u8) -> serde_json::Value {
+    match how {
+        0 => json!({"ready": false, "serving": true, "terminating": true}),
+        1 => json!({"ready": false, "serving": false}),
+        _ => json!({"ready": true}),
+    }
+}
+
+/// A packet to try: who sends it, and where to.
+#[derive(Clone, Debug)]
+struct Probe {
+    client: u8,
+    service: u8,
+    target: u8,
+    udp: bool,
+}
+
+fn probe() -> impl Strategy<Value = Probe> {
+    (0u8..6, 0u8..5, 0u8..9, any::<bool>()).prop_map(|(client, service, target, udp)| Probe {
+        client,
+        service,
+        target,
+        udp,
+    })
+}
+
+impl Probe {
+    fn address(&self) -> String {
+        let number = self.service;
+        match self.target {
+            0 | 1 => format!("10.96.0.{}:80", number + 1),
+            2 => format!("[fd96::{}]:80", number + 1),
+            3 => format!("10.96.0.{}:81", number + 1),
+            4 => format!("{NODE4}:{}", 30000 + u16::from(number)),
+            5 => format!("[{NODE6}]:{}", 30000 + u16::from(number)),
+            6 => "198.51.100.1:80".to_owned(),
+            _ => format!("198.51.100.{}:80", 100 + number),
+        }
+    }
+
+    /// The model's answer and what the packet meets; nothing to compare where Services do not care.
+    fn compare(&self, node: &Node, pods: &[Pod]) -> (Fate, String, bool) {
+        let to = self.address();
+        let v6 = to.starts_with('[');
+        let own = |v4: &str, six: &str| (if v6 { six } else { v4 }).parse::<IpAddr>().unwrap();
+        let (from, source, interface) = match self.client {
+            0 | 1 => (&node.namespace, own(NODE4, NODE6), None),
+            2 | 3 => (&node.outside, own(OUTSIDE4, OUTSIDE6), Some("eth0".to_owned())),
+            number => {
+                // Those that are said to be on this node: as endpoints they may meet themselves.
+                let pod = &pods[2 * (usize::from(number) - 4)];
+                let source = if v6 { pod.v6 } else { pod.v4 };
+                (&pod.namespace, source, Some("pod".to_owned()))
+            }
+        };
+        let (protocol, word) =
+            if self.udp { (Protocol::Udp, "UDP") } else { (Protocol::Tcp, "TCP") };
+        let fate = node.trace(source, interface.as_deref(), protocol, &to).fate;
+        let met = match fate {
+            Fate::Untouched => return (fate, "not tried".to_owned(), true),
+            // An answer would come at once.
+            Fate::Dropped => from.ask_for(word, &to, SHORT),
+            Fate::Rejected | Fate::Forwarded { .. } => from.ask_for(word, &to, silence()),
+        };
+        let agrees = match (&fate, &met) {
+            (Fate::Forwarded { to, masqueraded, .. }, Ok(answer)) => to.iter().any(|endpoint| {
+                let pod = endpoint.address;
+                let name = pod.to_string().replace("10.66.0.", "p").replace("fd66::", "p");
+                let itself = pod == source;
+                name == answer.server && (answer.client == source) != (*masqueraded || itself)
+            }),
+            (Fate::Rejected, Err(ErrorKind::ConnectionRefused)) => true,
+            (Fate::Dropped, Err(ErrorKind::TimedOut | ErrorKind::WouldBlock)) => true,
+            _ => false,
+        };
+        (fate, format!("{source} -> {word} {to}: {met:?}"), agrees)
+    }
+}
+
+const SHORT: Duration = Duration::from_millis(100);
+
+/// Differential: incremental against from scratch, and the model against the kernel.
 fn any_history_leaves_the_kernel_as_a_new_start_would_want_it(mode: Mode) {
+    let cases = std::env::var("PROPTEST_CASES").map_or(40, |cases| cases.parse().unwrap());
     let mut runner =
-        TestRunner::new(Config { cases: 40, failure_persistence: None, ..Config::default() });
-    let steps = proptest::collection::vec(step(), 1..30);
-    let node = std::cell::RefCell::new(Node::new(mode));
+        TestRunner::new(Config { cases, failure_persistence: None, ..Config::default() });
+    let history =
+        (proptest::collection::vec(step(), 1..30), proptest::collection::vec(probe(), 6..12));
+    let node = Node::new(mode);
+    // Clients that keep their address must get answers.
+    node.outside.route("10.66.0.0/24", NODE4);
+    node.outside.route("fd66::/64", NODE6);
+    let pods: Vec<Pod> = (2..7)
+        .map(|number| node.pod(&format!("p{number}"), number))
+        .map(|pod| pod.serving("TCP", 8080).serving("UDP", 8080))
+        .collect();
+    let node = std::cell::RefCell::new(node);
     runner
-        .run(&steps, |steps| {
+        .run(&history, |(steps, probes)| {
             let node = &mut *node.borrow_mut();
             for step in &steps {
                 perform(node, step);
@@ -121,6 +222,11 @@ fn any_history_leaves_the_kernel_as_a_new_start_would_want_it(mode: Mode) {
             let all: Vec<_> = node.model.services().cloned().collect();
             advance(&mut fresh, all, |key| node.model.plan(key));
             prop_assert_eq!(&fresh, &node.plans);
+            // And packets meet what the model says.
+            for probe in &probes {
+                let (fate, met, agrees) = probe.compare(node, &pods);
+                prop_assert!(agrees, "the model says {:?}, but {}", fate, met);
+            }
             Ok(())
         })
         .unwrap();

@@ -14,7 +14,7 @@ pub(crate) use crate::harness::{rows, silence, skip};
 pub(crate) use damage::damages;
 pub(crate) use keelson_proxy::backend::{BackendConfig, Mode, PodSources};
 pub(crate) use namespace::Namespace;
-pub(crate) use node::{NODE4, NODE6, Node, OUTSIDE4};
+pub(crate) use node::{NODE4, NODE6, Node, OUTSIDE4, OUTSIDE6};
 pub(crate) use objects::{cluster_ip, node_port, servers, slice, with};
 pub(crate) use pod::{Outcome, Pod, udp_exchange};
 

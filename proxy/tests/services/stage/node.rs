@@ -1,10 +1,13 @@
 //! The node under test, with the proxy's model and a backend.
 
+use std::net::{IpAddr, SocketAddr};
+
 use keelson_proxy::backend::Backend;
 use keelson_proxy::conntrack::{Checks, clean};
 use keelson_proxy::diff::{Plans, advance};
 use keelson_proxy::model::objects::{EndpointSlice, Service};
-use keelson_proxy::model::{Model, NodeFacts, ServiceKey};
+use keelson_proxy::model::{Model, NodeFacts, Protocol, ServiceKey};
+use keelson_proxy::trace::{Ground, Packet, Trace, trace};
 use serde_json::{Value, json};
 
 use super::{BackendConfig, Mode, Namespace, Pod, PodSources};
@@ -111,6 +114,27 @@ impl Node {
 
     pub(crate) fn delete_service(&mut self, name: &str) {
         self.model.delete_service(&ServiceKey::new("default", name));
+    }
+
+    /// The model's answer to the first packet of a connection; without an interface the node itself sends.
+    pub(crate) fn trace(
+        &self,
+        source: IpAddr,
+        interface: Option<&str>,
+        protocol: Protocol,
+        to: &str,
+    ) -> Trace {
+        let to: SocketAddr = to.parse().unwrap();
+        let own = [NODE4, NODE6, "10.66.0.1", "fd66::1", "127.0.0.1", "::1"];
+        let own = own.map(|own| own.parse().unwrap());
+        let packet = Packet {
+            source,
+            interface: interface.map(str::to_owned),
+            destination: to.ip(),
+            protocol,
+            port: to.port(),
+        };
+        trace(&self.plans, Ground { config: &self.config, own: &own }, &packet)
     }
 
     /// Slices (one per family) for the endpoints `(pod number, node, conditions)`.

@@ -53,18 +53,26 @@ fn parse(text: &str) -> Answer {
 impl Namespace {
     /// Connects, reads the answer.
     pub(crate) fn tcp(&self, to: &str) -> Outcome {
+        self.ask_for("TCP", to, silence())
+    }
+
+    pub(crate) fn udp(&self, to: &str) -> Outcome {
+        self.ask_for("UDP", to, silence())
+    }
+
+    /// Asks, and takes it for silence when nothing comes for so long.
+    pub(crate) fn ask_for(&self, protocol: &str, to: &str, patience: Duration) -> Outcome {
+        if protocol == "UDP" {
+            return self.run(|| udp_exchange(&self.udp_socket(to), patience));
+        }
         let to: SocketAddr = to.parse().unwrap();
         self.run(|| {
-            let mut stream = TcpStream::connect_timeout(&to, silence()).map_err(|e| e.kind())?;
+            let mut stream = TcpStream::connect_timeout(&to, patience).map_err(|e| e.kind())?;
             stream.set_read_timeout(Some(DEADLINE)).unwrap();
             let mut text = String::new();
             stream.read_to_string(&mut text).map_err(|e| e.kind())?;
             Ok(parse(&text))
         })
-    }
-
-    pub(crate) fn udp(&self, to: &str) -> Outcome {
-        self.run(|| udp_exchange(&self.udp_socket(to), silence()))
     }
 
     /// Status line, headers and body that a web server answers.
@@ -96,7 +104,7 @@ impl Namespace {
     }
 
     pub(crate) fn ask(&self, protocol: &str, to: &str) -> Outcome {
-        if protocol == "UDP" { self.udp(to) } else { self.tcp(to) }
+        self.ask_for(protocol, to, silence())
     }
 
     /// Serves until dropped.
