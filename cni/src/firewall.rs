@@ -5,9 +5,11 @@
 //! set pods4, pods6              ranges that this node's pods come from
 //! map ports4, ports6            protocol . port            -> pod . port
 //! map ports4at, ports6at        address . protocol . port  -> pod . port
+//! set own4, own6                pod . pod, for pods with ports
 //! chain prerouting, output      fib daddr type local: dnat to the maps' answer
 //! chain postrouting             from a pod to itself, or from loopback into a port: masquerade
 //!                               saddr @pods, daddr not @cluster: masquerade
+//! chain input                   to 127/8 from a link, unless it answers the node: drop
 //! ```
 //!
 //! The table carries a stamp of the configuration that it was made from. ADD reads the stamp (one message) and makes the
@@ -19,14 +21,14 @@ use ipnetwork::IpNetwork;
 use keelson_netlink::nft::{
     Base, Batch, CT_STATUS_DNAT, ChainKind, Compare, Conntrack, Element, FIB_LOCAL, FibAddress,
     Field, Header, Hook, IPV4_DESTINATION, IPV4_SOURCE, IPV6_DESTINATION, IPV6_SOURCE, Meta, Nat,
-    Nft, NftError, PRIORITY_DNAT, PRIORITY_SNAT, Register, Rule, Set, Table,
+    Nft, NftError, PRIORITY_DNAT, PRIORITY_SNAT, Register, Rule, Set, Table, Verdict,
 };
 
 use crate::hostport::HostPort;
 use crate::names::fnv1a;
 
 /// Changes whenever the shape of the table does.
-const LAYOUT: &str = "1";
+const LAYOUT: &str = "2";
 
 /// What the table is made from.
 #[derive(Debug, Clone, Copy)]
@@ -72,6 +74,7 @@ struct Family {
     cluster: &'static str,
     ports: &'static str,
     ports_at: &'static str,
+    own: &'static str,
     field: Field,
     source: u32,
     destination: u32,
@@ -85,6 +88,7 @@ const FAMILIES: [Family; 2] = [
         cluster: "cluster4",
         ports: "ports4",
         ports_at: "ports4at",
+        own: "own4",
         field: Field::Ipv4,
         source: IPV4_SOURCE,
         destination: IPV4_DESTINATION,
@@ -96,6 +100,7 @@ const FAMILIES: [Family; 2] = [
         cluster: "cluster6",
         ports: "ports6",
         ports_at: "ports6at",
+        own: "own6",
         field: Field::Ipv6,
         source: IPV6_SOURCE,
         destination: IPV6_DESTINATION,
@@ -181,6 +186,7 @@ impl Edge<'_> {
             let target = [family.field, Field::Port];
             batch.add_set(table, &Set::map(family.ports, &port, &target));
             batch.add_set(table, &Set::map(family.ports_at, &port_at, &target));
+            batch.add_set(table, &Set::new(family.own, &[family.field, family.field]));
         }
     }
 }
@@ -204,10 +210,16 @@ pub fn open_ports(nft: &mut Nft, network: &str, forwards: &[Forward]) -> Result<
 /// When the kernel refuses.
 pub fn close_ports(nft: &mut Nft, network: &str, forwards: &[Forward]) -> Result<(), NftError> {
     let name = table_name(network);
-    for forward in forwards {
-        let (map, key, value) = element(forward);
+    let ports = forwards.iter().map(|forward| {
+        let (map, key, _) = element(forward);
+        (map, key)
+    });
+    let mut pods: Vec<_> = forwards.iter().map(|forward| itself(forward.pod)).collect();
+    pods.dedup();
+    // One by one: what is not there would refuse the whole transaction.
+    for (set, key) in ports.chain(pods) {
         let mut batch = Batch::new();
-        batch.delete_elements(Table::inet(&name), map, [Element::value(&key, &value)]);
+        batch.delete_elements(Table::inet(&name), set, [Element::key(&key)]);
         match nft.commit(batch) {
             Err(error) if !error.is_not_found() => return Err(error),
             _ => {}
@@ -223,6 +235,13 @@ fn table_name(network: &str) -> String {
 fn add_forward(batch: &mut Batch, table: Table<'_>, forward: &Forward) {
     let (map, key, value) = element(forward);
     batch.add_elements(table, map, [Element::value(&key, &value)]);
+    let (set, key) = itself(forward.pod);
+    batch.add_elements(table, set, [Element::key(&key)]);
+}
+
+/// The pod as source and destination.
+fn itself(pod: IpAddr) -> (&'static str, Vec<u8>) {
+    (Family::of(pod).own, [octets(pod), octets(pod)].concat())
 }
 
 /// Parts of keys and values are padded to four bytes each.
@@ -280,6 +299,9 @@ fn add_chains(batch: &mut Batch, table: Table<'_>) {
     batch.add_chain(table, "prerouting", nat(Hook::Prerouting, PRIORITY_DNAT + 1));
     batch.add_chain(table, "output", nat(Hook::Output, PRIORITY_DNAT + 1));
     batch.add_chain(table, "postrouting", nat(Hook::Postrouting, PRIORITY_SNAT + 1));
+    let input = Base { kind: ChainKind::Filter, hook: Hook::Input, priority: 0 };
+    batch.add_chain(table, "input", Some(input));
+    batch.add_rule(table, "input", &loopback_guard());
     for family in FAMILIES {
         for chain in ["prerouting", "output"] {
             batch.add_rule(table, chain, &dnat(family, true));
@@ -327,13 +349,30 @@ fn translated(rule: Rule) -> Rule {
         .compare(Register(0), Compare::NotEqual, &[0; 4])
 }
 
-/// A pod that calls its own port through the node must see the node, or it would answer itself directly.
+/// A pod that calls its own port through the node must see the node, or it would answer itself directly. Other pods are
+/// seen under their own addresses.
 fn hairpin(family: Family) -> Rule {
+    let words = u8::try_from(family.length / 4).unwrap_or(4);
     let rule = family.load(translated(family.rule()), family.source, Register(0));
-    let rule = rule.lookup(family.pods, Register(0), false);
-    let rule = family.load(rule, family.destination, Register(4));
-    // nftables cannot compare two fields of a packet; to any pod of this node is close enough.
-    rule.lookup(family.pods, Register(4), false).masquerade()
+    let rule = family.load(rule, family.destination, Register(words));
+    rule.lookup(family.own, Register(0), false).masquerade()
+}
+
+/// The links of pods with ports route 127/8, so that the node can call its ports there. Nobody else may come that way
+/// (CVE-2020-8558): only answers, whose connection was translated, may enter.
+fn loopback_guard() -> Rule {
+    let v4 = Family::of(Ipv4Addr::LOCALHOST.into());
+    let mut name = [0; 16];
+    name[..2].copy_from_slice(b"lo");
+    let rule = v4.rule().meta(Meta::InputName, Register(0));
+    let rule = rule.compare(Register(0), Compare::NotEqual, &name);
+    let rule = rule.payload(Header::Network, v4.destination, 1, Register(0));
+    let rule = rule.compare(Register(0), Compare::Equal, &[127]);
+    let bit = CT_STATUS_DNAT.to_ne_bytes();
+    rule.conntrack(Conntrack::Status, Register(0))
+        .bitwise(Register(0), Register(0), &bit, &[0; 4])
+        .compare(Register(0), Compare::Equal, &[0; 4])
+        .verdict(Verdict::Drop)
 }
 
 /// The node that calls a port on 127.0.0.1.

@@ -141,6 +141,23 @@ impl Ledger {
         self.records.values().filter(stale).map(|record| record.key.clone()).collect()
     }
 
+    /// The first of `ports` that another attachment of this boot holds, or that is listed twice, and whose it is.
+    #[must_use]
+    pub fn port_clash<'a>(
+        &'a self,
+        key: &'a Key,
+        ports: &'a [HostPort],
+    ) -> Option<(&'a HostPort, &'a Key)> {
+        let others = self.records.values().filter(|record| record.key != *key);
+        let held = others.flat_map(|record| record.ports.iter().map(move |p| (p, &record.key)));
+        let held: Vec<_> = held.collect();
+        ports.iter().enumerate().find_map(|(position, port)| {
+            let own = ports[..position].iter().map(|other| (other, key));
+            let mut taken = held.iter().copied().chain(own);
+            taken.find(|(other, _)| port.clashes(other)).map(|(_, owner)| (port, owner))
+        })
+    }
+
     /// Picks one address of each family that `cidrs` has. `unusable` is asked about each candidate before it is taken.
     ///
     /// # Errors

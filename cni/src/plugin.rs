@@ -1,27 +1,33 @@
 //! The plugin's verbs. Each reads its configuration from standard input and `CNI_*` from the environment, and prints a
 //! result, or an error in CNI's shape.
 
-use std::collections::HashSet;
+mod gc;
+mod reserve;
+mod system;
+
 use std::io::{self, Read, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
+use ipnetwork::IpNetwork;
 use keelson_netlink::netns::Netns;
-use keelson_netlink::nft::{Nft, NftError};
 use keelson_netlink::route::Rtnl;
-use keelson_netlink::sysctl;
 use serde_json::{Map, Value, json};
 
+use self::gc::gc;
+use self::reserve::{forget_flows, reserve};
+use self::system::{
+    enable_forwarding, journal_error, kernel, nft, open_journal, packet_filter, rtnl,
+};
 use crate::config::{self, Config, Network};
-use crate::error::{CniError, chain, code};
+use crate::error::{CniError, code};
 use crate::firewall::{self, Edge};
-use crate::journal::{Journal, JournalError};
 use crate::ledger::{Entry, Key, Record};
 use crate::names::Names;
 use crate::protocol::{is_ifname, is_name};
 use crate::result::{AddResult, Interface, IpConfig, RouteConfig};
 use crate::version::Version;
-use crate::wire::{self, Wire, WireError};
+use crate::wire::{self, Leads, Wire};
 
 /// Larger configurations are not what they claim to be.
 const MAX_INPUT: u64 = 4 << 20;
@@ -143,99 +149,28 @@ fn add(network: &Network, config: &Config) -> Result<Value, CniError> {
     let (key, pod) = (key()?, pod_netns()?);
     let names = Names::of(&network.name, &key);
     let mut node = rtnl()?;
-    let (record, forwards) = reserve(network, config, &key, &names, &pod, &mut node)?;
-    let made = connect(network, config, &record, &names, &pod, &mut node, forwards);
-    if let Err(error) = made {
-        // The first error is the one to show; DEL repeats what could not be undone here.
-        drop(undo(network, &mut node, &record));
-        return Err(error);
-    }
-    Ok(result(config, &record, &names, made.unwrap_or(1500)).to_json(network.version))
-}
-
-/// Takes addresses and brings that to the disk before anything is made.
-fn reserve(
-    network: &Network,
-    config: &Config,
-    key: &Key,
-    names: &Names,
-    pod: &Netns,
-    node: &mut Rtnl,
-) -> Result<(Record, Vec<firewall::Forward>), CniError> {
-    let mut journal = open_journal(network)?;
-    let boot = boot_id()?;
-    let mut entries: Vec<Entry> =
-        journal.ledger().stale(&boot).into_iter().map(Entry::Free).collect();
-    if let Some(old) = journal.ledger().get(key).filter(|old| old.boot == boot) {
-        if wire::is_attached(node, names).map_err(kernel)? {
-            let text = format!(
-                "{} of container {} is in network {} already",
-                key.ifname, key.container_id, network.name
-            );
-            return Err(CniError::new(code::EXISTS, text));
-        }
-        // An ADD that was killed: begin anew.
-        wire::detach(node, names).map_err(kernel)?;
-        entries.push(Entry::Free(old.key.clone()));
-    }
-    journal.append(entries).map_err(journal_error)?;
-    let unusable = |ip| wire::in_use(node, ip).unwrap_or(false);
-    let ips =
-        journal.ledger().choose(&config.pod_cidrs, &config.exclude, unusable).map_err(|e| {
-            CniError::new(code::TRY_AGAIN, format!("network {}: {e}", network.name))
-                .with_details("end pods on this node, or give it a larger range in podCIDRs")
-        })?;
-    let record = Record {
-        key: key.clone(),
-        ips,
-        host: names.host.clone(),
-        netns: pod.path().to_owned(),
-        inode: pod
-            .identity()
-            .map_err(|e| CniError::new(code::IO, "the pod's network namespace").caused_by(&e))?,
-        boot,
-        ports: config.host_ports.clone(),
-    };
-    journal.append(vec![Entry::Take(record.clone())]).map_err(journal_error)?;
-    let forwards =
-        journal.ledger().records().flat_map(|r| firewall::forwards(&r.ports, &r.ips)).collect();
-    journal.unlock_and_sync().map_err(journal_error)?;
-    Ok((record, forwards))
-}
-
-/// Makes the link and opens the way; answers the packet size.
-fn connect(
-    network: &Network,
-    config: &Config,
-    record: &Record,
-    names: &Names,
-    pod: &Netns,
-    node: &mut Rtnl,
-    forwards: Vec<firewall::Forward>,
-) -> Result<u32, CniError> {
-    enable_forwarding(&record.ips)?;
+    enable_forwarding(&config.pod_cidrs)?;
     let mtu = match config.mtu {
         Some(mtu) => mtu,
-        None => wire::uplink_mtu(node).map_err(kernel)?,
+        None => wire::uplink_mtu(&mut node).map_err(kernel)?,
     };
-    let own = firewall::forwards(&record.ports, &record.ips);
-    if config.masquerade || !forwards.is_empty() {
-        let mut nft = nft()?;
-        // A table that had to be made has all ports in it, also ours.
-        let made = edge(network, config).ensure(&mut nft, || forwards).map_err(packet_filter)?;
-        if !made && !own.is_empty() {
-            firewall::open_ports(&mut nft, &network.name, &own).map_err(port_error)?;
-        }
-    }
+    let record = reserve(network, config, &key, &names, &pod, &mut node)?;
     let wire = Wire {
-        names,
+        names: &names,
         ifname: &record.key.ifname,
         ips: &record.ips,
         mtu,
         cluster: &config.cluster_cidrs,
+        from_loopback: !record.ports.is_empty(),
     };
-    wire.attach(node, pod).map_err(kernel)?;
-    Ok(mtu)
+    match wire.attach(&mut node, &pod) {
+        Ok(leads) => Ok(result(config, &record, &names, mtu, leads).to_json(network.version)),
+        Err(error) => {
+            // The first error is the one to show; DEL repeats what could not be undone here.
+            drop(undo(network, &mut node, &record));
+            Err(kernel(error))
+        }
+    }
 }
 
 fn edge<'a>(network: &'a Network, config: &'a Config) -> Edge<'a> {
@@ -243,21 +178,7 @@ fn edge<'a>(network: &'a Network, config: &'a Config) -> Edge<'a> {
     Edge { network: &network.name, pods, cluster: &config.cluster_cidrs }
 }
 
-fn enable_forwarding(ips: &[std::net::IpAddr]) -> Result<(), CniError> {
-    for (wanted, setting) in [
-        (ips.iter().any(std::net::IpAddr::is_ipv4), "net/ipv4/ip_forward"),
-        (ips.iter().any(std::net::IpAddr::is_ipv6), "net/ipv6/conf/all/forwarding"),
-    ] {
-        if wanted {
-            sysctl::ensure(setting, "1").map_err(|e| {
-                CniError::new(code::NETWORK, "cannot switch forwarding on").caused_by(&e)
-            })?;
-        }
-    }
-    Ok(())
-}
-
-fn result(config: &Config, record: &Record, names: &Names, mtu: u32) -> AddResult {
+fn result(config: &Config, record: &Record, names: &Names, mtu: u32, leads: Leads) -> AddResult {
     let host = Interface {
         name: names.host.clone(),
         mac: names.host_mac.to_string(),
@@ -275,9 +196,14 @@ fn result(config: &Config, record: &Record, names: &Names, mtu: u32) -> AddResul
         gateway: Some(wire::gateway(*ip)),
         interface: Some(1),
     });
-    let routes = record.ips.iter().filter_map(|ip| {
-        let everywhere = if ip.is_ipv4() { "0.0.0.0/0" } else { "::/0" };
-        Some(RouteConfig { dst: everywhere.parse().ok()?, gw: Some(wire::gateway(*ip)) })
+    let everywhere = ["0.0.0.0/0", "::/0"].iter().filter_map(|all| all.parse().ok());
+    let destinations: Vec<IpNetwork> = match leads {
+        Leads::Everywhere => everywhere.collect(),
+        Leads::ToCluster => config.cluster_cidrs.clone(),
+    };
+    let routes = record.ips.iter().flat_map(|ip| {
+        let reached = destinations.iter().filter(|dst| dst.is_ipv4() == ip.is_ipv4());
+        reached.map(|dst| RouteConfig { dst: *dst, gw: Some(wire::gateway(*ip)) })
     });
     AddResult {
         interfaces: vec![host, pod],
@@ -302,16 +228,22 @@ fn del(network: &Network) -> Result<(), CniError> {
 
 /// Link and ports first, the address last: it is free only when nothing leads to it any more.
 fn undo(network: &Network, node: &mut Rtnl, record: &Record) -> Result<(), CniError> {
-    let forwards = firewall::forwards(&record.ports, &record.ips);
-    if !forwards.is_empty() {
-        firewall::close_ports(&mut nft()?, &network.name, &forwards).map_err(packet_filter)?;
-    }
-    wire::detach(node, &Names::of(&network.name, &record.key)).map_err(kernel)?;
+    unmake(network, node, record)?;
     let mut journal = open_journal(network)?;
     if journal.ledger().get(&record.key).is_some_and(|now| now.inode == record.inode) {
         journal.append(vec![Entry::Free(record.key.clone())]).map_err(journal_error)?;
     }
     Ok(())
+}
+
+/// Closes the ports and removes the link of an attachment whose record stands.
+fn unmake(network: &Network, node: &mut Rtnl, record: &Record) -> Result<(), CniError> {
+    let forwards = firewall::forwards(&record.ports, &record.ips);
+    if !forwards.is_empty() {
+        firewall::close_ports(&mut nft()?, &network.name, &forwards).map_err(packet_filter)?;
+        forget_flows(&record.ports)?;
+    }
+    wire::detach(node, &Names::of(&network.name, &record.key)).map(drop).map_err(kernel)
 }
 
 fn check(network: &Network, config: &Config) -> Result<(), CniError> {
@@ -331,6 +263,7 @@ fn check(network: &Network, config: &Config) -> Result<(), CniError> {
         ips: &record.ips,
         mtu: 0,
         cluster: &config.cluster_cidrs,
+        from_loopback: !record.ports.is_empty(),
     };
     if let Some(what) = wire.damage(&mut node, &pod).map_err(kernel)? {
         return Err(damaged(what));
@@ -356,73 +289,4 @@ fn status(network: &Network, config: &Config) -> Result<(), CniError> {
     });
     free.map(drop)
         .map_err(|e| CniError::new(code::NOT_AVAILABLE, format!("network {}: {e}", network.name)))
-}
-
-/// Frees whatever is not listed; goes on after an error and reports the first.
-fn gc(network: &Network, valid: &[(String, String)]) -> Result<(), CniError> {
-    let valid: HashSet<(&str, &str)> =
-        valid.iter().map(|(id, ifname)| (id.as_str(), ifname.as_str())).collect();
-    let journal = open_journal(network)?;
-    let listed = |key: &Key| valid.contains(&(key.container_id.as_str(), key.ifname.as_str()));
-    let stale: Vec<Record> =
-        journal.ledger().records().filter(|r| !listed(&r.key)).cloned().collect();
-    drop(journal);
-    let mut node = rtnl()?;
-    let mut first = Ok(());
-    for record in stale {
-        first = first.and(undo(network, &mut node, &record));
-    }
-    first
-}
-
-fn rtnl() -> Result<Rtnl, CniError> {
-    Rtnl::open().map_err(|e| {
-        CniError::new(code::NETWORK, "cannot talk to the kernel's routing").caused_by(&e)
-    })
-}
-
-fn nft() -> Result<Nft, CniError> {
-    Nft::open().map_err(packet_filter)
-}
-
-fn open_journal(network: &Network) -> Result<Journal, CniError> {
-    Journal::open(&network.folder(), network.lock_timeout).map_err(journal_error)
-}
-
-fn boot_id() -> Result<String, CniError> {
-    let path = PathBuf::from("/proc/sys/kernel/random/boot_id");
-    std::fs::read_to_string(&path).map(|text| text.trim().to_owned()).map_err(|e| {
-        CniError::new(code::IO, format!("cannot read {}", path.display())).caused_by(&e)
-    })
-}
-
-#[allow(clippy::needless_pass_by_value, reason = "for map_err")]
-fn journal_error(error: JournalError) -> CniError {
-    let code = if matches!(error, JournalError::Busy { .. }) { code::TRY_AGAIN } else { code::IO };
-    CniError::new(code, "cannot use the record of addresses").with_details(chain(&error))
-}
-
-#[allow(clippy::needless_pass_by_value, reason = "for map_err")]
-fn kernel(error: WireError) -> CniError {
-    let code = if matches!(error, WireError::InterfaceExists { .. }) {
-        code::EXISTS
-    } else {
-        code::NETWORK
-    };
-    CniError::new(code, "cannot connect the pod").with_details(chain(&error))
-}
-
-#[allow(clippy::needless_pass_by_value, reason = "for map_err")]
-fn packet_filter(error: NftError) -> CniError {
-    CniError::new(
-        code::NETWORK,
-        "cannot set up address translation (does this kernel have nftables with NAT?)",
-    )
-    .with_details(chain(&error))
-}
-
-#[allow(clippy::needless_pass_by_value, reason = "for map_err")]
-fn port_error(error: NftError) -> CniError {
-    CniError::new(code::NETWORK, "a port of the node is taken or cannot be opened")
-        .with_details(chain(&error))
 }

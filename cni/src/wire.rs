@@ -89,6 +89,17 @@ pub struct Wire<'a> {
     pub mtu: u32,
     /// Where pods are; reached through this link even when another one holds the default route.
     pub cluster: &'a [IpNetwork],
+    /// The node may call the pod's ports on 127.0.0.1.
+    pub from_loopback: bool,
+}
+
+/// Where a pod's interface leads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Leads {
+    /// Everywhere: it holds the default routes.
+    Everywhere,
+    /// To the ranges of the cluster only: another interface was first.
+    ToCluster,
 }
 
 impl Wire<'_> {
@@ -96,16 +107,17 @@ impl Wire<'_> {
     ///
     /// # Errors
     /// What was refused.
-    pub fn attach(&self, node: &mut Rtnl, pod: &Netns) -> Result<(), WireError> {
+    pub fn attach(&self, node: &mut Rtnl, pod: &Netns) -> Result<Leads, WireError> {
         let mut inside = Rtnl::open_in(pod)?;
         self.make_pair(node, &mut inside, pod)?;
         let host = self.host_link(node)?;
         let pod_index = host.peer.unwrap_or_default();
-        self.set_up_pod(&mut inside, pod_index)?;
+        let leads = self.set_up_pod(&mut inside, pod_index)?;
         node.perform_all(self.host_messages(host.index))
             .map_err(refused("set up the host side"))?;
         let done = LinkChange { alias: Some(&self.names.alias), ..LinkChange::default() };
-        node.change_link(host.index, &done).map_err(refused("mark the host side as done"))
+        node.change_link(host.index, &done).map_err(refused("mark the host side as done"))?;
+        Ok(leads)
     }
 
     fn make_pair(&self, node: &mut Rtnl, inside: &mut Rtnl, pod: &Netns) -> Result<(), WireError> {
@@ -128,6 +140,7 @@ impl Wire<'_> {
                 // Packets that come back out of the same link (a pod calling its own Service) are no mistake.
                 (InetSetting::SendRedirects, 0),
                 (InetSetting::Forwarding, 1),
+                (InetSetting::RouteLocalnet, u32::from(self.from_loopback)),
             ],
             link_local: Some(false),
             ..LinkChange::default()
@@ -148,7 +161,7 @@ impl Wire<'_> {
         found.ok_or_else(|| WireError::Vanished { name: self.names.host.clone() })
     }
 
-    fn set_up_pod(&self, inside: &mut Rtnl, index: u32) -> Result<(), WireError> {
+    fn set_up_pod(&self, inside: &mut Rtnl, index: u32) -> Result<Leads, WireError> {
         let up = LinkChange { up: Some(true), ..LinkChange::default() };
         let mut messages =
             vec![link_change_message(LOOPBACK, &up), link_change_message(index, &up)];
@@ -160,11 +173,12 @@ impl Wire<'_> {
             messages.push(new_route_message(&default_route(*ip, index)));
         }
         match inside.perform_all(messages) {
-            Ok(()) => Ok(()),
+            Ok(()) => Ok(Leads::Everywhere),
             // Another interface holds the default route: this one leads to the pods only.
             Err(error) if error.is_exists() => {
                 let routes = self.cluster_messages(index);
-                inside.perform_all(routes).map_err(refused("set the pod's routes"))
+                inside.perform_all(routes).map_err(refused("set the pod's routes"))?;
+                Ok(Leads::ToCluster)
             }
             Err(error) => Err(refused("set up the pod's interface")(error)),
         }

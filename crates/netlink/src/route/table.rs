@@ -267,7 +267,9 @@ impl Rtnl {
         let mut header = [0; HEADER];
         header[0] = family(address);
         header[1] = if address.is_ipv4() { 32 } else { 128 };
-        header[8..12].copy_from_slice(&(RTM_F_LOOKUP_TABLE | RTM_F_FIB_MATCH).to_ne_bytes());
+        // IPv6 answers with the table anyhow, and refuses to be asked for it.
+        let table = if address.is_ipv4() { RTM_F_LOOKUP_TABLE } else { 0 };
+        header[8..12].copy_from_slice(&(table | RTM_F_FIB_MATCH).to_ne_bytes());
         let mut message = Message::new(RTM_GETROUTE, 0, &header);
         message.attr(RTA_DST, &octets(address).1);
         match self.socket.ask(message) {
