@@ -31,7 +31,10 @@ pub(crate) struct ServicesOptions {
     /// How long to look at the idle proxy
     #[arg(long, default_value_t = 20, value_name = "SECONDS")]
     idle: u64,
-    /// A kube-proxy to measure in the same run, in its nftables mode
+    /// Value of --proxy-mode: nftables, iptables, iptables-nft, iptables-legacy, ipvs
+    #[arg(long, default_value = "nftables", value_name = "MODE")]
+    mode: String,
+    /// A kube-proxy to measure in the same run, in the same mode
     #[arg(long, value_name = "PATH")]
     peer_kube_proxy: Option<PathBuf>,
     #[command(flatten)]
@@ -45,6 +48,8 @@ pub(crate) struct ServicesOptions {
 struct Subject {
     label: String,
     program: PathBuf,
+    /// Value of its --proxy-mode.
+    mode: String,
 }
 
 /// Measures every proxy with the same objects, then adds more of them.
@@ -54,7 +59,9 @@ struct Subject {
 pub(crate) fn run(options: &ServicesOptions) -> Result<()> {
     let subjects = subjects(options)?;
     let mut report = Report::new("services");
-    report.notes.push(format!("{} endpoints per Service", options.endpoints));
+    report
+        .notes
+        .push(format!("mode {}, {} endpoints per Service", options.mode, options.endpoints));
     let cluster = Cluster::start(&options.server)?;
     let outcome = cluster.inside(async |ground, client| {
         report.notes.push(ground.describe());
@@ -67,14 +74,19 @@ pub(crate) fn run(options: &ServicesOptions) -> Result<()> {
 }
 
 fn subjects(options: &ServicesOptions) -> Result<Vec<Subject>> {
-    let mut subjects =
-        vec![Subject { label: "keelson".into(), program: program("keelson-proxy")? }];
+    let mut subjects = vec![Subject {
+        label: "keelson".into(),
+        program: program("keelson-proxy")?,
+        mode: options.mode.clone(),
+    }];
     if let Some(peer) = &options.peer_kube_proxy {
         if !Path::new(peer).is_file() {
             bail!("--peer-kube-proxy: there is no file {}", peer.display());
         }
         let label = version_label("kube-proxy", peer);
-        subjects.push(Subject { label, program: peer.clone() });
+        // kube-proxy takes whichever iptables is installed under that name.
+        let mode = if options.mode.starts_with("iptables") { "iptables" } else { &options.mode };
+        subjects.push(Subject { label, program: peer.clone(), mode: mode.to_owned() });
     }
     Ok(subjects)
 }

@@ -38,7 +38,24 @@ pub(super) fn prepare(ground: &Ground<'_>) -> Result<()> {
 /// # Errors
 /// When nft fails.
 pub(super) fn forget_rules(ground: &Ground<'_>) -> Result<()> {
-    read(inside(&ground.netns(), "nft").args(["flush", "ruleset"])).map(drop)
+    read(inside(&ground.netns(), "nft").args(["flush", "ruleset"])).map(drop)?;
+    // The old interface's tables exist only where somebody used them.
+    for (names, program) in [
+        ("/proc/net/ip_tables_names", "iptables-legacy-restore"),
+        ("/proc/net/ip6_tables_names", "ip6tables-legacy-restore"),
+    ] {
+        let used = read(inside(&ground.netns(), "cat").arg(names)).unwrap_or_default();
+        let script: String = used.lines().map(|table| format!("*{table}\nCOMMIT\n")).collect();
+        if !script.is_empty() {
+            let mut command = inside(&ground.netns(), program);
+            let mut child = command.stdin(std::process::Stdio::piped()).spawn()?;
+            if let Some(mut stdin) = child.stdin.take() {
+                std::io::Write::write_all(&mut stdin, script.as_bytes())?;
+            }
+            child.wait()?;
+        }
+    }
+    Ok(())
 }
 
 fn inside(netns: &std::path::Path, program: &str) -> Command {

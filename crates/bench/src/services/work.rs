@@ -60,10 +60,11 @@ impl Work<'_> {
         proxy.must_run()?;
         let took = (effective? - proxy.began).as_secs_f64();
         let cpu = proxy.cpu();
-        self.enter(report, "start to effective", Unit::Seconds, took, goals::start(self.size));
+        let goal = goals::start(&self.subject.mode, self.size);
+        self.enter(report, "start to effective", Unit::Seconds, took, goal);
         self.enter(report, "CPU for the start", Unit::CpuSeconds, cpu, None);
         let changes = self.changes(backend, changes).await?;
-        let goal = (self.size == 10_000).then_some(20.0);
+        let goal = goals::change(&self.subject.mode, self.size);
         let mut row = Row::new(self.row("one new Service effective"), Unit::Millis);
         row.goal = goal;
         report.enter_spread(&self.subject.label, &row, &changes);
@@ -121,7 +122,7 @@ impl Work<'_> {
             format!("--kubeconfig={}", self.ground.kubeconfig("proxy")?.display()),
             format!("--hostname-override={NODE_NAME}"),
             format!("--bind-address={NODE_ADDRESS}"),
-            "--proxy-mode=nftables".into(),
+            format!("--proxy-mode={}", self.subject.mode),
             "--cluster-cidr=10.244.0.0/16".into(),
         ]);
         let log = node.scratch().join("proxy.log");
@@ -149,10 +150,20 @@ fn scale(services: u32, endpoints: u32) -> String {
 
 /// What keelson wants to stay below, for the sizes that have a goal.
 mod goals {
-    pub(super) fn start(services: u32) -> Option<f64> {
-        match services {
-            1_000 => Some(0.3),
-            10_000 => Some(2.0),
+    pub(super) fn start(mode: &str, services: u32) -> Option<f64> {
+        match (mode, services) {
+            ("nftables", 1_000) => Some(0.3),
+            ("nftables", 10_000) => Some(2.0),
+            ("iptables" | "iptables-nft" | "iptables-legacy", 1_000) => Some(1.0),
+            _ => None,
+        }
+    }
+
+    /// Milliseconds until one new Service is effective.
+    pub(super) fn change(mode: &str, services: u32) -> Option<f64> {
+        match (mode, services) {
+            ("nftables", 10_000) => Some(20.0),
+            ("iptables" | "iptables-nft" | "iptables-legacy", 1_000) => Some(100.0),
             _ => None,
         }
     }
