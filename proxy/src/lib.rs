@@ -10,6 +10,7 @@ pub mod conntrack;
 pub mod diff;
 mod engine;
 mod events;
+pub mod explain;
 pub mod flags;
 mod health_checks;
 pub mod iptables;

@@ -1,34 +1,71 @@
 //! keelson-proxy: kube-proxy's place taken.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use keelson_proxy::cleanup;
+use keelson_proxy::explain::Question;
 use keelson_proxy::flags::{Cleanup, Flags};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
 
+/// keelson's service proxy: takes kube-proxy's place.
+#[derive(Parser)]
+#[command(name = "keelson-proxy", version)]
+struct Command {
+    #[command(flatten)]
+    flags: Flags,
+    #[command(subcommand)]
+    task: Option<Task>,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Show what is programmed for a Service and why, or where a packet would go
+    Explain(Question),
+}
+
 fn main() -> ExitCode {
-    let flags = Flags::parse();
-    let level = match flags.v {
-        0 => "warn",
-        1..=3 => "info",
-        4 | 5 => "keelson_proxy=debug,info",
-        _ => "keelson_proxy=trace,debug",
+    let Command { flags, task } = Command::parse();
+    let level = match (flags.v, &task) {
+        // The answer is what is wanted.
+        (2, Some(_)) => "error",
+        (level, _) => level_name(level),
     };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
     let colours = std::io::stderr().is_terminal();
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours);
     log.with_writer(std::io::stderr).init();
-    match run(flags) {
+    let done = match task {
+        None => run(flags),
+        Some(Task::Explain(question)) => explain(flags, &question),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
             ExitCode::FAILURE
         }
     }
+}
+
+fn level_name(level: u8) -> &'static str {
+    match level {
+        0 => "warn",
+        1..=3 => "info",
+        4 | 5 => "keelson_proxy=debug,info",
+        _ => "keelson_proxy=trace,debug",
+    }
+}
+
+fn explain(flags: Flags, question: &Question) -> anyhow::Result<()> {
+    let (config, _) = flags.resolve()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let answer = runtime.block_on(keelson_proxy::explain::explain(&config, question))?;
+    std::io::stdout().write_all(answer.as_bytes())?;
+    Ok(())
 }
 
 fn run(flags: Flags) -> anyhow::Result<()> {

@@ -74,7 +74,7 @@ pub async fn run_with(
     joined.map_err(|_| anyhow::anyhow!("the proxy's engine panicked"))?
 }
 
-async fn client(config: &ProxyConfig) -> anyhow::Result<Client> {
+pub(crate) async fn client(config: &ProxyConfig) -> anyhow::Result<Client> {
     // Somebody else in the process may have chosen a provider already.
     if rustls::crypto::ring::default_provider().install_default().is_err() {
         tracing::trace!("A TLS provider is installed already");

@@ -16,8 +16,8 @@ use crate::model::objects::{EndpointSlice, Node, Service, ServiceCidr};
 
 /// Services that another proxy handles, and headless slices, do not even cross the wire. One whose
 /// label changes comes as a deletion or an addition.
-const SERVICE_SELECTOR: &str = "!service.kubernetes.io/service-proxy-name";
-const SLICE_SELECTOR: &str =
+pub(crate) const SERVICE_SELECTOR: &str = "!service.kubernetes.io/service-proxy-name";
+pub(crate) const SLICE_SELECTOR: &str =
     "!service.kubernetes.io/service-proxy-name,!service.kubernetes.io/headless";
 /// Pages of the first list: small enough that a page in memory does not matter.
 const PAGE_SIZE: u32 = 250;

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::mpsc;
 use std::time::Duration;
 
+use keelson_proxy::explain::{Question, explain};
 use keelson_proxy::{LocalSources, ProxyConfig, run_with};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
@@ -19,6 +20,7 @@ rows![
     load_balancers_learn_whether_endpoints_are_here,
     the_node_object_and_service_ranges_are_followed,
     what_is_wrong_with_an_object_is_told_in_an_event,
+    explain_tells_what_is_programmed_and_why,
     after_a_reboot_the_last_known_services_answer_without_an_api_server,
 ];
 
@@ -274,6 +276,45 @@ fn what_is_wrong_with_an_object_is_told_in_an_event(mode: Mode) {
         assert!(note.contains("node port 30080/tcp is also asked for by default/web"), "{note}");
         let metrics = node.namespace.get("127.0.0.1:10249", "/metrics");
         assert!(metrics.contains("keelson_proxy_left_out_total 1"), "{metrics}");
+    });
+}
+
+fn explain_tells_what_is_programmed_and_why(mode: Mode) {
+    let node = bare(mode);
+    let folder = tempfile::tempdir().unwrap();
+    let mut unready = slice("web", "10.66.0.3");
+    unready["metadata"]["name"] = json!("web-y");
+    unready["endpoints"][0]["conditions"] = json!({"ready": false});
+    let lists = json!({
+        "services": [service("web", spec("10.96.0.1", 30080))],
+        "endpointslices": [slice("web", "10.66.0.2"), unready],
+        "nodes": [node_object()],
+    });
+    with_proxy(&node, lists, folder.path(), |_| {
+        let config = config(mode, &folder.path().join("kubeconfig"), folder.path());
+        let ask = |what: &str, from: Option<&str>| {
+            let from = from.map(|from| from.parse().unwrap());
+            let (what, protocol) = (what.to_owned(), "tcp".to_owned());
+            let question = Question { what, from, protocol };
+            let answer = node.namespace.run(|| {
+                let runtime =
+                    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+                runtime.block_on(explain(&config, &question))
+            });
+            answer.map_err(|error| format!("{error:#}"))
+        };
+        let text = ask("default/web", None).unwrap();
+        for part in [
+            "10.66.0.2:8080           here used: ready",
+            "10.66.0.3:8080           here left out: not ready",
+            "has exactly that",
+        ] {
+            assert!(text.contains(part), "{part:?} is not in {text}");
+        }
+        let text = ask(&format!("{NODE4}:30080"), Some(OUTSIDE4)).unwrap();
+        assert!(text.contains("=> forwarded, source replaced by the node's"), "{text}");
+        let error = ask("default/nobody", None).unwrap_err();
+        assert!(error.contains("there is no Service default/nobody"), "{error}");
     });
 }
 

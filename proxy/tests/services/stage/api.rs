@@ -68,10 +68,17 @@ async fn answer(
             continue;
         }
         if !path.contains("watch=true") {
+            let single = path.split('?').next().unwrap().rsplit('/').nth(1).unwrap();
+            let body = match lists.get(single) {
+                Some(all) => {
+                    all.as_array().unwrap().iter().find(|o| o["metadata"]["name"] == *kind)
+                }
+                None => None,
+            };
             let items = lists.get(&kind).cloned().unwrap_or(json!([]));
-            let body = json!({
+            let body = body.cloned().unwrap_or(json!({
                 "apiVersion": "v1", "kind": "List", "metadata": {"resourceVersion": "1"}, "items": items,
-            });
+            }));
             let body = body.to_string();
             let head = format!(
                 "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
