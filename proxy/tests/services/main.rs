@@ -13,6 +13,7 @@ mod guards;
 mod harness;
 mod oracle;
 mod policies;
+mod scale;
 mod sequences;
 mod stage;
 mod switching;
@@ -32,6 +33,7 @@ fn rows() -> Vec<Row> {
         flows::ROWS,
         whole::ROWS,
         switching::ROWS,
+        scale::ROWS,
         sequences::ROWS,
         crash::ROWS,
     ]
