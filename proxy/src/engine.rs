@@ -220,23 +220,24 @@ impl Engine {
             self.backend.apply(&changes, &self.plans)
         };
         self.retry_at = None;
-        match result {
+        let whole = match result {
             Ok(applied) => {
-                // A Service that this mode cannot have keeps what an earlier mode gave it.
-                if !self.alone && applied.refused.is_empty() {
-                    self.alone = true;
-                    crate::switch::leave_others(self.mode);
-                }
                 self.note_applied(&applied, &changes, all, began);
+                applied.refused.is_empty()
             }
             Err(error) => return self.note_failure(&error),
-        }
+        };
         self.last_known.note_change();
         // Not before the new rules are in force: else the next packet makes the same flow again.
         self.conntrack.check(match std::mem::replace(&mut self.started, true) {
             true => Checks::after(&changes),
             false => Checks::all(&self.plans),
         });
+        // A Service that this mode cannot have keeps what an earlier mode gave it.
+        if whole && !self.alone {
+            self.alone = true;
+            crate::switch::leave_others(self.mode);
+        }
     }
 
     /// The Services to plan; at the start also those that only the file of the last boot knows.
