@@ -5,7 +5,7 @@ use std::process::Command;
 
 use ipnetwork::IpNetwork;
 use keelson_netlink::netns::Netns;
-use keelson_netlink::route::{Route, Rtnl, VethEnd, VethPair};
+use keelson_netlink::route::{Group, Route, Rtnl, VethEnd, VethPair};
 
 /// A network namespace.
 pub(crate) struct Namespace {
@@ -43,12 +43,39 @@ impl Namespace {
         };
         self.rtnl().create_veth(&pair).unwrap();
         other.rtnl().set_up(far).unwrap();
+        self.wait_for_ipv6(near);
+        other.wait_for_ipv6(far);
+    }
+
+    /// The kernel takes note of a carrier and finishes IPv6 addresses in its own time, on a busy machine
+    /// after seconds. Until the link-local one is there, nobody asks for or tells a neighbour's address.
+    fn wait_for_ipv6(&self, link: &str) {
+        const HUNG: std::time::Duration = std::time::Duration::from_secs(10);
+        const TENTATIVE: u32 = 0x40;
+        let usable = |line: &str| {
+            // Address, index, prefix length, scope, flags, link.
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            let &[address, _, _, _, flags, name] = fields.as_slice() else { return None };
+            let finished = u32::from_str_radix(flags, 16).is_ok_and(|f| f & TENTATIVE == 0);
+            (name == link).then_some((address.starts_with("fe80"), finished))
+        };
+        let groups = [Group::Link, Group::Ipv6Address];
+        let ready = self.rtnl().wait_for(&groups, HUNG, |_| {
+            let listed = self.run(|| std::fs::read_to_string("/proc/thread-self/net/if_inet6"));
+            let addresses: Vec<_> = listed.unwrap().lines().filter_map(usable).collect();
+            let link_local = addresses.iter().any(|(link_local, _)| *link_local);
+            Ok((link_local && addresses.iter().all(|(_, finished)| *finished)).then_some(()))
+        });
+        assert!(ready.unwrap().is_some(), "{link} has no IPv6");
     }
 
     /// Gives a link an address such as `10.0.0.1/24`.
     pub(crate) fn address(&self, link: &str, address: &str) {
         let network: IpNetwork = address.parse().unwrap();
         self.rtnl().ensure_address(self.index(link), network).unwrap();
+        if network.is_ipv6() {
+            self.wait_for_ipv6(link);
+        }
     }
 
     /// A route by way of a neighbour.
