@@ -28,6 +28,12 @@ struct Flags {
     /// Backend: nftables, iptables-nft, iptables-legacy
     #[arg(long, default_value = "nftables")]
     mode: String,
+    /// Endpoint changes a second in the churn phase; 0 leaves it out
+    #[arg(long, default_value_t = 0)]
+    churn: u32,
+    /// How long the churn goes on
+    #[arg(long, default_value_t = 60)]
+    churn_secs: u32,
     /// One line of JSON instead of a table
     #[arg(long)]
     json: bool,
@@ -75,6 +81,10 @@ fn main() -> anyhow::Result<()> {
     }
     report("5 endpoint removed", &mut times, &mut results);
 
+    if flags.churn > 0 {
+        churn(&flags, &mut model, &mut plans, &mut *backend, &mut results)?;
+    }
+
     drop(backend);
     let began = Instant::now();
     let mut backend = mode.open(config()?)?;
@@ -96,7 +106,8 @@ fn print(flags: &Flags, results: &BTreeMap<&str, f64>) -> anyhow::Result<()> {
     }
     writeln!(out, "{} Services x {} endpoints", flags.services, flags.endpoints)?;
     for (name, value) in results {
-        writeln!(out, "  {:<36} {value:>10.3}", &name[2..])?;
+        let (_, name) = name.split_once(' ').unwrap_or(("", name));
+        writeln!(out, "  {name:<36} {value:>10.3}")?;
     }
     Ok(())
 }
@@ -112,6 +123,69 @@ fn report(name: &'static str, times: &mut Vec<Duration>, results: &mut BTreeMap<
     results.insert(median_name, median.as_secs_f64() * 1000.0);
     results.insert(worst_name, worst.as_secs_f64() * 1000.0);
     times.clear();
+}
+
+/// Changes arrive at a steady rate, whether or not the last one is in force: each takes an endpoint away
+/// or gives it back. The lag is from arrival until it is in force.
+fn churn(
+    flags: &Flags,
+    model: &mut Model,
+    plans: &mut Plans,
+    backend: &mut dyn Backend,
+    results: &mut BTreeMap<&str, f64>,
+) -> anyhow::Result<()> {
+    let total = flags.churn * flags.churn_secs;
+    let cpu_before = cpu_secs()?;
+    let began = Instant::now();
+    let due =
+        |change: u32| began + Duration::from_secs_f64(f64::from(change) / f64::from(flags.churn));
+    let (mut next, mut rounds, mut foreign) = (0, 0u32, 0u32);
+    let mut lags: Vec<Duration> = Vec::new();
+    while next < total {
+        let now = Instant::now();
+        if due(next) > now {
+            std::thread::sleep(due(next) - now);
+        }
+        let first = next;
+        while next < total && due(next) <= Instant::now() {
+            // A multiplier without a common divisor visits Services in a scattered order.
+            let number = (next.wrapping_mul(7919)) % flags.services;
+            let gone = (next / flags.services) % 2;
+            model.apply_slice(&slice(number, flags.endpoints - 1 - gone)?);
+            next += 1;
+        }
+        foreign += u32::from(backend.disturbed()?);
+        put_in_force(model, plans, backend, false)?;
+        rounds += 1;
+        let done = Instant::now();
+        lags.extend((first..next).map(|change| done - due(change)));
+    }
+    lags.sort();
+    let at = |share: f64| {
+        let index = (lags.len() as f64 * share) as usize;
+        lags.get(index.min(lags.len() - 1)).map_or(0.0, |lag| lag.as_secs_f64() * 1000.0)
+    };
+    let elapsed = began.elapsed().as_secs_f64();
+    results.insert("5c churn: changes a second", f64::from(total) / elapsed);
+    results.insert("5d churn: lag p50 (ms)", at(0.5));
+    results.insert("5e churn: lag p99 (ms)", at(0.99));
+    results.insert("5f churn: lag worst (ms)", at(1.0));
+    results.insert("5g churn: transactions", f64::from(rounds));
+    results.insert("5h churn: CPU share (%)", (cpu_secs()? - cpu_before) / elapsed * 100.0);
+    anyhow::ensure!(foreign == 0, "our own changes were taken for foreign ones {foreign} times");
+    let differences = backend.verify(plans)?;
+    anyhow::ensure!(differences.is_empty(), "wrong at the end: {differences:?}");
+    let mut fresh = Plans::new();
+    let all: Vec<_> = model.services().cloned().collect();
+    advance(&mut fresh, all, |key| model.plan(key));
+    anyhow::ensure!(fresh == *plans, "the plans are not those from scratch");
+    Ok(())
+}
+
+fn cpu_secs() -> anyhow::Result<f64> {
+    let usage = nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_SELF)?;
+    let secs = |time: nix::sys::time::TimeVal| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6;
+    Ok(secs(usage.user_time()) + secs(usage.system_time()))
 }
 
 fn put_in_force(

@@ -287,6 +287,10 @@ impl Nftables {
         }
         let mut chains: HashSet<Chain> =
             found.keys().filter_map(|name| Chain::parse(name)).collect();
+        // While the maps are empty, a rule costs the kernel nothing.
+        if !usable {
+            chains.extend(Chain::prepared());
+        }
         // In the order in which they may refer to each other.
         let fixed: Vec<Chain> = Chain::fixed().collect();
         let forwarding = chains.iter().filter(|chain| !fixed.contains(chain)).copied();

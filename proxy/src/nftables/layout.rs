@@ -294,6 +294,35 @@ impl Chain {
         ])
     }
 
+    /// The forwarding chains that most Services need: made along with the table, since a rule that is
+    /// added later costs the kernel a walk over all maps.
+    pub(crate) fn prepared() -> impl Iterator<Item = Chain> {
+        const SIZES: std::ops::RangeInclusive<u32> = 1..=16;
+        const SHAPES: [(Kind, View, Masquerade); 7] = [
+            (Kind::Address, View::Direct, Masquerade::UnlessPod),
+            (Kind::Address, View::Direct, Masquerade::Always),
+            (Kind::Address, View::Direct, Masquerade::Never),
+            (Kind::Address, View::Inside, Masquerade::Never),
+            (Kind::NodePort, View::Direct, Masquerade::Always),
+            (Kind::NodePort, View::Direct, Masquerade::Never),
+            (Kind::NodePort, View::Inside, Masquerade::Never),
+        ];
+        Family::BOTH.into_iter().flat_map(|family| {
+            SHAPES.into_iter().flat_map(move |(kind, view, masquerade)| {
+                SIZES.map(move |size| {
+                    Chain::Forward(Forward {
+                        family,
+                        kind,
+                        view,
+                        masquerade,
+                        sticky_secs: None,
+                        size,
+                    })
+                })
+            })
+        })
+    }
+
     /// The chain of that name, if it is one of ours.
     pub(crate) fn parse(name: &str) -> Option<Chain> {
         if let Some(fixed) = Chain::fixed().find(|chain| chain.to_string() == name) {

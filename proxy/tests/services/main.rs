@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, reason = "tests")]
 
 mod behaviour;
+mod corners;
 mod crash;
 mod flows;
 mod guards;
@@ -30,6 +31,7 @@ fn rows() -> Vec<Row> {
         oracle::ROWS,
         policies::ROWS,
         guards::ROWS,
+        corners::ROWS,
         flows::ROWS,
         whole::ROWS,
         switching::ROWS,

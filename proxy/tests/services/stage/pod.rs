@@ -21,7 +21,7 @@ pub(crate) struct Pod {
     pub(super) servers: Vec<Server>,
 }
 
-pub(super) struct Server {
+pub(crate) struct Server {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -108,7 +108,7 @@ impl Namespace {
     }
 
     /// Serves until dropped.
-    fn serve(&self, name: &str, protocol: &str, port: u16) -> Server {
+    pub(crate) fn serve(&self, name: &str, protocol: &str, port: u16) -> Server {
         let stop = Arc::new(AtomicBool::new(false));
         let (stopped, name) = (Arc::clone(&stop), name.to_owned());
         let address: SocketAddr = SocketAddr::new("::".parse().unwrap(), port);

@@ -1,4 +1,4 @@
-//! TCP segments by hand, and what arrives of them.
+//! TCP segments and SCTP packets by hand, and what arrives of them.
 
 use std::net::SocketAddrV4;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -10,7 +10,7 @@ use nix::sys::socket::{
 
 use super::{Namespace, silence};
 
-/// Sees every TCP segment that arrives.
+/// Sees every packet of a protocol that arrives.
 pub(crate) struct Wire(OwnedFd);
 
 impl Wire {
@@ -31,13 +31,33 @@ impl Wire {
     }
 }
 
-fn raw_socket() -> OwnedFd {
-    socket(AddressFamily::Inet, SockType::Raw, SockFlag::empty(), SockProtocol::Tcp).unwrap()
+fn raw_socket(protocol: SockProtocol) -> OwnedFd {
+    socket(AddressFamily::Inet, SockType::Raw, SockFlag::empty(), protocol).unwrap()
 }
 
 impl Namespace {
     pub(crate) fn tcp_wire(&self) -> Wire {
-        Wire(self.run(raw_socket))
+        Wire(self.run(|| raw_socket(SockProtocol::Tcp)))
+    }
+
+    pub(crate) fn sctp_wire(&self) -> Wire {
+        Wire(self.run(|| raw_socket(SockProtocol::Sctp)))
+    }
+
+    /// The packet that asks for an association.
+    pub(crate) fn send_sctp_init(&self, from: u16, to: [u8; 4], port: u16) {
+        let mut packet = Vec::new();
+        packet.extend(from.to_be_bytes());
+        packet.extend(port.to_be_bytes());
+        // Verification tag and checksum.
+        packet.extend([0; 8]);
+        // Chunk INIT of 20 bytes: tag, window, streams out and in, first number.
+        packet.extend([1, 0, 0, 20, 1, 2, 3, 4, 0, 1, 0, 0, 0, 1, 0, 1, 0, 0, 0, 1]);
+        self.run(|| {
+            let raw = raw_socket(SockProtocol::Sctp);
+            let to = SockaddrIn::from(SocketAddrV4::new(to.into(), 0));
+            sendto(raw.as_raw_fd(), &packet, &to, MsgFlags::empty()).unwrap();
+        });
     }
 
     /// Sends a TCP segment that connection tracking cannot place.
@@ -53,9 +73,7 @@ impl Namespace {
         let sum = checksum(from, to, &segment);
         segment[16..18].copy_from_slice(&sum.to_be_bytes());
         self.run(|| {
-            let raw =
-                socket(AddressFamily::Inet, SockType::Raw, SockFlag::empty(), SockProtocol::Tcp)
-                    .unwrap();
+            let raw = raw_socket(SockProtocol::Tcp);
             let to = SockaddrIn::from(to);
             sendto(raw.as_raw_fd(), &segment, &to, MsgFlags::empty()).unwrap();
         });
