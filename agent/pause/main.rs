@@ -1,4 +1,5 @@
-//! The sandbox's process: holds the pod's namespaces, reaps orphans where it is PID 1, ends when asked to.
+//! The sandbox's process: holds the pod's namespaces, reaps orphans where it is PID 1, ends when asked to. It is started as
+//! root and becomes nobody before anything else.
 //!
 //! No libc and no std: a few system calls in a static binary of a few kilobytes, which is what stays resident per pod.
 #![no_std]
@@ -11,12 +12,19 @@ const SIGTERM: u64 = 15;
 const SIGCHLD: u64 = 17;
 const SIG_BLOCK: usize = 0;
 const WNOHANG: usize = 1;
+const PR_CAPBSET_DROP: usize = 24;
+/// Neither root nor anybody that an image is likely to use.
+const NOBODY: usize = 65535;
 
 #[cfg(target_arch = "x86_64")]
 mod nr {
     pub(crate) const RT_SIGPROCMASK: usize = 14;
     pub(crate) const WAIT4: usize = 61;
     pub(crate) const RT_SIGTIMEDWAIT: usize = 128;
+    pub(crate) const SETGROUPS: usize = 116;
+    pub(crate) const SETRESUID: usize = 117;
+    pub(crate) const SETRESGID: usize = 119;
+    pub(crate) const PRCTL: usize = 157;
     pub(crate) const EXIT_GROUP: usize = 231;
 }
 
@@ -25,6 +33,10 @@ mod nr {
     pub(crate) const EXIT_GROUP: usize = 94;
     pub(crate) const RT_SIGPROCMASK: usize = 135;
     pub(crate) const RT_SIGTIMEDWAIT: usize = 137;
+    pub(crate) const SETRESUID: usize = 147;
+    pub(crate) const SETRESGID: usize = 149;
+    pub(crate) const SETGROUPS: usize = 159;
+    pub(crate) const PRCTL: usize = 167;
     pub(crate) const WAIT4: usize = 260;
 }
 
@@ -35,6 +47,7 @@ global_asm!(".globl _start", "_start:", "and rsp, -16", "call {main}", "ud2", ma
 global_asm!(".globl _start", "_start:", "bl {main}", "brk #1", main = sym main);
 
 extern "C" fn main() -> ! {
+    drop_privileges();
     let signals: u64 = (1 << (SIGINT - 1)) | (1 << (SIGTERM - 1)) | (1 << (SIGCHLD - 1));
     let size = size_of::<u64>();
     syscall(nr::RT_SIGPROCMASK, [SIG_BLOCK, &raw const signals as usize, 0, size]);
@@ -46,6 +59,20 @@ extern "C" fn main() -> ! {
             SIGCHLD => while syscall(nr::WAIT4, [usize::MAX, 0, WNOHANG, 0]) > 0 {},
             _ => {}
         }
+    }
+}
+
+/// Ends the process if it cannot: a pause process with privileges is none.
+fn drop_privileges() {
+    for capability in 0..64 {
+        // Those that this kernel does not know are refused.
+        syscall(nr::PRCTL, [PR_CAPBSET_DROP, capability, 0, 0]);
+    }
+    let dropped = syscall(nr::SETGROUPS, [0; 4])
+        | syscall(nr::SETRESGID, [NOBODY, NOBODY, NOBODY, 0])
+        | syscall(nr::SETRESUID, [NOBODY, NOBODY, NOBODY, 0]);
+    if dropped != 0 {
+        syscall(nr::EXIT_GROUP, [1, 0, 0, 0]);
     }
 }
 

@@ -110,9 +110,7 @@ impl Runtime {
         sandbox::sweep(&runtime.inner).await?;
         sandbox::adopt(&runtime.inner).await?;
         tokio::spawn(events::follow(Arc::downgrade(&runtime.inner)));
-        let (socket, namespace) =
-            (runtime.inner.options.socket.clone(), runtime.inner.options.namespace.clone());
-        tokio::spawn(async move { orphan_shims::end(&socket, &namespace).await });
+        tokio::spawn(orphan_shims::end(Arc::downgrade(&runtime.inner)));
         Ok(runtime)
     }
 

@@ -215,7 +215,7 @@ async fn send(inner: &Inner, id: &str, signal: u32) -> Result<(), RuntimeError> 
 }
 
 /// The container's task, if it has one.
-async fn task_of(inner: &Inner, id: &str) -> Result<Option<Process>, RuntimeError> {
+pub(super) async fn task_of(inner: &Inner, id: &str) -> Result<Option<Process>, RuntimeError> {
     let request = GetRequest { container_id: id.to_owned(), ..GetRequest::default() };
     match inner.connection.tasks().get(request).await {
         Ok(reply) => Ok(Some(reply.into_inner().process.unwrap_or_default())),

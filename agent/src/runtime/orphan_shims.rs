@@ -3,28 +3,31 @@
 use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
+use std::sync::Weak;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// What an earlier agent began is finished or given up by then.
+use super::{Inner, container};
+
+/// What somebody began is finished or given up by then.
 const SETTLED: Duration = Duration::from_secs(10);
 
-/// Ends, once, the shims of our containerd namespace that were started before this process and have no container.
-pub(crate) async fn end(socket: &Path, namespace: &str) {
-    let (socket, namespace) = (socket.to_owned(), namespace.to_owned());
+/// Ends, once, the shims of our containerd namespace in which nothing runs and of whose task containerd knows nothing. To be
+/// sure that none is just coming or going, each must be found so twice.
+pub(crate) async fn end(runtime: Weak<Inner>) {
     tokio::time::sleep(SETTLED).await;
-    let work = move || {
-        let processes = processes();
-        for pid in empty_shims(&processes, &socket, &namespace) {
-            tracing::info!(pid, "Ending a shim that an interrupted start left behind");
-            // Gone already is what we want.
-            kill(Pid::from_raw(pid), Signal::SIGKILL).ok();
-        }
-    };
-    if let Err(error) = tokio::task::spawn_blocking(work).await {
-        tracing::warn!(%error, "Leftover shims were not looked for");
+    let Some(before) = taskless(&runtime).await else { return };
+    if before.is_empty() {
+        return;
+    }
+    tokio::time::sleep(SETTLED).await;
+    let Some(still) = taskless(&runtime).await else { return };
+    for shim in still.intersection(&before) {
+        tracing::info!(pid = shim.pid, "Ending a shim that an interrupted start left behind");
+        // Gone already is what we want.
+        kill(Pid::from_raw(shim.pid), Signal::SIGKILL).ok();
     }
 }
 
@@ -33,17 +36,42 @@ pub(crate) async fn end(socket: &Path, namespace: &str) {
 struct Process {
     pid: i32,
     parent: i32,
-    /// Clock ticks since boot.
+    /// Clock ticks since boot: tells apart processes of the same number.
     started: u64,
     arguments: Vec<String>,
 }
 
-fn empty_shims(processes: &[Process], socket: &Path, namespace: &str) -> Vec<i32> {
-    let own = std::process::id().cast_signed();
-    let since = processes.iter().find(|p| p.pid == own).map_or(u64::MAX, |p| p.started);
+/// A shim without a child.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Shim {
+    pid: i32,
+    started: u64,
+    container: String,
+}
+
+/// The empty shims whose container has no task and is not being started by us.
+async fn taskless(runtime: &Weak<Inner>) -> Option<HashSet<Shim>> {
+    let options = &runtime.upgrade()?.options;
+    let (socket, namespace) = (options.socket.clone(), options.namespace.clone());
+    let look = move || empty_shims(&processes(), &socket, &namespace);
+    let shims = tokio::task::spawn_blocking(look).await.ok()?;
+    let inner = runtime.upgrade()?;
+    let mut taskless = HashSet::new();
+    for shim in shims {
+        let known = inner.starting.contains(&shim.container)
+            || !matches!(container::task_of(&inner, &shim.container).await, Ok(None));
+        if !known {
+            taskless.insert(shim);
+        }
+    }
+    Some(taskless)
+}
+
+fn empty_shims(processes: &[Process], socket: &Path, namespace: &str) -> Vec<Shim> {
     let parents: HashSet<i32> = processes.iter().map(|p| p.parent).collect();
-    let has = |process: &Process, flag: &str, value: &str| {
-        process.arguments.windows(2).any(|pair| pair[0] == flag && pair[1] == value)
+    let value = |process: &Process, flag: &str| {
+        let mut pairs = process.arguments.windows(2);
+        pairs.find(|pair| pair[0] == flag).map(|pair| pair[1].clone())
     };
     let socket = socket.to_string_lossy();
     processes
@@ -51,10 +79,11 @@ fn empty_shims(processes: &[Process], socket: &Path, namespace: &str) -> Vec<i32
         .filter(|p| {
             p.arguments.first().is_some_and(|program| program.contains("containerd-shim-runc"))
         })
-        .filter(|p| has(p, "-namespace", namespace) && has(p, "-address", &socket))
+        .filter(|p| value(p, "-namespace").as_deref() == Some(namespace))
+        .filter(|p| value(p, "-address").as_deref() == Some(&*socket))
         // A container's process is a child of its shim, also when its starter has ended.
-        .filter(|p| p.started < since && !parents.contains(&p.pid))
-        .map(|p| p.pid)
+        .filter(|p| !parents.contains(&p.pid))
+        .filter_map(|p| Some(Shim { pid: p.pid, started: p.started, container: value(p, "-id")? }))
         .collect()
 }
 
@@ -87,19 +116,17 @@ mod tests {
     }
 
     #[test]
-    fn only_our_old_and_empty_shims_are_leftovers() {
-        let own = std::process::id().cast_signed();
+    fn only_our_empty_shims_may_be_leftovers() {
         let shim = "/usr/bin/containerd-shim-runc-v2 -namespace keelson -id x -address /run/c.sock";
         let all = [
-            process(own, 1, 100, "keelson agent"),
             process(-1, 1, 50, shim),
             process(-2, 1, 50, shim),
-            process(-3, -2, 51, "/pause"),
-            process(-4, 1, 150, shim),
+            process(-3, -2, 51, "sleep"),
             process(-5, 1, 50, &shim.replace("keelson", "k8s.io")),
             process(-6, 1, 50, &shim.replace("/run/c.sock", "/run/other.sock")),
         ];
-        assert_eq!(empty_shims(&all, Path::new("/run/c.sock"), "keelson"), [-1]);
+        let found = empty_shims(&all, Path::new("/run/c.sock"), "keelson");
+        assert_eq!(found, [Shim { pid: -1, started: 50, container: "x".to_owned() }]);
     }
 
     #[test]

@@ -4,16 +4,19 @@
     reason = "clone3(2) and what its child may do have no wrapper in the libraries at hand"
 )]
 
-use std::ffi::{CStr, c_int, c_long};
+use std::ffi::{CStr, c_int, c_long, c_void};
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
+use nix::errno::Errno;
+use nix::sys::signal::{SigSet, SigmaskHow};
+
 /// The program in the root of its mount namespace.
 const PROGRAM: &CStr = c"/pause";
 
-/// Neither root nor anybody that an image is likely to use.
-const NOBODY: c_long = 65535;
+/// Of the child, for the few calls that it makes.
+const STACK: usize = 64 << 10;
 
 /// What a pause process is made of. Everything is opened before the process exists, so that its path to execve(2) has
 /// few ways to fail.
@@ -46,8 +49,8 @@ const STEPS: [&str; 10] = [
     "set pause's oom_score_adj",
     "let pause join the pod's namespaces",
     "let pause enter its root file system",
-    "give pause a session and /dev/null",
-    "drop pause's privileges",
+    "give pause a session, /dev/null and no blocked signals",
+    "keep pause from gaining privileges",
     "execute the pause program",
     "hear from the pause process",
 ];
@@ -94,7 +97,8 @@ pub(super) fn reap(process: &OwnedFd) {
     nix::sys::wait::waitid(id, nix::sys::wait::WaitPidFlag::WEXITED).ok();
 }
 
-/// What the child needs, in a form that can be used between clone(2) and execve(2): no allocation, no locks.
+/// What the child needs, in a form that can be used between clone(2) and execve(2): no allocation, no locks,
+/// nothing written that the agent has.
 struct Child<'a> {
     /// First and last descriptor of each range that is not needed. Closed at once and not only by execve(2): while the
     /// child had a copy of, say, the agent's lock file, the lock would outlive an agent that is killed right now.
@@ -123,22 +127,30 @@ fn gaps(mut needed: Vec<c_int>) -> Vec<(c_int, c_int)> {
 }
 
 fn clone(own_pid_namespace: bool, child: &Child<'_>) -> io::Result<OwnedFd> {
+    let mut stack = vec![0_u8; STACK];
     let mut pidfd: c_int = -1;
-    // SAFETY: all-zero bytes are a valid clone_args, in which zero means "not asked for" (clone3(2)).
-    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
     let new_pid = if own_pid_namespace { libc::CLONE_NEWPID } else { 0 };
-    args.flags = u64::from((libc::CLONE_PIDFD | new_pid).cast_unsigned());
-    args.pidfd = (&raw mut pidfd) as u64;
-    args.exit_signal = u64::from(libc::SIGCHLD.cast_unsigned());
-    let size = size_of::<libc::clone_args>();
-    // SAFETY: `args` and `pidfd` outlive the call. Without CLONE_VM the child has its own copy of this memory, as after
-    // fork(2); it is the only thread there and makes nothing but system calls until execve(2) or _exit(2).
-    match unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size) } {
-        -1 => Err(io::Error::last_os_error()),
-        0 => child.run(),
-        // SAFETY: the kernel has just opened this descriptor for us (CLONE_PIDFD).
-        _ => Ok(unsafe { OwnedFd::from_raw_fd(pidfd) }),
-    }
+    let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_PIDFD | new_pid | libc::SIGCHLD;
+    // A handler of the agent's must not run in the child, where it would see the agent's memory.
+    let mask = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
+    // SAFETY: the stack grows down from its end, which is aligned; it, `child` and `pidfd` are not touched by anyone else
+    // until the child has left this memory, for which the kernel keeps this thread waiting (CLONE_VFORK).
+    let result = unsafe {
+        let top = stack.as_mut_ptr_range().end;
+        let top = top.sub(top as usize % 16);
+        let child = (&raw const *child).cast_mut();
+        libc::clone(become_pause, top.cast(), flags, child.cast(), &raw mut pidfd)
+    };
+    let result = Errno::result(result);
+    mask.thread_set_mask()?;
+    result?;
+    // SAFETY: the kernel has just opened this descriptor for us (CLONE_PIDFD).
+    Ok(unsafe { OwnedFd::from_raw_fd(pidfd) })
+}
+
+extern "C" fn become_pause(child: *mut c_void) -> c_int {
+    // SAFETY: `clone` hands over a Child that lives until this process has executed another program or exited.
+    unsafe { (*child.cast::<Child<'_>>()).run() }
 }
 
 impl Child<'_> {
@@ -158,7 +170,6 @@ impl Child<'_> {
         }
     }
 
-    /// Raw system calls where the C library's functions would speak to other threads (set*id), which do not exist here.
     fn prepare(&self) -> Result<(), c_int> {
         let step =
             |step: c_int| move |result: c_long| if result < 0 { Err(step) } else { Ok(result) };
@@ -182,13 +193,12 @@ impl Child<'_> {
             for standard in 0..=2 {
                 step(6)(c_long::from(libc::dup2(self.null, standard)))?;
             }
-            for capability in 0..64 {
-                // Those that this kernel does not know are refused.
-                libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0);
-            }
-            step(7)(libc::syscall(libc::SYS_setgroups, 0, std::ptr::null::<libc::gid_t>()))?;
-            step(7)(libc::syscall(libc::SYS_setresgid, NOBODY, NOBODY, NOBODY))?;
-            step(7)(libc::syscall(libc::SYS_setresuid, NOBODY, NOBODY, NOBODY))?;
+            let mut none = std::mem::zeroed();
+            libc::sigemptyset(&raw mut none);
+            let nowhere = std::ptr::null_mut();
+            step(6)(c_long::from(libc::sigprocmask(libc::SIG_SETMASK, &raw const none, nowhere)))?;
+            // Privileges are dropped by the program: here that would be done to the agent's memory, too (prctl(2),
+            // PR_SET_DUMPABLE).
             step(7)(c_long::from(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)))?;
         }
         Ok(())
