@@ -216,19 +216,27 @@ fn result(config: &Config, record: &Record, names: &Names, mtu: u32, leads: Lead
 /// Needs nothing but the record, and not even that: the link's name follows from the attachment.
 fn del(network: &Network) -> Result<(), CniError> {
     let key = key()?;
+    let names = Names::of(&network.name, &key);
     let mut node = rtnl()?;
     let journal = open_journal(network)?;
     let record = journal.ledger().get(&key).cloned();
     drop(journal);
-    match record {
-        Some(record) => undo(network, &mut node, &record),
-        None => wire::detach(&mut node, &Names::of(&network.name, &key)).map(drop).map_err(kernel),
-    }
+    let Some(record) = record else {
+        return wire::detach(&mut node, &names).map(drop).map_err(kernel);
+    };
+    close_ports(network, &record)?;
+    let link = wire::unroute(&mut node, &names, &record.ips).map_err(kernel)?;
+    free(network, &record)?;
+    link.map_or(Ok(()), |link| wire::delete_soon(&mut node, link)).map_err(kernel)
 }
 
 /// Link and ports first, the address last: it is free only when nothing leads to it any more.
 fn undo(network: &Network, node: &mut Rtnl, record: &Record) -> Result<(), CniError> {
     unmake(network, node, record)?;
+    free(network, record)
+}
+
+fn free(network: &Network, record: &Record) -> Result<(), CniError> {
     let mut journal = open_journal(network)?;
     if journal.ledger().get(&record.key).is_some_and(|now| now.inode == record.inode) {
         journal.append(vec![Entry::Free(record.key.clone())]).map_err(journal_error)?;
@@ -238,12 +246,17 @@ fn undo(network: &Network, node: &mut Rtnl, record: &Record) -> Result<(), CniEr
 
 /// Closes the ports and removes the link of an attachment whose record stands.
 fn unmake(network: &Network, node: &mut Rtnl, record: &Record) -> Result<(), CniError> {
-    let forwards = firewall::forwards(&record.ports, &record.ips);
-    if !forwards.is_empty() {
-        firewall::close_ports(&mut nft()?, &network.name, &forwards).map_err(packet_filter)?;
-        forget_flows(&record.ports)?;
-    }
+    close_ports(network, record)?;
     wire::detach(node, &Names::of(&network.name, &record.key)).map(drop).map_err(kernel)
+}
+
+fn close_ports(network: &Network, record: &Record) -> Result<(), CniError> {
+    let forwards = firewall::forwards(&record.ports, &record.ips);
+    if forwards.is_empty() {
+        return Ok(());
+    }
+    firewall::close_ports(&mut nft()?, &network.name, &forwards).map_err(packet_filter)?;
+    forget_flows(&record.ports)
 }
 
 fn check(network: &Network, config: &Config) -> Result<(), CniError> {

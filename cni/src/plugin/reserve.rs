@@ -32,8 +32,8 @@ pub(super) fn reserve(
     let boot = boot_id()?;
     let stale = journal.ledger().stale(&boot).into_iter().map(Entry::Free).collect();
     journal.append(stale).map_err(journal_error)?;
-    if let Some(old) = journal.ledger().get(key).cloned() {
-        if wire::is_attached(node, names).map_err(kernel)? {
+    match journal.ledger().get(key).cloned() {
+        Some(_) if wire::is_attached(node, names).map_err(kernel)? => {
             let text = format!(
                 "{} of container {} is in network {} already",
                 key.ifname, key.container_id, network.name
@@ -41,8 +41,12 @@ pub(super) fn reserve(
             return Err(CniError::new(code::EXISTS, text));
         }
         // An ADD that was killed: begin anew.
-        unmake(network, node, &old)?;
-        journal.append(vec![Entry::Free(old.key)]).map_err(journal_error)?;
+        Some(old) => {
+            unmake(network, node, &old)?;
+            journal.append(vec![Entry::Free(old.key)]).map_err(journal_error)?;
+        }
+        // A DEL that has not let go of the link yet.
+        None => drop(wire::detach(node, names).map_err(kernel)?),
     }
     if let Some((port, owner)) = journal.ledger().port_clash(key, &config.host_ports) {
         let text = format!("port {port} of the node is taken by container {}", owner.container_id);
