@@ -8,6 +8,7 @@ use ipnetwork::IpNetwork;
 use serde_json::json;
 
 use crate::backend::Mode;
+use crate::conntrack::ConntrackLimits;
 
 /// Configuration of [`crate::run`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,6 +33,8 @@ pub struct ProxyConfig {
     pub node_port_addresses: NodePortAddresses,
     /// Node ports answer on 127.0.0.1, too.
     pub localhost_node_ports: bool,
+    /// Limits of connection tracking to set for the whole node; nothing leaves them alone.
+    pub conntrack: Option<ConntrackLimits>,
     /// Where the last known state is kept, so that Services work after a reboot while the API server is
     /// still away; nowhere when not given.
     pub state_file: Option<PathBuf>,
@@ -82,6 +85,7 @@ impl Default for ProxyConfig {
             masquerade_bit: 14,
             node_port_addresses: NodePortAddresses::Primary,
             localhost_node_ports: true,
+            conntrack: None,
             state_file: None,
             healthz_address: Some(SocketAddr::from(([0, 0, 0, 0], 10256))),
             metrics_address: Some(SocketAddr::from(([127, 0, 0, 1], 10249))),

@@ -5,6 +5,8 @@
 //! is never translated at all. Exactly those two kinds of entries are removed; TCP is left to itself,
 //! and endpoints that terminate keep their flows as long as they serve.
 
+mod limits;
+
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -16,6 +18,8 @@ use crate::diff::{Change, Plans};
 use crate::model::{
     At, Endpoint, Family, FrontendKey, PortPlan, Protocol, Route, ServicePlan, Target,
 };
+
+pub use limits::ConntrackLimits;
 
 /// What to look for: frontends whose flows may be stale.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

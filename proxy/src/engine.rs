@@ -92,8 +92,11 @@ impl Engine {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let bell = Arc::new(EventFd::from_value_and_flags(0, flags)?);
         let Listeners { metrics, progress, notices, health_checks, on_synced } = listeners;
+        if let Some(limits) = &config.conntrack {
+            limits.apply();
+        }
         let mode = crate::switch::choose(config.modes)?;
-        let last_known = LastKnown::new(config.state_file.clone());
+        let last_known = LastKnown::new(config.state_file.clone(), &config.node_name);
         let intake = Intake::new(config, Arc::clone(&metrics), Arc::clone(&progress));
         let engine = Engine {
             backend: mode.open(intake.backend_config())?,
@@ -214,7 +217,7 @@ impl Engine {
             }
             self.backend.adopt(&self.plans)
         } else if changes.is_empty() {
-            self.last_known.write_if_due(&self.plans, &self.intake.backend_config());
+            self.keep_last_known();
             return self.note_idle();
         } else {
             self.backend.apply(&changes, &self.plans)
@@ -228,6 +231,7 @@ impl Engine {
             Err(error) => return self.note_failure(&error),
         };
         self.last_known.note_change();
+        self.keep_last_known();
         // Not before the new rules are in force: else the next packet makes the same flow again.
         self.conntrack.check(match std::mem::replace(&mut self.started, true) {
             true => Checks::after(&changes),
@@ -247,6 +251,10 @@ impl Engine {
             dirty.extend(self.plans.keys().cloned());
         }
         dirty
+    }
+
+    fn keep_last_known(&mut self) {
+        self.last_known.write_if_due(&self.plans, &self.intake.backend_config());
     }
 
     fn note_idle(&self) {

@@ -1,6 +1,9 @@
 //! kube-proxy's command line and configuration file, as far as they mean something here.
 
+mod conntrack;
 mod file;
+#[cfg(test)]
+mod tests;
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -52,7 +55,7 @@ pub struct Flags {
     pub iptables_localhost_nodeports: Option<bool>,
     /// Where the last known Services are kept for a start without the API server; empty for nowhere
     #[arg(long, value_name = "FILE")]
-    pub state_file: Option<PathBuf>,
+    pub state_file: Option<String>,
     /// Masquerade all traffic to ClusterIPs
     #[arg(long, num_args = 0..=1, default_missing_value = "true", action = ArgAction::Set)]
     pub masquerade_all: Option<bool>,
@@ -79,6 +82,8 @@ pub struct Flags {
     #[arg(short, long, value_name = "LEVEL", default_value_t = 2)]
     pub v: u8,
     #[command(flatten)]
+    pub conntrack: conntrack::ConntrackFlags,
+    #[command(flatten)]
     pub ignored: IgnoredFlags,
 }
 
@@ -100,14 +105,6 @@ pub enum Cleanup {
 pub struct IgnoredFlags {
     #[arg(long, hide = true)]
     config_sync_period: Option<String>,
-    #[arg(long, hide = true)]
-    conntrack_max_per_core: Option<String>,
-    #[arg(long, hide = true)]
-    conntrack_min: Option<String>,
-    #[arg(long, hide = true)]
-    conntrack_tcp_timeout_close_wait: Option<String>,
-    #[arg(long, hide = true)]
-    conntrack_tcp_timeout_established: Option<String>,
     #[arg(long, hide = true)]
     iptables_min_sync_period: Option<String>,
     #[arg(long, hide = true)]
@@ -136,10 +133,6 @@ impl IgnoredFlags {
     fn given(&self) -> Vec<&'static str> {
         let flags = [
             ("--config-sync-period", &self.config_sync_period),
-            ("--conntrack-max-per-core", &self.conntrack_max_per_core),
-            ("--conntrack-min", &self.conntrack_min),
-            ("--conntrack-tcp-timeout-close-wait", &self.conntrack_tcp_timeout_close_wait),
-            ("--conntrack-tcp-timeout-established", &self.conntrack_tcp_timeout_established),
             ("--iptables-min-sync-period", &self.iptables_min_sync_period),
             ("--iptables-sync-period", &self.iptables_sync_period),
             ("--ipvs-scheduler", &self.ipvs_scheduler),
@@ -183,6 +176,7 @@ impl Flags {
                 *flag = file;
             }
         }
+        self.conntrack.fill_from(file.conntrack);
         fill(&mut self.kubeconfig, file.kubeconfig);
         fill(&mut self.hostname_override, file.hostname_override);
         fill(&mut self.proxy_mode, file.proxy_mode);
@@ -232,16 +226,16 @@ impl Flags {
                 .collect(),
             local_sources: local_sources(&self)?,
             localhost_node_ports: self.iptables_localhost_nodeports.unwrap_or(true),
-            state_file: match self.state_file {
-                Some(path) if path.as_os_str().is_empty() => None,
-                Some(path) => Some(path),
-                None => Some(PathBuf::from(STATE_FILE)),
+            state_file: match self.state_file.as_deref() {
+                Some("") => None,
+                path => Some(PathBuf::from(path.unwrap_or(STATE_FILE))),
             },
             masquerade_all: self.masquerade_all.unwrap_or(false),
             masquerade_bit,
             node_port_addresses: node_port_addresses(&self.nodeport_addresses)?,
             healthz_address: address("healthz", healthz, 10256, default.healthz_address)?,
             metrics_address: address("metrics", metrics, 10249, default.metrics_address)?,
+            conntrack: Some(self.conntrack.limits()?),
             kubeconfig: self.kubeconfig,
             api_server: self.master,
             sync_period: default.sync_period,

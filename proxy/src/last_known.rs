@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -18,6 +19,7 @@ const VERSION: u32 = 1;
 struct Written<'a> {
     version: u32,
     boot: &'a str,
+    node: &'a str,
     config: &'a BackendConfig,
     services: Vec<(String, &'a ServicePlan)>,
 }
@@ -26,6 +28,7 @@ struct Written<'a> {
 struct Found {
     version: u32,
     boot: String,
+    node: String,
     config: BackendConfig,
     services: Vec<(String, ServicePlan)>,
 }
@@ -33,13 +36,17 @@ struct Found {
 pub(crate) struct LastKnown {
     path: Option<PathBuf>,
     boot: String,
+    node: String,
     due: Option<Instant>,
+    /// Ten thousand Services take a while to write, and changes must not wait for that.
+    writer: Option<JoinHandle<()>>,
 }
 
 impl LastKnown {
-    pub(crate) fn new(path: Option<PathBuf>) -> Self {
+    pub(crate) fn new(path: Option<PathBuf>, node: &str) -> Self {
         let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-        LastKnown { path, boot: boot.trim().to_owned(), due: None }
+        let (boot, node) = (boot.trim().to_owned(), node.to_owned());
+        LastKnown { path, boot, node, due: None, writer: None }
     }
 
     /// What is on disk, if an earlier boot wrote it. What this boot wrote is in the kernel already.
@@ -47,6 +54,11 @@ impl LastKnown {
         let path = self.path.as_deref()?;
         match read(path) {
             Ok(found) if found.version != VERSION || found.boot == self.boot => None,
+            Ok(found) if found.node != self.node => {
+                let (path, other) = (path.display(), found.node);
+                tracing::warn!(%path, %other, "The last known state is that of another node");
+                None
+            }
             Ok(found) => {
                 let plans = found.services.into_iter().map(|(name, plan)| {
                     let (namespace, name) = name.split_once('/').unwrap_or(("", &name));
@@ -73,18 +85,41 @@ impl LastKnown {
         self.due
     }
 
+    /// Starts to write when it is time. The plans are shared, not copied.
     pub(crate) fn write_if_due(&mut self, plans: &Plans, config: &BackendConfig) {
-        if self.due.is_some_and(|due| due <= Instant::now()) {
-            self.write_now(plans, config);
+        if self.due.is_none_or(|due| due > Instant::now()) {
+            return;
+        }
+        if self.writer.as_ref().is_some_and(|writer| !writer.is_finished()) {
+            self.due = Some(Instant::now() + DELAY);
+            return;
+        }
+        self.due = None;
+        let Some(path) = self.path.clone() else { return };
+        let (boot, node) = (self.boot.clone(), self.node.clone());
+        let (plans, config) = (plans.clone(), config.clone());
+        let thread = std::thread::Builder::new().name("proxy-last-known".to_owned());
+        match thread.spawn(move || write_or_warn(&path, (&boot, &node), &plans, &config)) {
+            Ok(writer) => self.writer = Some(writer),
+            Err(error) => tracing::warn!(%error, "Cannot start to keep the last known state"),
         }
     }
 
-    /// Writes what waits to be written.
+    /// Writes what waits to be written, and returns when it is on disk.
     pub(crate) fn write_now(&mut self, plans: &Plans, config: &BackendConfig) {
-        let (Some(path), Some(_)) = (&self.path, self.due.take()) else { return };
-        if let Err(error) = write(path, &self.boot, plans, config) {
-            tracing::warn!(path = %path.display(), %error, "Cannot keep the last known state");
+        if let Some(writer) = self.writer.take()
+            && writer.join().is_err()
+        {
+            tracing::error!("The thread that keeps the last known state panicked");
         }
+        let (Some(path), Some(_)) = (&self.path, self.due.take()) else { return };
+        write_or_warn(path, (&self.boot, &self.node), plans, config);
+    }
+}
+
+fn write_or_warn(path: &Path, whose: (&str, &str), plans: &Plans, config: &BackendConfig) {
+    if let Err(error) = write(path, whose, plans, config) {
+        tracing::warn!(path = %path.display(), %error, "Cannot keep the last known state");
     }
 }
 
@@ -92,11 +127,16 @@ fn read(path: &Path) -> std::io::Result<Found> {
     Ok(serde_json::from_slice(&std::fs::read(path)?)?)
 }
 
-fn write(path: &Path, boot: &str, plans: &Plans, config: &BackendConfig) -> anyhow::Result<()> {
+fn write(
+    path: &Path,
+    (boot, node): (&str, &str),
+    plans: &Plans,
+    config: &BackendConfig,
+) -> anyhow::Result<()> {
     let mut services: Vec<_> =
         plans.iter().map(|(service, plan)| (service.to_string(), &**plan)).collect();
     services.sort_unstable_by(|a, b| a.0.cmp(&b.0));
-    let text = serde_json::to_vec(&Written { version: VERSION, boot, config, services })?;
+    let text = serde_json::to_vec(&Written { version: VERSION, boot, node, config, services })?;
     if let Some(folder) = path.parent() {
         std::fs::create_dir_all(folder)?;
     }
@@ -131,15 +171,18 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("deeper/state");
         let config = BackendConfig::default();
-        let mut this = LastKnown::new(Some(path.clone()));
+        let mut this = LastKnown::new(Some(path.clone()), "n");
         assert!(this.read_after_reboot().is_none());
         this.write_now(&plans(), &config);
         assert!(!path.exists(), "nothing has changed");
         this.note_change();
         this.write_now(&plans(), &config);
         assert!(this.read_after_reboot().is_none());
-        let next = LastKnown { boot: "next".to_owned(), ..LastKnown::new(Some(path.clone())) };
+        let next = LastKnown { boot: "next".to_owned(), ..LastKnown::new(Some(path.clone()), "n") };
         assert_eq!(next.read_after_reboot(), Some((plans(), config)));
+        let other = LastKnown { node: "m".to_owned(), ..LastKnown::new(Some(path.clone()), "m") };
+        let other = LastKnown { boot: "next".to_owned(), ..other };
+        assert!(other.read_after_reboot().is_none());
         std::fs::write(&path, "{").unwrap();
         assert!(next.read_after_reboot().is_none());
     }

@@ -4,6 +4,7 @@ use anyhow::{Context, bail};
 use serde_json::Value;
 
 use super::Flags;
+use super::conntrack::ConntrackFlags;
 
 /// What a file said, in the form of flags, and what in it has no effect.
 pub(crate) struct Found {
@@ -13,10 +14,10 @@ pub(crate) struct Found {
 
 /// Top-level fields that Kubernetes knows and this program does not use (or only in part).
 const WITHOUT_EFFECT: [&str; 18] = [
+    "conntrack",
     "bindAddressHardFail",
     "clientConnection",
     "configSyncPeriod",
-    "conntrack",
     "detectLocal",
     "enableProfiling",
     "featureGates",
@@ -84,12 +85,26 @@ impl File<'_> {
         Ok(self.typed::<String>(path)?.filter(|text| !text.is_empty()))
     }
 
+    fn conntrack(&mut self) -> anyhow::Result<ConntrackFlags> {
+        let mut timeout = |name: &str| self.text(&["conntrack", name]);
+        Ok(ConntrackFlags {
+            conntrack_tcp_timeout_established: timeout("tcpEstablishedTimeout")?,
+            conntrack_tcp_timeout_close_wait: timeout("tcpCloseWaitTimeout")?,
+            conntrack_udp_timeout: timeout("udpTimeout")?,
+            conntrack_udp_timeout_stream: timeout("udpStreamTimeout")?,
+            conntrack_max_per_core: self.typed(&["conntrack", "maxPerCore"])?,
+            conntrack_min: self.typed(&["conntrack", "min"])?,
+            conntrack_tcp_be_liberal: self.typed(&["conntrack", "tcpBeLiberal"])?,
+        })
+    }
+
     fn flags(&mut self) -> anyhow::Result<Flags> {
         let nftables_all = self.typed(&["nftables", "masqueradeAll"])?;
         let nftables_bit = self.typed(&["nftables", "masqueradeBit"])?;
         let iptables_all: Option<bool> = self.typed(&["iptables", "masqueradeAll"])?;
         let iptables_bit: Option<u8> = self.typed(&["iptables", "masqueradeBit"])?;
         let cidrs = self.text(&["clusterCIDR"])?.unwrap_or_default();
+        let conntrack = self.conntrack()?;
         Ok(Flags {
             kubeconfig: self.text(&["clientConnection", "kubeconfig"])?.map(Into::into),
             hostname_override: self.text(&["hostnameOverride"])?,
@@ -105,6 +120,7 @@ impl File<'_> {
             healthz_bind_address: self.text(&["healthzBindAddress"])?,
             metrics_bind_address: self.text(&["metricsBindAddress"])?,
             bind_address: self.typed(&["bindAddress"])?,
+            conntrack,
             ..Flags::default()
         })
     }
@@ -157,13 +173,14 @@ mod tests {
              mode: nftables\n\
              clusterCIDR: 10.0.0.0/8,fd00::/8\n\
              clientConnection: {kubeconfig: /k, qps: 5}\n\
-             conntrack: {min: null, maxPerCore: 3}\n\
+             conntrack: {min: null, maxPerCore: 3, tcpEstablishedTimeout: 1h0m0s, colour: 1}\n\
              nftables: {masqueradeAll: true, masqueradeBit: 7, syncPeriod: 0s}\n\
              nodePortAddresses: [primary]\n\
              colour: blue\n",
         )
         .unwrap();
         assert_eq!(found.flags.cluster_cidr, ["10.0.0.0/8", "fd00::/8"]);
+        assert_eq!(found.flags.conntrack.conntrack_max_per_core, Some(3));
         assert_eq!(found.flags.masquerade_all, Some(true));
         assert_eq!(found.flags.iptables_masquerade_bit, Some(7));
         assert_eq!(found.flags.nodeport_addresses, ["primary"]);
@@ -174,7 +191,7 @@ mod tests {
             [
                 "clientConnection.qps has no effect in keelson-proxy",
                 "colour is not a field of KubeProxyConfiguration",
-                "conntrack.maxPerCore has no effect in keelson-proxy",
+                "conntrack.colour has no effect in keelson-proxy",
             ]
         );
     }
