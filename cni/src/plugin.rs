@@ -221,13 +221,10 @@ fn del(network: &Network) -> Result<(), CniError> {
     let journal = open_journal(network)?;
     let record = journal.ledger().get(&key).cloned();
     drop(journal);
-    let Some(record) = record else {
-        return wire::detach(&mut node, &names).map(drop).map_err(kernel);
-    };
-    close_ports(network, &record)?;
-    let link = wire::unroute(&mut node, &names, &record.ips).map_err(kernel)?;
-    free(network, &record)?;
-    link.map_or(Ok(()), |link| wire::delete_soon(&mut node, link)).map_err(kernel)
+    match record {
+        Some(record) => undo(network, &mut node, &record),
+        None => wire::detach(&mut node, &names).map(drop).map_err(kernel),
+    }
 }
 
 /// Link and ports first, the address last: it is free only when nothing leads to it any more.

@@ -24,7 +24,6 @@ use keelson_netlink::route::{
     veth_message,
 };
 use keelson_netlink::socket::NetlinkError;
-use nix::unistd::{ForkResult, dup2_stderr, dup2_stdin, dup2_stdout, fork};
 
 use crate::names::Names;
 
@@ -271,79 +270,23 @@ impl Wire<'_> {
 }
 
 /// Deletes our side of an attachment, and with it the pod's side and all routes. Answers whether it was there.
-/// A link of that name with another owner's alias is left alone.
+/// A link of that name with another owner's alias is left alone. All is gone on return; a child waits some 20 ms longer
+/// until the kernel has cleared up, see [`Rtnl::delete_link_at_once`].
 ///
 /// # Errors
 /// What was refused.
 pub fn detach(node: &mut Rtnl, names: &Names) -> Result<bool, WireError> {
-    match our_link(node, names)? {
-        Some(index) => delete(node, index),
-        None => Ok(false),
-    }
-}
-
-/// The index of our side of an attachment.
-fn our_link(node: &mut Rtnl, names: &Names) -> Result<Option<u32>, WireError> {
     let look = refused("look at the host side");
-    let Some(link) = node.link(names.host.as_str()).map_err(look)? else { return Ok(None) };
+    let Some(link) = node.link(names.host.as_str()).map_err(look)? else { return Ok(false) };
     let ours = link.kind.as_deref() == Some("veth")
         && link.alias.as_ref().is_none_or(|alias| *alias == names.alias);
-    Ok(ours.then_some(link.index))
-}
-
-fn delete(node: &mut Rtnl, index: u32) -> Result<bool, WireError> {
-    node.delete_link(index).map_err(refused("delete the veth pair"))
-}
-
-/// A link to which nothing is routed any more.
-#[derive(Debug)]
-#[must_use = "the link is still there"]
-pub struct Unrouted(u32);
-
-/// Removes what leads to the pod's addresses. From here on they may be given to another pod, whatever becomes of the link:
-/// what the old pod still sends comes from an address that is not routed to it and is dropped.
-///
-/// # Errors
-/// What was refused.
-pub fn unroute(
-    node: &mut Rtnl,
-    names: &Names,
-    ips: &[IpAddr],
-) -> Result<Option<Unrouted>, WireError> {
-    let Some(index) = our_link(node, names)? else { return Ok(None) };
-    for ip in ips {
-        let route = host_route(*ip, index);
-        node.delete_route(&route).map_err(refused("delete the node's route to the pod"))?;
+    if !ours {
+        return Ok(false);
     }
-    Ok(Some(Unrouted(index)))
-}
-
-/// Deletes the link in a process that outlives this one: the kernel takes its time to let go of a link, and nobody need
-/// wait for that. What an interruption leaves goes with the pod's namespace, with the next ADD or DEL of the same
-/// attachment, or with GC.
-///
-/// # Errors
-/// What was refused while it was done here, because no process could be started.
-#[allow(unsafe_code, reason = "fork(2)")]
-pub fn delete_soon(node: &mut Rtnl, Unrouted(index): Unrouted) -> Result<(), WireError> {
-    // SAFETY: the plugin has one thread; the C library keeps its allocator usable in the child.
-    match unsafe { fork() } {
-        Ok(ForkResult::Parent { .. }) => Ok(()),
-        Ok(ForkResult::Child) => {
-            // Whoever reads this plugin's output shall see its end now. By index: a later link may have the same name.
-            let deleted = let_go_of_standard_streams().is_ok() && delete(node, index).is_ok();
-            std::process::exit(i32::from(!deleted));
-        }
-        Err(_) => delete(node, index).map(drop),
-    }
-}
-
-fn let_go_of_standard_streams() -> std::io::Result<()> {
-    let null = std::fs::File::options().read(true).write(true).open("/dev/null")?;
-    dup2_stdin(&null)?;
-    dup2_stdout(&null)?;
-    dup2_stderr(&null)?;
-    Ok(())
+    node.delete_link_at_once(link.index).map_err(|error| match error {
+        OpenError::Netlink(source) => refused("delete the veth pair")(source),
+        OpenError::Netns(_) => error.into(),
+    })
 }
 
 /// Whether the attachment's link is there and finished.

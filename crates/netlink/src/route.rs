@@ -8,6 +8,7 @@ mod address;
 mod event;
 mod link;
 mod neighbour;
+mod removal;
 mod table;
 
 use std::time::Duration;

@@ -229,7 +229,7 @@ pub struct LinkChange<'a> {
     pub link_local: Option<bool>,
 }
 
-fn header(index: u32, flags: u32, mask: u32) -> [u8; HEADER] {
+pub(super) fn header(index: u32, flags: u32, mask: u32) -> [u8; HEADER] {
     let mut bytes = [0; HEADER];
     bytes[4..8].copy_from_slice(&index.to_ne_bytes());
     bytes[8..12].copy_from_slice(&flags.to_ne_bytes());
