@@ -141,6 +141,23 @@ impl Nftables {
         })
     }
 
+    /// Takes the packets away from the table. While a table goes that packets still come through, its maps
+    /// are empty for some of them and its sets are not: they would be refused (seen on Linux 6.18), even if
+    /// another mode serves them already.
+    fn unhook(&mut self) -> Result<(), NftablesError> {
+        let chains = match self.nft.chains(TABLE) {
+            Err(error) if error.is_not_found() => return Ok(()),
+            chains => chains.map_err(NftablesError::Observe)?,
+        };
+        let mut batch = Batch::new();
+        for chain in &chains {
+            if Chain::parse(&chain.name).is_some_and(|chain| chain.base().is_some()) {
+                batch.delete_chain(TABLE, &chain.name);
+            }
+        }
+        self.nft.commit(batch).map_err(NftablesError::Apply)
+    }
+
     /// Gives the pools of a new plan their numbers and slots, keeping those of the old one.
     fn assign_pools(&mut self, before: Option<&Programmed>, plan: &ServicePlan) -> Box<[Pools]> {
         plan.ports
@@ -393,6 +410,7 @@ impl Backend for Nftables {
     }
 
     fn cleanup(&mut self) -> Result<(), BackendError> {
+        self.unhook()?;
         let mut batch = Batch::new();
         // Deleting what may not be there: make it first, in the same transaction.
         batch.add_table(TABLE);

@@ -3,7 +3,7 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use keelson_proxy::backend::BackendConfig;
 use keelson_proxy::diff::Plans;
@@ -45,22 +45,29 @@ impl Flow {
     }
 }
 
-/// Asks again and again until told to stop; how often, and what else than `wanted` came.
+/// What the node is doing; [`STOP`] when it is done.
+type Step = AtomicUsize;
+const STOP: usize = usize::MAX;
+
+/// Asks again and again; how often, and what else than `wanted` came in which step.
 fn keep_asking(
     from: &Namespace,
     to: &str,
-    stop: &AtomicBool,
+    step: &Step,
     wanted: impl Fn(&Outcome) -> bool,
-) -> (u32, Vec<Outcome>) {
+) -> (u32, Vec<(String, usize, Outcome)>) {
     let (mut asked, mut unwanted) = (0, Vec::new());
-    while !stop.load(Ordering::Relaxed) {
+    loop {
+        let during = step.load(Ordering::Relaxed);
+        if during == STOP {
+            return (asked, unwanted);
+        }
         let outcome = from.tcp(to);
         asked += 1;
         if !wanted(&outcome) {
-            unwanted.push(outcome);
+            unwanted.push((to.to_owned(), during, outcome));
         }
     }
-    (asked, unwanted)
 }
 
 fn a_node_that_changes_its_mode_loses_nothing(mode: Mode) {
@@ -92,32 +99,35 @@ fn a_node_that_changes_its_mode_loses_nothing(mode: Mode) {
         Flow::open(&node.outside, &node_port6, &listener),
         Flow::open(&node.namespace, "10.96.0.2:80", &listener),
     ];
-    let stop = AtomicBool::new(false);
+    let step = Step::new(0);
     let route: Vec<Mode> = others.iter().flat_map(|other| [*other, mode]).collect();
     std::thread::scope(|scope| {
-        let (stop, plans, config) = (&stop, &node.plans, &node.config);
+        let (step, plans, config) = (&step, &node.plans, &node.config);
         let (namespace, outside, inside) = (&node.namespace, &node.outside, &client.namespace);
         let served = |outcome: &Outcome| outcome.as_ref().is_ok_and(|a| a.server == "one");
         let refused = |outcome: &Outcome| *outcome == Err(ErrorKind::ConnectionRefused);
         let askers = [
-            scope.spawn(move || keep_asking(inside, "10.96.0.1:80", stop, served)),
-            scope.spawn(move || keep_asking(inside, "[fd96::1]:80", stop, served)),
-            scope.spawn(move || keep_asking(outside, &format!("{NODE4}:30080"), stop, served)),
-            scope.spawn(move || keep_asking(namespace, "10.96.0.1:80", stop, served)),
-            scope.spawn(move || keep_asking(inside, "10.96.0.3:80", stop, refused)),
+            scope.spawn(move || keep_asking(inside, "10.96.0.1:80", step, served)),
+            scope.spawn(move || keep_asking(inside, "[fd96::1]:80", step, served)),
+            scope.spawn(move || keep_asking(outside, &format!("{NODE4}:30080"), step, served)),
+            scope.spawn(move || keep_asking(namespace, "10.96.0.1:80", step, served)),
+            scope.spawn(move || keep_asking(inside, "10.96.0.3:80", step, refused)),
         ];
         let mut from = mode;
         for to in route {
             let mut backend = namespace.run(|| to.open(config.clone()).unwrap());
+            step.fetch_add(1, Ordering::Relaxed);
             backend.adopt(plans).unwrap();
+            step.fetch_add(1, Ordering::Relaxed);
             namespace.run(|| switch::leave_others(to));
+            step.fetch_add(1, Ordering::Relaxed);
             flows.iter_mut().for_each(Flow::check);
             // Nothing of the old mode is left, the new one is whole.
             assert_eq!(backend.verify(plans).unwrap(), [], "{from} to {to}");
             assert!(is_clean(from, namespace), "{from} to {to}");
             from = to;
         }
-        stop.store(true, Ordering::Relaxed);
+        step.store(STOP, Ordering::Relaxed);
         for asker in askers {
             let (asked, unwanted) = asker.join().unwrap();
             assert_eq!(unwanted, [], "of {asked}");

@@ -63,7 +63,8 @@ impl Namespace {
         let ready = self.rtnl().wait_for(&groups, HUNG, |_| {
             let listed = self.run(|| std::fs::read_to_string("/proc/thread-self/net/if_inet6"));
             let addresses: Vec<_> = listed.unwrap().lines().filter_map(usable).collect();
-            let link_local = addresses.iter().any(|(link_local, _)| *link_local);
+            // The loopback interface has none.
+            let link_local = link == "lo" || addresses.iter().any(|(link_local, _)| *link_local);
             Ok((link_local && addresses.iter().all(|(_, finished)| *finished)).then_some(()))
         });
         assert!(ready.unwrap().is_some(), "{link} has no IPv6");
