@@ -6,13 +6,13 @@
 //! that goes with the run. What is measured is what a runtime waits for: from starting the process to its end.
 #![allow(clippy::print_stdout, reason = "a bench prints its table")]
 
-use std::fs;
 use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-use keelson_netlink::netns::{self, Netns};
+use keelson_netlink::netns::Netns;
 use keelson_netlink::route::Rtnl;
 use serde_json::{Value, json};
 
@@ -44,23 +44,20 @@ impl Options {
     }
 }
 
-/// A pinned namespace, which goes with the value.
-struct Namespace(PathBuf);
-
-impl Namespace {
-    fn new(name: &str) -> Result<Self, Failed> {
-        fs::create_dir_all("/run/netns")?;
-        let path = PathBuf::from(format!("/run/netns/kbench{}-{name}", std::process::id()));
-        let namespace = Netns::create(&path)?;
-        let made = Namespace(path);
-        namespace.run(|| Rtnl::open().and_then(|mut rtnl| rtnl.set_up("lo")))??;
-        Ok(made)
-    }
+/// A namespace that nothing but this process holds: it goes with the value, also when the bench is killed.
+struct Namespace {
+    netns: Netns,
+    /// By which others can open it meanwhile.
+    path: PathBuf,
 }
 
-impl Drop for Namespace {
-    fn drop(&mut self) {
-        netns::delete(&self.0).ok();
+impl Namespace {
+    fn new() -> Result<Self, Failed> {
+        let netns = Netns::anonymous()?;
+        netns.run(|| Rtnl::open().and_then(|mut rtnl| rtnl.set_up("lo")))??;
+        let descriptor = netns.as_fd().as_raw_fd();
+        let path = PathBuf::from(format!("/proc/{}/fd/{descriptor}", std::process::id()));
+        Ok(Self { netns, path })
     }
 }
 
@@ -112,7 +109,7 @@ fn call(
     let mut command = Command::new(&subject.plugin);
     command
         .envs([("CNI_COMMAND", verb), ("CNI_CONTAINERID", id), ("CNI_IFNAME", "eth0")])
-        .env("CNI_NETNS", &pod.0)
+        .env("CNI_NETNS", &pod.path)
         .env("CNI_PATH", &options.peers)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -127,7 +124,7 @@ fn call(
         let output = child.wait_with_output()?;
         Ok((start.elapsed(), output))
     };
-    let (took, output) = Netns::open(&node.0)?.run(run)??;
+    let (took, output) = node.netns.run(run)??;
     if output.status.success() {
         return Ok(took);
     }
@@ -138,7 +135,7 @@ fn call(
 
 fn round(subject: &mut Subject, options: &Options, node: &Namespace) -> Result<(), Failed> {
     let pods: Vec<_> = (0..options.pods)
-        .map(|number| Ok((format!("pod{number}"), Namespace::new(&format!("pod{number}"))?)))
+        .map(|number| Ok((format!("pod{number}"), Namespace::new()?)))
         .collect::<Result<_, Failed>>()?;
     for (id, pod) in &pods {
         let took = call(subject, options, node, pod, ("ADD", id))?;
@@ -179,7 +176,7 @@ fn report(subjects: &mut [Subject]) {
 fn run() -> Result<(), Failed> {
     let options = Options::read()?;
     let data = tempfile::tempdir()?;
-    let node = Namespace::new("node")?;
+    let node = Namespace::new()?;
     let mut subjects = subjects(&options, data.path());
     for _ in 0..options.rounds {
         for subject in &mut subjects {
