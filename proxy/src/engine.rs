@@ -23,6 +23,7 @@ use crate::diff::{Change, Plans, advance};
 use crate::events::{Notice, Notices};
 use crate::health_checks::HealthChecks;
 use crate::last_known::LastKnown;
+use crate::loopback6::Loopback6;
 use crate::metrics::Metrics;
 use crate::model::{Family, ServiceKey};
 use crate::watch::Wake;
@@ -58,6 +59,7 @@ pub(crate) struct Listeners {
     pub(crate) progress: Arc<Progress>,
     pub(crate) notices: Notices,
     pub(crate) health_checks: HealthChecks,
+    pub(crate) loopback6: Loopback6,
     /// Called when everything is in force for the first time.
     pub(crate) on_synced: Box<dyn FnOnce() + Send>,
 }
@@ -79,6 +81,7 @@ pub(crate) struct Engine {
     progress: Arc<Progress>,
     notices: Notices,
     health_checks: HealthChecks,
+    loopback6: Loopback6,
     on_synced: Option<Box<dyn FnOnce() + Send>>,
 }
 
@@ -91,7 +94,8 @@ impl Engine {
         let (sender, inbox) = channel();
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let bell = Arc::new(EventFd::from_value_and_flags(0, flags)?);
-        let Listeners { metrics, progress, notices, health_checks, on_synced } = listeners;
+        let Listeners { metrics, progress, notices, health_checks, loopback6, on_synced } =
+            listeners;
         if let Some(limits) = &config.conntrack {
             limits.apply();
         }
@@ -114,6 +118,7 @@ impl Engine {
             progress,
             notices,
             health_checks,
+            loopback6,
             on_synced: Some(on_synced),
         };
         Ok((engine, Mailbox { sender, bell }))
@@ -230,6 +235,8 @@ impl Engine {
             }
             Err(error) => return self.note_failure(&error),
         };
+        let own = &self.intake.model.node().addresses;
+        self.loopback6.update(&changes, &self.intake.backend_config(), own);
         self.last_known.note_change();
         self.keep_last_known();
         // Not before the new rules are in force: else the next packet makes the same flow again.

@@ -16,6 +16,7 @@ mod health_checks;
 pub mod iptables;
 mod last_known;
 mod localhost;
+mod loopback6;
 mod metrics;
 pub mod model;
 pub mod nftables;

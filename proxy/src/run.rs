@@ -11,6 +11,7 @@ use crate::config::ProxyConfig;
 use crate::engine::{Engine, Listeners, Progress};
 use crate::events::{Notices, publish};
 use crate::health_checks::{self, HealthChecks};
+use crate::loopback6::{self, Loopback6};
 use crate::metrics::Metrics;
 use crate::server::{Pages, serve};
 use crate::watch::{Wake, follow};
@@ -33,11 +34,13 @@ pub async fn run_with(
     let (metrics, progress) = (Arc::new(Metrics::new()), Arc::new(Progress::default()));
     let (notices, noticed) = Notices::channel();
     let (health_checks, wanted) = HealthChecks::channel();
+    let (loopback6, relayed) = Loopback6::channel();
     let listeners = Listeners {
         metrics: Arc::clone(&metrics),
         progress: Arc::clone(&progress),
         notices: notices.clone(),
         health_checks,
+        loopback6,
         on_synced: Box::new(on_synced),
     };
     let (engine, mailbox) =
@@ -66,6 +69,7 @@ pub async fn run_with(
         () = follow(client.clone(), &config.node_name, &mailbox) => {}
         () = publish(client, &config.node_name, noticed) => {}
         () = health_checks::serve(wanted, context) => {}
+        () = loopback6::serve(relayed) => {}
         () = serve("healthz", config.healthz_address, move |path| health.health(path)) => {}
         () = serve("metrics", config.metrics_address, move |path| counters.metrics(path)) => {}
     }

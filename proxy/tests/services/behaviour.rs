@@ -77,7 +77,7 @@ fn a_node_port_answers_on_the_nodes_addresses_and_hides_the_client(mode: Mode) {
             }
         }
     }
-    // Row 32, for programs on the node; no NAT can serve ::1 (row 33).
+    // Row 32, for programs on the node; no translation can serve ::1 (row 33 is in `whole`).
     for protocol in ["TCP", "UDP"] {
         assert_eq!(node.namespace.ask(protocol, "127.0.0.1:30080").unwrap().server, "one");
     }

@@ -20,6 +20,7 @@ rows![
     load_balancers_learn_whether_endpoints_are_here,
     the_node_object_and_service_ranges_are_followed,
     what_is_wrong_with_an_object_is_told_in_an_event,
+    node_ports_answer_on_both_loopback_addresses,
     explain_tells_what_is_programmed_and_why,
     after_a_reboot_the_last_known_services_answer_without_an_api_server,
 ];
@@ -276,6 +277,39 @@ fn what_is_wrong_with_an_object_is_told_in_an_event(mode: Mode) {
         assert!(note.contains("node port 30080/tcp is also asked for by default/web"), "{note}");
         let metrics = node.namespace.get("127.0.0.1:10249", "/metrics");
         assert!(metrics.contains("keelson_proxy_left_out_total 1"), "{metrics}");
+    });
+}
+
+/// Rows 32 and 33.
+fn node_ports_answer_on_both_loopback_addresses(mode: Mode) {
+    let node = bare(mode);
+    let _server = node.pod("one", 2).serving("TCP", 8080);
+    let folder = tempfile::tempdir().unwrap();
+    let spec = with(
+        spec("10.96.0.1", 30080),
+        json!({"clusterIPs": ["10.96.0.1", "fd96::1"], "ipFamilies": ["IPv4", "IPv6"]}),
+    );
+    let mut six = slice("web", "fd66::2");
+    six["metadata"]["name"] = json!("web-6");
+    six["addressType"] = json!("IPv6");
+    let mut both = node_object();
+    both["status"]["addresses"] = json!([
+        {"type": "InternalIP", "address": NODE4}, {"type": "InternalIP", "address": NODE6},
+    ]);
+    let lists = json!({
+        "services": [service("web", spec)],
+        "endpointslices": [slice("web", "10.66.0.2"), six],
+        "nodes": [both],
+    });
+    with_proxy(&node, lists, folder.path(), |world| {
+        assert_eq!(node.namespace.tcp("127.0.0.1:30080").unwrap().server, "one");
+        let answer = eventually("::1 answers", || node.namespace.tcp("[::1]:30080").ok());
+        assert_eq!(answer.server, "one");
+        world.tell("services", "DELETED", service("web", json!({})));
+        eventually("nobody listens on ::1", || {
+            let refused = Err(ErrorKind::ConnectionRefused);
+            (node.namespace.tcp("[::1]:30080") == refused).then_some(())
+        });
     });
 }
 
