@@ -4,9 +4,9 @@
 //! needs (configuration, arguments, result) is kept per attachment in the state folder, so that a list that was changed
 //! or removed meanwhile does not matter. That folder need not survive a reboot: the attachments do not, either.
 
+mod memory;
 mod process;
 
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -14,6 +14,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use self::memory::Memory;
 use crate::conflist::{Conflist, ConflistError, PluginConf};
 use crate::error::CniError;
 use crate::result::AddResult;
@@ -127,15 +128,6 @@ pub struct Added {
     pub raw: Value,
 }
 
-/// What is kept about an attachment until DEL.
-#[derive(Debug, Serialize, Deserialize)]
-struct Remembered {
-    attachment: Attachment,
-    network: String,
-    list: Value,
-    result: Value,
-}
-
 /// Runs plugins.
 #[derive(Debug, Clone)]
 pub struct Invoker {
@@ -167,7 +159,7 @@ impl Invoker {
         let raw = raw.unwrap_or_default();
         let added = parse_result(list, &raw).map(|result| Added { result, raw: raw.clone() });
         let kept = added.and_then(|added| {
-            self.remember(list, attachment, &raw)?;
+            self.memory().remember(list, attachment, &raw)?;
             Ok(added)
         });
         if kept.is_err() {
@@ -182,8 +174,8 @@ impl Invoker {
     /// # Errors
     /// The first failure; run it again then.
     pub fn del(&self, list: &Conflist, attachment: &Attachment) -> Result<(), InvokeError> {
-        let file = self.file(&list.name, attachment);
-        match self.recall(&file)? {
+        let file = self.memory().file(&list.name, attachment);
+        match Memory::recall(&file)? {
             Some(remembered) => {
                 let old = Conflist::parse(&file, remembered.list.to_string().as_bytes())?;
                 let attachment =
@@ -192,18 +184,13 @@ impl Invoker {
             }
             None => self.del_chain(list, attachment, None)?,
         }
-        match fs::remove_file(&file) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                Err(InvokeError::State { step: "remove", path: file, source })
-            }
-            _ => Ok(()),
-        }
+        Memory::forget(&file)
     }
 
     /// Whether an ADD of this attachment is remembered that no DEL has ended.
     #[must_use]
     pub fn remembers(&self, list: &Conflist, attachment: &Attachment) -> bool {
-        self.file(&list.name, attachment).exists()
+        self.memory().file(&list.name, attachment).exists()
     }
 
     /// Runs CHECK of every plugin with the remembered result. A success without a look when the list's version is below
@@ -215,7 +202,7 @@ impl Invoker {
         if list.version < Version::V0_4_0 || list.disable_check {
             return Ok(());
         }
-        let Some(remembered) = self.recall(&self.file(&list.name, attachment))? else {
+        let Some(remembered) = Memory::recall(&self.memory().file(&list.name, attachment))? else {
             return Ok(());
         };
         for plugin in &list.plugins {
@@ -245,7 +232,7 @@ impl Invoker {
     /// The first failure, after everything was tried.
     pub fn gc(&self, list: &Conflist, valid: &[(String, String)]) -> Result<(), InvokeError> {
         let mut result = Ok(());
-        for remembered in self.all()?.into_iter().filter(|r| r.network == list.name) {
+        for remembered in self.memory().all()?.into_iter().filter(|r| r.network == list.name) {
             let attachment = &remembered.attachment;
             let known = |(id, ifname): &(String, String)| {
                 *id == attachment.container_id && *ifname == attachment.ifname
@@ -356,57 +343,8 @@ impl Invoker {
             })
     }
 
-    fn file(&self, network: &str, attachment: &Attachment) -> PathBuf {
-        let Attachment { container_id, ifname, .. } = attachment;
-        self.state_dir.join(format!("{network}-{container_id}-{ifname}.json"))
-    }
-
-    /// Replaces the file in one step, but does not wait for the disk: see the module's text.
-    fn remember(
-        &self,
-        list: &Conflist,
-        attachment: &Attachment,
-        result: &Value,
-    ) -> Result<(), InvokeError> {
-        let path = self.file(&list.name, attachment);
-        let remembered = Remembered {
-            attachment: attachment.clone(),
-            network: list.name.clone(),
-            list: list.source.clone(),
-            result: result.clone(),
-        };
-        let temp = path.with_extension("tmp");
-        let fail = |source| InvokeError::State { step: "write", path: path.clone(), source };
-        fs::create_dir_all(&self.state_dir).map_err(fail)?;
-        let text = serde_json::to_vec(&remembered).map_err(|e| fail(e.into()))?;
-        fs::write(&temp, text).map_err(fail)?;
-        fs::rename(&temp, &path).map_err(fail)
-    }
-
-    fn recall(&self, file: &Path) -> Result<Option<Remembered>, InvokeError> {
-        match fs::read(file) {
-            // A file that does not parse is from another program or a power cut: as good as none.
-            Ok(text) => Ok(serde_json::from_slice(&text).ok()),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(source) => Err(InvokeError::State { step: "read", path: file.to_owned(), source }),
-        }
-    }
-
-    fn all(&self) -> Result<Vec<Remembered>, InvokeError> {
-        let fail =
-            |source| InvokeError::State { step: "list", path: self.state_dir.clone(), source };
-        let entries = match fs::read_dir(&self.state_dir) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            entries => entries.map_err(fail)?,
-        };
-        let mut all = Vec::new();
-        for entry in entries {
-            let path = entry.map_err(fail)?.path();
-            if path.extension().is_some_and(|extension| extension == "json") {
-                all.extend(self.recall(&path)?);
-            }
-        }
-        Ok(all)
+    fn memory(&self) -> Memory<'_> {
+        Memory { folder: &self.state_dir }
     }
 }
 

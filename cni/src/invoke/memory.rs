@@ -1,0 +1,90 @@
+//! What is kept about an attachment from ADD until DEL, one file each.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::{Attachment, InvokeError};
+use crate::conflist::Conflist;
+
+/// What DEL needs of its ADD.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Remembered {
+    pub(super) attachment: Attachment,
+    pub(super) network: String,
+    pub(super) list: Value,
+    pub(super) result: Value,
+}
+
+/// The state folder.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Memory<'a> {
+    pub(super) folder: &'a Path,
+}
+
+impl Memory<'_> {
+    pub(super) fn file(self, network: &str, attachment: &Attachment) -> PathBuf {
+        let Attachment { container_id, ifname, .. } = attachment;
+        self.folder.join(format!("{network}-{container_id}-{ifname}.json"))
+    }
+
+    /// Replaces the file in one step, but does not wait for the disk: attachments do not survive a reboot, either.
+    pub(super) fn remember(
+        self,
+        list: &Conflist,
+        attachment: &Attachment,
+        result: &Value,
+    ) -> Result<(), InvokeError> {
+        let path = self.file(&list.name, attachment);
+        let remembered = Remembered {
+            attachment: attachment.clone(),
+            network: list.name.clone(),
+            list: list.source.clone(),
+            result: result.clone(),
+        };
+        let temp = path.with_extension("tmp");
+        let fail = |source| InvokeError::State { step: "write", path: path.clone(), source };
+        fs::create_dir_all(self.folder).map_err(fail)?;
+        let text = serde_json::to_vec(&remembered).map_err(|e| fail(e.into()))?;
+        fs::write(&temp, text).map_err(fail)?;
+        fs::rename(&temp, &path).map_err(fail)
+    }
+
+    pub(super) fn recall(file: &Path) -> Result<Option<Remembered>, InvokeError> {
+        match fs::read(file) {
+            // A file that does not parse is from another program or a power cut: as good as none.
+            Ok(text) => Ok(serde_json::from_slice(&text).ok()),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(InvokeError::State { step: "read", path: file.to_owned(), source }),
+        }
+    }
+
+    pub(super) fn forget(file: &Path) -> Result<(), InvokeError> {
+        match fs::remove_file(file) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                Err(InvokeError::State { step: "remove", path: file.to_owned(), source })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn all(self) -> Result<Vec<Remembered>, InvokeError> {
+        let fail =
+            |source| InvokeError::State { step: "list", path: self.folder.to_owned(), source };
+        let entries = match fs::read_dir(self.folder) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.map_err(fail)?,
+        };
+        let mut all = Vec::new();
+        for entry in entries {
+            let path = entry.map_err(fail)?.path();
+            if path.extension().is_some_and(|extension| extension == "json") {
+                all.extend(Self::recall(&path)?);
+            }
+        }
+        Ok(all)
+    }
+}
