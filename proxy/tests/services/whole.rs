@@ -20,6 +20,7 @@ rows![
     load_balancers_learn_whether_endpoints_are_here,
     the_node_object_and_service_ranges_are_followed,
     what_is_wrong_with_an_object_is_told_in_an_event,
+    what_happened_in_a_gap_of_the_watch_is_not_lost,
     node_ports_answer_on_both_loopback_addresses,
     explain_tells_what_is_programmed_and_why,
     after_a_reboot_the_last_known_services_answer_without_an_api_server,
@@ -277,6 +278,32 @@ fn what_is_wrong_with_an_object_is_told_in_an_event(mode: Mode) {
         assert!(note.contains("node port 30080/tcp is also asked for by default/web"), "{note}");
         let metrics = node.namespace.get("127.0.0.1:10249", "/metrics");
         assert!(metrics.contains("keelson_proxy_left_out_total 1"), "{metrics}");
+    });
+}
+
+fn what_happened_in_a_gap_of_the_watch_is_not_lost(mode: Mode) {
+    let node = bare(mode);
+    let client = node.pod("client", 10);
+    let _server = node.pod("one", 2).serving("TCP", 8080);
+    let folder = tempfile::tempdir().unwrap();
+    let lists = |name: &str, address: &str| {
+        json!({
+            "services": [service(name, spec(address, 30080)), service("kept", spec("10.96.0.9", 30081))],
+            "endpointslices": [slice(name, "10.66.0.2"), slice("kept", "10.66.0.2")],
+            "nodes": [node_object()],
+        })
+    };
+    with_proxy(&node, lists("old", "10.96.0.1"), folder.path(), |world| {
+        assert!(client.namespace.tcp("10.96.0.1:80").is_ok());
+        // One Service went and another one came while nobody looked; both want the same node port.
+        world.api.send(("gap".to_owned(), lists("new", "10.96.0.2"))).unwrap();
+        eventually("the new Service", || {
+            // The one that stayed is served all the time.
+            assert!(client.namespace.tcp("10.96.0.9:80").is_ok());
+            client.namespace.tcp("10.96.0.2:80").ok()
+        });
+        eventually("the old one is gone", || client.namespace.tcp("10.96.0.1:80").err());
+        assert!(node.outside.tcp(&format!("{NODE4}:30080")).is_ok());
     });
 }
 

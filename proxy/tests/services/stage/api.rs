@@ -1,6 +1,8 @@
 //! An API server that only knows lists and watches.
 
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
@@ -20,22 +22,24 @@ pub(crate) fn kubeconfig(directory: &Path, port: u16) -> PathBuf {
     path
 }
 
-/// Answers lists with fixed objects and watches with the events that come through `events`.
+/// Answers lists with fixed objects and watches with the events that come through `events`; a `gap` ends
+/// all watches, and from then on the lists are those that it brings.
 pub(crate) async fn api_server(
     listener: TcpListener,
     lists: Value,
     events: broadcast::Sender<(String, Value)>,
 ) {
+    let lists = Rc::new(RefCell::new(lists));
     loop {
         let (stream, _) = listener.accept().await.unwrap();
-        let (lists, posted, events) = (lists.clone(), events.clone(), events.subscribe());
+        let (lists, posted, events) = (Rc::clone(&lists), events.clone(), events.subscribe());
         tokio::task::spawn_local(async move { drop(answer(stream, lists, events, posted).await) });
     }
 }
 
 async fn answer(
     stream: TcpStream,
-    lists: Value,
+    lists: Rc<RefCell<Value>>,
     mut events: broadcast::Receiver<(String, Value)>,
     posted: broadcast::Sender<(String, Value)>,
 ) -> std::io::Result<()> {
@@ -69,6 +73,7 @@ async fn answer(
         }
         if !path.contains("watch=true") {
             let single = path.split('?').next().unwrap().rsplit('/').nth(1).unwrap();
+            let lists = lists.borrow().clone();
             let body = match lists.get(single) {
                 Some(all) => {
                     all.as_array().unwrap().iter().find(|o| o["metadata"]["name"] == *kind)
@@ -89,10 +94,23 @@ async fn answer(
         }
         let head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n";
         stream.write_all(head.as_bytes()).await?;
-        while let Ok((wanted, event)) = events.recv().await {
-            if wanted == kind {
+        while let Ok((wanted, mut event)) = events.recv().await {
+            let gap = wanted == "gap";
+            if gap {
+                *lists.borrow_mut() = event;
+                let status = json!({
+                    "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
+                    "message": "too old resource version", "reason": "Expired", "code": 410,
+                });
+                event = json!({"type": "ERROR", "object": status});
+            }
+            if gap || wanted == kind {
                 let text = format!("{event}\n");
                 stream.write_all(format!("{:x}\r\n{text}\r\n", text.len()).as_bytes()).await?;
+            }
+            if gap {
+                stream.write_all(b"0\r\n\r\n").await?;
+                return Ok(());
             }
         }
         return Ok(());
