@@ -8,7 +8,7 @@ mod kube_proxy;
 use crate::backend::Mode;
 use crate::switch::{Refused, clean, with_sources};
 
-pub use kube_proxy::clean as kube_proxy;
+pub use kube_proxy::{clean as kube_proxy, traces as kube_proxy_traces};
 
 /// Something that could not be removed.
 #[derive(Debug, thiserror::Error)]

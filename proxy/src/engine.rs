@@ -248,6 +248,7 @@ impl Engine {
         if whole && !self.alone {
             self.alone = true;
             crate::switch::leave_others(self.mode);
+            crate::switch::look_for_kube_proxy();
         }
     }
 

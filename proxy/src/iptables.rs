@@ -42,7 +42,7 @@ use crate::diff::{Change, Plans};
 use crate::model::Family;
 use alarm::Alarm;
 use fixed::HOOKS;
-pub use leftovers::{Leftovers, remove as remove_leftovers};
+pub use leftovers::{Leftovers, count as count_leftovers, remove as remove_leftovers};
 use names::Chain;
 use program::Programs;
 pub use program::{ProgramError, Variant};

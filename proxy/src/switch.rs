@@ -65,6 +65,18 @@ pub fn leave_others(current: Mode) {
     }
 }
 
+/// Tells whoever reads the log that kube-proxy's rules are in force beside ours. They are not touched:
+/// kube-proxy may still run.
+pub fn look_for_kube_proxy() {
+    let traces = crate::cleanup::kube_proxy_traces();
+    if !traces.is_empty() {
+        tracing::warn!(
+            found = traces.join(", "),
+            "kube-proxy's rules are in force, too: stop kube-proxy, then run keelson-proxy --cleanup=kube-proxy"
+        );
+    }
+}
+
 /// Why a mode's state could not be removed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Refused {

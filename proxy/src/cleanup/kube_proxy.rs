@@ -6,7 +6,7 @@ use keelson_netlink::nft::{Batch, Family, Nft, NftError, Table};
 use keelson_netlink::route::Rtnl;
 
 use super::CleanupError;
-use crate::iptables::{Leftovers, Variant, remove_leftovers};
+use crate::iptables::{Leftovers, Variant, count_leftovers, remove_leftovers};
 use crate::switch::with_sources;
 
 /// kube-proxy's chains with fixed names, in the tables nat, filter and mangle. The kubelet's
@@ -71,11 +71,35 @@ pub fn clean() -> Result<(), CleanupError> {
     if failures.is_empty() { Ok(()) } else { Err(CleanupError(failures.join("; "))) }
 }
 
+/// What of kube-proxy's is there: as long as it is, both may answer for a Service.
+#[must_use]
+pub fn traces() -> Vec<String> {
+    let mut traces = Vec::new();
+    for variant in Variant::BOTH {
+        match count_leftovers(variant, &Leftovers { is_chain: is_its_chain }) {
+            Ok(0) => {}
+            Ok(chains) => traces.push(format!("{chains} chains (iptables-{})", variant.word())),
+            Err(error) => tracing::debug!(%error, "Cannot look for kube-proxy's chains"),
+        }
+    }
+    let there = |table: &Table<'_>| {
+        Nft::open().and_then(|mut nft| nft.table(*table)).is_ok_and(|found| found.is_some())
+    };
+    if TABLES.iter().any(there) {
+        traces.push("nftables table kube-proxy".to_owned());
+    }
+    traces
+}
+
+const TABLES: [Table<'static>; 2] = [
+    Table { family: Family::Ipv4, name: "kube-proxy" },
+    Table { family: Family::Ipv6, name: "kube-proxy" },
+];
+
 fn tables() -> Result<(), NftError> {
     let mut nft = Nft::open()?;
     let mut batch = Batch::new();
-    for family in [Family::Ipv4, Family::Ipv6] {
-        let table = Table { family, name: "kube-proxy" };
+    for table in TABLES {
         // Deleting what may not be there: make it first, in the same transaction.
         batch.add_table(table);
         batch.delete_table(table);

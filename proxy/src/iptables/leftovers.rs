@@ -28,6 +28,20 @@ pub fn remove(variant: Variant, leftovers: &Leftovers) -> Result<usize, Iptables
     }
 }
 
+/// How many such chains there are.
+pub fn count(variant: Variant, leftovers: &Leftovers) -> Result<usize, IptablesError> {
+    let programs = Programs::new(variant)?;
+    if programs.check().is_err() {
+        return Ok(0);
+    }
+    let mut count = 0;
+    for family in programs.families().into_iter().filter(|family| programs.is_in_use(*family)) {
+        let text = programs.save(family, None)?;
+        count += Saved::parse_of(&text, leftovers.is_chain).chains.len();
+    }
+    Ok(count)
+}
+
 pub(super) fn remove_with(
     programs: &Programs,
     leftovers: &Leftovers,

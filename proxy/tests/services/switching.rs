@@ -137,7 +137,7 @@ fn a_node_that_changes_its_mode_loses_nothing(mode: Mode) {
 }
 
 /// As on a node where the mode was never used.
-fn is_clean(mode: Mode, namespace: &Namespace) -> bool {
+pub(crate) fn is_clean(mode: Mode, namespace: &Namespace) -> bool {
     let fresh = Namespace::new();
     let open = |namespace: &Namespace| {
         let mut backend = namespace.run(|| mode.open(BackendConfig::default()).unwrap());
@@ -204,6 +204,7 @@ fn what_kube_proxy_left_goes_and_nothing_else(mode: Mode) {
     for ip in ["iptables", "ip6tables"] {
         restore(&node.namespace, &format!("{ip}-{}-restore", variant.word()), KUBE_PROXY);
     }
+    assert_eq!(node.namespace.run(cleanup::kube_proxy_traces).len(), 1);
     // Never touched as long as nobody asks for it.
     assert_eq!(node.restart(), 0);
     node.namespace.run(|| switch::leave_others(mode));
@@ -212,6 +213,7 @@ fn what_kube_proxy_left_goes_and_nothing_else(mode: Mode) {
     };
     assert!(saved(&node, "iptables").contains("-j KUBE-SVC-NPX46M4PTMTKRN6Y"));
     node.namespace.run(|| cleanup::kube_proxy().unwrap());
+    assert_eq!(node.namespace.run(cleanup::kube_proxy_traces), Vec::<String>::new());
     for ip in ["iptables", "ip6tables"] {
         let left = saved(&node, ip);
         for gone in ["KUBE-S", "KUBE-NODEPORTS", "KUBE-POST", "KUBE-PROXY", "KUBE-FORWARD", "MASQ "]

@@ -23,6 +23,7 @@ rows![
     what_happened_in_a_gap_of_the_watch_is_not_lost,
     node_ports_answer_on_both_loopback_addresses,
     explain_tells_what_is_programmed_and_why,
+    a_start_ends_the_mode_that_the_node_was_in,
     after_a_reboot_the_last_known_services_answer_without_an_api_server,
 ];
 
@@ -380,6 +381,33 @@ fn explain_tells_what_is_programmed_and_why(mode: Mode) {
 }
 
 /// Row 57.
+fn a_start_ends_the_mode_that_the_node_was_in(mode: Mode) {
+    let Some(before) = crate::harness::backends().0.into_iter().find(|other| *other != mode) else {
+        skip("this is the only mode here")
+    };
+    let mut node = Node::new(before);
+    let client = node.pod("client", 10);
+    let _server = node.pod("one", 2).serving("TCP", 8080);
+    node.service("web", cluster_ip(1, "TCP", 80));
+    node.ready("web", "TCP", 8080, &[2]);
+    node.apply();
+    (node.backend, node.mode) = (None, mode);
+    let folder = tempfile::tempdir().unwrap();
+    let lists = json!({
+        "services": [service("web", spec("10.96.0.1", 30080))],
+        "endpointslices": [slice("web", "10.66.0.2")],
+        "nodes": [node_object()],
+    });
+    with_proxy(&node, lists, folder.path(), |_| {
+        eventually("nothing of the mode before", || {
+            assert_eq!(client.namespace.tcp("10.96.0.1:80").unwrap().server, "one");
+            crate::switching::is_clean(before, &node.namespace).then_some(())
+        });
+        let shown = node.namespace.get("127.0.0.1:10249", "/proxyMode");
+        assert!(shown.ends_with(mode.kube_name()), "{shown}");
+    });
+}
+
 fn after_a_reboot_the_last_known_services_answer_without_an_api_server(mode: Mode) {
     let node = bare(mode);
     let client = node.pod("client", 10);
