@@ -112,8 +112,7 @@ impl Iptables {
         }
         self.alarm.acknowledge()?;
         let (ruleset, all) = self.wanted(plans);
-        let (dirty, hooks) = self.compare(&all)?;
-        drop(all);
+        let (dirty, hooks) = self.compare(all)?;
         let operations = self.write(&dirty, &hooks)?;
         self.ruleset = ruleset;
         Ok(Applied { operations, refused: Vec::new() })
@@ -130,27 +129,25 @@ impl Iptables {
     }
 
     /// What has to change so that exactly `all` is in force.
-    fn compare(&self, all: &Dirty) -> Result<(Dirty, Vec<(Family, Hooks)>), IptablesError> {
-        let (mut dirty, mut hooks) = (Dirty::new(), Vec::new());
+    fn compare(&self, all: Dirty) -> Result<(Dirty, Vec<(Family, Hooks)>), IptablesError> {
+        let (mut dirty, mut stale, mut hooks) = (all, Dirty::new(), Vec::new());
         for family in &self.families {
             let text = self.programs.save(*family, None)?;
             let saved = Saved::parse(&text);
-            let wanted = all.iter().filter(|(chain, _)| chain.family == *family);
-            let differs = |(chain, lines): &(&Chain, &Option<Vec<String>>)| {
-                let found = saved.chains.get(&(chain.table, &*chain.name));
-                !matches!((found, lines), (Some(found), Some(lines)) if found == lines)
-            };
-            dirty.extend(
-                wanted.filter(differs).map(|(chain, lines)| (chain.clone(), lines.clone())),
-            );
             for (table, name) in saved.chains.keys() {
                 let chain = Chain::new(*family, *table, *name);
-                if !all.contains_key(&chain) {
-                    dirty.insert(chain, None);
+                if !dirty.contains_key(&chain) {
+                    stale.insert(chain, None);
                 }
             }
+            dirty.retain(|chain, lines| {
+                let found = saved.chains.get(&(chain.table, &*chain.name));
+                let same = matches!((found, lines), (Some(found), Some(lines)) if found == lines);
+                chain.family != *family || !same
+            });
             hooks.push((*family, hook_changes(&saved)));
         }
+        dirty.extend(stale);
         Ok((dirty, hooks))
     }
 
@@ -284,7 +281,7 @@ impl Backend for Iptables {
 
     fn verify(&mut self, plans: &Plans) -> Result<Vec<Difference>, BackendError> {
         let (ruleset, all) = self.wanted(plans);
-        let (dirty, hooks) = self.compare(&all)?;
+        let (dirty, hooks) = self.compare(all)?;
         let mut owners = std::collections::HashMap::new();
         for service in plans.keys() {
             owners

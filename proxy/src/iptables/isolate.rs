@@ -36,7 +36,7 @@ impl Iptables {
         self.ruleset = Ruleset::new(self.config.clone(), &self.families);
         let mut known_chains = self.ruleset.take(&known);
         known_chains.extend(self.ruleset.fixed());
-        let (dirty, hooks) = self.compare(&known_chains)?;
+        let (dirty, hooks) = self.compare(known_chains)?;
         // What is not known yet may still be wanted: leftovers go in the next attempt.
         let dirty: Dirty = dirty.into_iter().filter(|(_, lines)| lines.is_some()).collect();
         let mut applied = Applied { operations: self.write(&dirty, &hooks)?, refused: Vec::new() };
