@@ -216,10 +216,6 @@ impl Engine {
         let changes = advance(&mut self.plans, dirty, |key| model.plan(key));
         let all = !self.started || disturbed || reconfigured || due;
         let result = if all {
-            if disturbed && self.started {
-                self.metrics.repairs.inc();
-                tracing::warn!("Somebody changed what we programmed, mending it");
-            }
             self.backend.adopt(&self.plans)
         } else if changes.is_empty() {
             self.keep_last_known();
@@ -230,6 +226,14 @@ impl Engine {
         self.retry_at = None;
         let whole = match result {
             Ok(applied) => {
+                // An alarm may also mean that somebody changed what is beside ours.
+                if disturbed && self.started && applied.operations > 0 {
+                    self.metrics.repairs.inc();
+                    tracing::warn!(
+                        operations = applied.operations,
+                        "Somebody changed what we programmed; it is mended"
+                    );
+                }
                 self.note_applied(&applied, &changes, all, began);
                 applied.refused.is_empty()
             }

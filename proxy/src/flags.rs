@@ -202,7 +202,7 @@ impl Flags {
         let Some(modes) = Mode::candidates(mode) else {
             let known = Mode::ALL.map(Mode::name).join(", ");
             bail!(
-                "--proxy-mode: {mode:?} is not a mode that this version knows; use auto or one of {known}"
+                "--proxy-mode: {mode:?} is not a mode that this version knows; use auto, iptables, or one of {known}"
             )
         };
         let default = ProxyConfig::default();

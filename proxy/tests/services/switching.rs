@@ -141,9 +141,10 @@ pub(crate) fn is_clean(mode: Mode, namespace: &Namespace) -> bool {
     let fresh = Namespace::new();
     let open = |namespace: &Namespace| {
         let mut backend = namespace.run(|| mode.open(BackendConfig::default()).unwrap());
-        backend.verify(&Plans::new()).unwrap()
+        // Fails while somebody removes what is being read.
+        backend.verify(&Plans::new()).ok()
     };
-    open(namespace) == open(&fresh)
+    open(namespace).is_some_and(|left| Some(left) == open(&fresh))
 }
 
 fn variant_of(mode: Mode) -> Variant {
