@@ -147,7 +147,8 @@ fn without_endpoints_clients_are_refused_at_once(mode: Mode) {
         node.ready(&name, protocol, 8080, &[2]);
         node.apply();
         for to in &targets {
-            assert_eq!(client.namespace.ask(protocol, to).unwrap().server, "one");
+            let answer = client.namespace.ask(protocol, to);
+            assert_eq!(answer.map(|answer| answer.server), Ok("one".to_owned()), "{protocol} {to}");
         }
         // Case 13: one that terminates and serves no more counts as none.
         let gone = json!({"ready": false, "serving": false, "terminating": true});
@@ -169,7 +170,8 @@ fn a_pod_reaches_itself_through_its_service(mode: Mode) {
         node.ready(&name, protocol, 8080, &[2]);
         node.apply();
         for to in [format!("10.96.0.{last}:80"), format!("[fd96::{last}]:80")] {
-            let answer = one.namespace.ask(protocol, &to).unwrap();
+            let answer = one.namespace.ask(protocol, &to);
+            let answer = answer.unwrap_or_else(|error| panic!("{protocol} {to}: {error}"));
             assert_ne!(answer.client, one.v4);
             assert_ne!(answer.client, one.v6);
         }

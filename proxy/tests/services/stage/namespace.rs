@@ -1,5 +1,6 @@
 //! Network namespaces, links, addresses and routes, over netlink: no `ip` is needed.
 
+use std::net::Ipv6Addr;
 use std::os::fd::AsFd;
 use std::process::Command;
 
@@ -70,12 +71,35 @@ impl Namespace {
         assert!(ready.unwrap().is_some(), "{link} has no IPv6");
     }
 
+    /// Neighbours ask for an IPv6 address by multicast, and the kernel joins that group some time after
+    /// the address is there: a question that comes before is lost, and repeated after a second.
+    fn wait_for_questions(&self, link: &str, address: Ipv6Addr) {
+        const HUNG: std::time::Duration = std::time::Duration::from_secs(10);
+        if link == "lo" {
+            return;
+        }
+        let [.., a, b, c] = address.octets();
+        let group = format!("ff0200000000000000000001ff{a:02x}{b:02x}{c:02x}");
+        let joined =
+            |line: &str| line.contains(&group) && line.split_whitespace().nth(1) == Some(link);
+        let began = std::time::Instant::now();
+        while began.elapsed() < HUNG {
+            let groups = self.run(|| std::fs::read_to_string("/proc/thread-self/net/igmp6"));
+            if groups.unwrap().lines().any(joined) {
+                return;
+            }
+            std::thread::yield_now();
+        }
+        panic!("{link} never joined the group of {address}");
+    }
+
     /// Gives a link an address such as `10.0.0.1/24`.
     pub(crate) fn address(&self, link: &str, address: &str) {
         let network: IpNetwork = address.parse().unwrap();
         self.rtnl().ensure_address(self.index(link), network).unwrap();
-        if network.is_ipv6() {
+        if let IpNetwork::V6(network) = network {
             self.wait_for_ipv6(link);
+            self.wait_for_questions(link, network.ip());
         }
     }
 
