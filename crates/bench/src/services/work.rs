@@ -114,7 +114,7 @@ impl Work<'_> {
         SocketAddr::new(objects::marker_ip(index), objects::PORT)
     }
 
-    /// Both proxies understand the same flags.
+    /// Both proxies understand the same flags, but for the file.
     fn start(&self) -> Result<Daemon> {
         let node = self.ground.node();
         let mut command = in_netns(&self.ground.netns(), &self.subject.program);
@@ -125,6 +125,11 @@ impl Work<'_> {
             format!("--proxy-mode={}", self.subject.mode),
             "--cluster-cidr=10.244.0.0/16".into(),
         ]);
+        if self.subject.label == "keelson" {
+            // Its last known Services are none of the machine's.
+            let state = node.scratch().join("last-known.json");
+            command.arg(format!("--state-file={}", state.display()));
+        }
         let log = node.scratch().join("proxy.log");
         Daemon::start(&self.subject.label, command, &log, &format!("{}-bench-proxy", node.name()))
     }
