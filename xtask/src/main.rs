@@ -7,6 +7,7 @@ mod install;
 mod shell;
 mod test;
 mod up;
+mod vm;
 
 use clap::{Parser, Subcommand};
 

@@ -1,0 +1,241 @@
+//! The lane of tests under another kernel: Debian's 6.1 in an emulated machine, with the same test binaries as here.
+//!
+//! The machine has no disk and no network card: its file system is an archive made here, its results come over the serial console.
+
+mod cpio;
+mod modules;
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::build::{self, Profile};
+use crate::shell;
+use cpio::Archive;
+
+/// A machine that is not done by then hangs.
+const BOUND: Duration = Duration::from_secs(600);
+/// The last line of a run, before the exit code.
+const END: &str = "keelson-vm: exit code ";
+/// What is shown of the console when the machine hangs.
+const TAIL: usize = 40;
+const MODULES: &[&str] = &[
+    "veth",
+    "bridge",
+    "dummy",
+    "sctp",
+    "nf_tables",
+    "nft_chain_nat",
+    "nft_ct",
+    "nft_fib_inet",
+    "nft_hash",
+    "nft_masq",
+    "nft_nat",
+    "nft_numgen",
+    "nft_redir",
+    "nft_reject_inet",
+    "nft_compat",
+    "nf_conntrack_netlink",
+    "inet_diag",
+    "tcp_diag",
+    "udp_diag",
+];
+
+/// What the tests run on: a kernel and its modules.
+#[derive(Debug)]
+pub(crate) struct Kernel {
+    folder: PathBuf,
+    release: String,
+}
+
+/// The kernel, unpacked below the target folder, which is kept.
+///
+/// # Errors
+/// When it cannot be had: the lane is skipped then.
+pub(crate) fn kernel() -> Result<Kernel> {
+    for program in ["qemu-system-x86_64", "setpriv", "busybox", "dpkg", "depmod"] {
+        if !shell::has(program) {
+            bail!(
+                "there is no {program} (Debian: qemu-system-x86, util-linux, busybox-static, dpkg, kmod)"
+            );
+        }
+    }
+    let folder = build::target_dir().join("vm-kernel");
+    if release(&folder).is_none() {
+        download(&folder)?;
+    }
+    let release = release(&folder).context("the kernel's package holds no /lib/modules")?;
+    Ok(Kernel { folder, release })
+}
+
+fn download(folder: &Path) -> Result<()> {
+    std::fs::create_dir_all(folder)?;
+    let about =
+        shell::read(Command::new("apt-cache").args(["depends", "linux-image-cloud-amd64"]))?;
+    let package = about
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("Depends: "))
+        .context("apt-cache knows no linux-image-cloud-amd64")?;
+    shell::read(Command::new("apt-get").current_dir(folder).args(["download", package]))?;
+    let file = std::fs::read_dir(folder)?
+        .flatten()
+        .map(|entry| entry.path())
+        .find(|path| path.extension().is_some_and(|e| e == "deb"))
+        .context("apt-get downloaded no package")?;
+    // Aside, then renamed: half a kernel is never taken for one.
+    let beside = folder.join("unpacking");
+    shell::read(Command::new("dpkg").arg("-x").arg(&file).arg(&beside))?;
+    std::fs::rename(&beside, folder.join("root"))?;
+    Ok(std::fs::remove_file(file)?)
+}
+
+fn release(folder: &Path) -> Option<String> {
+    let entry = std::fs::read_dir(folder.join("root/lib/modules")).ok()?.flatten().next()?;
+    entry.file_name().into_string().ok()
+}
+
+/// Runs the proxy's behaviour suite in the machine.
+///
+/// # Errors
+/// When a row fails, or the machine does not start or come to an end.
+pub(crate) fn run(kernel: &Kernel) -> Result<()> {
+    let suite = suite()?;
+    let archive = build::target_dir().join("vm-initramfs");
+    std::fs::write(&archive, initramfs(kernel, &suite)?)?;
+    let mut machine = start(kernel, &archive)?;
+    let result = watch(&mut machine);
+    machine.kill().context("cannot stop the machine")?;
+    machine.wait()?;
+    result
+}
+
+/// The very binary that `cargo test` runs here.
+fn suite() -> Result<PathBuf> {
+    let mut cargo = build::cargo("test", Profile::Dev);
+    cargo.args(["-p", "keelson-proxy", "--test", "services", "--no-run", "--message-format=json"]);
+    let messages = shell::read(&mut cargo)?;
+    messages
+        .lines()
+        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+        .filter_map(|message| message["executable"].as_str().map(PathBuf::from))
+        .next_back()
+        .context("cargo names no executable of the test `services`")
+}
+
+fn initramfs(kernel: &Kernel, suite: &Path) -> Result<Vec<u8>> {
+    let mut archive = Archive::default();
+    for folder in ["bin", "dev", "proc", "sys", "run", "tmp", "var", "lib", "lib64", "modules"] {
+        archive.folder(folder);
+    }
+    let busybox = shell::read(Command::new("sh").args(["-c", "command -v busybox"]))?;
+    archive.program("bin/busybox", &read(Path::new(busybox.trim()))?);
+    archive.program("bin/suite", &read(suite)?);
+    for library in libraries(suite)? {
+        let name = library.file_name().context("a library without a name")?.to_string_lossy();
+        // The loader is where the program says; it finds the others in /lib.
+        let folder = if name.starts_with("ld-linux") { "lib64" } else { "lib" };
+        archive.program(&format!("{folder}/{name}"), &read(&library)?);
+    }
+    let modules = kernel.folder.join("root/lib/modules").join(&kernel.release);
+    let order = modules::in_order(&modules_dep(&modules)?, MODULES);
+    for (number, file) in order.iter().enumerate() {
+        archive.program(&format!("modules/{number:03}.ko"), &read(&modules.join(file))?);
+    }
+    archive.program("init", init().as_bytes());
+    Ok(archive.finish())
+}
+
+/// The package has no modules.dep, which is made when it is installed.
+fn modules_dep(modules: &Path) -> Result<String> {
+    let file = modules.join("modules.dep");
+    if !file.is_file() {
+        let root = modules.ancestors().nth(3).context("modules outside /lib/modules")?;
+        let release = modules.file_name().context("modules without a release")?;
+        shell::read(Command::new("depmod").arg("-b").arg(root).arg(release))?;
+    }
+    Ok(String::from_utf8(read(&file)?)?)
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+/// The shared libraries of a program, by ldd.
+fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
+    let text = shell::read(Command::new("ldd").arg(program))?;
+    Ok(text.split_whitespace().filter(|w| w.starts_with('/')).map(PathBuf::from).collect())
+}
+
+/// What the machine does. nftables alone: the programs of iptables are not in it.
+/// The rows that are left out take long under emulation, or call nft or the proxy's program, which are not in it yet.
+fn init() -> String {
+    format!(
+        "#!/bin/busybox sh
+export PATH=/bin
+/bin/busybox --install -s /bin
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+mount -t tmpfs tmp /tmp
+mount -t tmpfs run /run
+mount -t cgroup2 cgroup2 /sys/fs/cgroup
+for module in /modules/*; do insmod $module || echo \"insmod $module failed\"; done
+ip link set lo up
+suite --backend nftables --skip scale --skip sequences --skip crash --skip switching --skip whole --skip a_restart_changes_nothing --skip nft_lists
+echo \"{END}$?\"
+poweroff -f
+"
+    )
+}
+
+fn start(kernel: &Kernel, archive: &Path) -> Result<Child> {
+    let image = kernel.folder.join("root/boot").join(format!("vmlinuz-{}", kernel.release));
+    // setpriv: the machine goes with this process, also when that is killed.
+    Command::new("setpriv")
+        .args(["--pdeathsig", "KILL", "qemu-system-x86_64", "-accel", "tcg,thread=multi"])
+        .args(["-cpu", "max", "-smp", "2", "-m", "2048", "-nodefaults", "-no-reboot"])
+        .args(["-display", "none", "-serial", "stdio", "-kernel"])
+        .arg(image)
+        .arg("-initrd")
+        .arg(archive)
+        .args(["-append", "console=ttyS0 quiet panic=-1"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot run setpriv qemu-system-x86_64")
+}
+
+/// Shows the console until the suite is done.
+fn watch(machine: &mut Child) -> Result<()> {
+    let console = machine.stdout.take().context("the machine has no console")?;
+    let (sender, lines) = mpsc::channel();
+    std::thread::spawn(move || {
+        for line in BufReader::new(console).split(b'\n').map_while(Result::ok) {
+            if sender.send(String::from_utf8_lossy(&line).trim_end().to_owned()).is_err() {
+                return;
+            }
+        }
+    });
+    let deadline = Instant::now() + BOUND;
+    let mut seen: Vec<String> = Vec::new();
+    loop {
+        match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(line) => {
+                println!("{line}");
+                match line.strip_prefix(END) {
+                    Some("0") => return Ok(()),
+                    Some(code) => bail!("the suite in the machine ended with {code}"),
+                    None => seen.push(line),
+                }
+            }
+            Err(why) => {
+                let tail = seen.split_off(seen.len().saturating_sub(TAIL)).join("\n");
+                bail!("the machine did not finish ({why}); its console ended with:\n{tail}");
+            }
+        }
+    }
+}
