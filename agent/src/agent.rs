@@ -66,6 +66,8 @@ pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> anyhow::Re
         containers: Arc::new(containers),
         shared: shared.clone(),
     };
+    let tidy = crate::memory::give_back_after_bursts(runtime.events());
+    tokio::spawn(stop.clone().run_until_cancelled_owned(tidy));
     let wake = start::wake_on_resync(runtime, shared.wake);
     tokio::spawn(stop.clone().run_until_cancelled_owned(wake));
     let pods = async {

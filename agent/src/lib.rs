@@ -9,6 +9,7 @@ pub mod env;
 pub mod events;
 pub mod image;
 pub mod logd;
+pub mod memory;
 pub mod node;
 mod pidfd;
 pub mod pod;

@@ -25,6 +25,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    keelson_agent::memory::few_arenas();
     match run(Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
