@@ -6,4 +6,5 @@ mod images;
 mod kills;
 mod pods;
 mod restart;
+mod sandboxes;
 mod services;
