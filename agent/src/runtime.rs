@@ -31,8 +31,8 @@ use containerd_client::types::Mount;
 use tokio::sync::{Notify, Semaphore, broadcast};
 
 pub use error::RuntimeError;
-pub use pause::PauseError;
 pub use exec::{ExecRequest, ExecSession, TerminalSize};
+pub use pause::PauseError;
 pub use sandbox::{HostsText, SandboxFiles};
 pub(crate) use sandbox::{blocking, chain};
 

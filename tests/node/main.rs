@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test ends where something that it needs does not hold")]
 
 mod bad_input;
+mod cri;
 mod images;
 mod kills;
 mod pods;

@@ -37,6 +37,8 @@ const TEST: &[Need] = &[
     need("docker-registry", "docker-registry"),
     need("skopeo", "skopeo"),
     need("conntrack", "conntrack"),
+    need("iptables-nft-restore", "iptables"),
+    need("/usr/lib/cni/loopback", "containernetworking-plugins"),
 ];
 
 /// What `cargo xtask up` calls.
