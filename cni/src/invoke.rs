@@ -14,7 +14,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use self::memory::Memory;
+use self::memory::{Memory, Remembered};
 use crate::conflist::{Conflist, ConflistError, PluginConf};
 use crate::error::CniError;
 use crate::result::AddResult;
@@ -177,20 +177,42 @@ impl Invoker {
         let file = self.memory().file(&list.name, attachment);
         match Memory::recall(&file)? {
             Some(remembered) => {
-                let old = Conflist::parse(&file, remembered.list.to_string().as_bytes())?;
-                let attachment =
-                    Attachment { netns: attachment.netns.clone(), ..remembered.attachment };
-                self.del_chain(&old, &attachment, Some(&remembered.result))?;
+                self.del_as_remembered(&file, remembered, attachment.netns.as_deref())?;
             }
             None => self.del_chain(list, attachment, None)?,
         }
         Memory::forget(&file)
     }
 
-    /// Whether an ADD of this attachment is remembered that no DEL has ended.
-    #[must_use]
-    pub fn remembers(&self, list: &Conflist, attachment: &Attachment) -> bool {
-        self.memory().file(&list.name, attachment).exists()
+    /// Runs DEL for every remembered ADD of a container, whatever its network was called and whether that still has a
+    /// configuration. Answers whether there was any.
+    ///
+    /// # Errors
+    /// The first failure; run it again then.
+    pub fn del_remembered(
+        &self,
+        container_id: &str,
+        netns: Option<&Path>,
+    ) -> Result<bool, InvokeError> {
+        let files = self.memory().of_container(container_id)?;
+        for file in &files {
+            if let Some(remembered) = Memory::recall(file)? {
+                self.del_as_remembered(file, remembered, netns)?;
+            }
+            Memory::forget(file)?;
+        }
+        Ok(!files.is_empty())
+    }
+
+    fn del_as_remembered(
+        &self,
+        file: &Path,
+        remembered: Remembered,
+        netns: Option<&Path>,
+    ) -> Result<(), InvokeError> {
+        let list = Conflist::parse(file, remembered.list.to_string().as_bytes())?;
+        let attachment = Attachment { netns: netns.map(Path::to_owned), ..remembered.attachment };
+        self.del_chain(&list, &attachment, Some(&remembered.result))
     }
 
     /// Runs CHECK of every plugin with the remembered result. A success without a look when the list's version is below

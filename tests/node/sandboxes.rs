@@ -132,3 +132,39 @@ fn sysctls_are_the_pods_own_and_those_of_the_node_are_refused() {
     });
     assert_ne!(fs::read_to_string("/proc/sys/kernel/core_pattern").unwrap().trim(), "/x");
 }
+
+#[test]
+fn a_pod_ends_wholly_although_its_network_was_renamed_or_removed_meanwhile() {
+    let node = Node::start().unwrap();
+    let folder = node.state_dir().join("cni/net.d");
+    let list = fs::read_dir(&folder).unwrap().flatten().next().unwrap().path();
+    let text = fs::read_to_string(&list).unwrap();
+    let addresses = node.state_dir().join("cni/data");
+    let held = || {
+        let mut held = 0;
+        for network in fs::read_dir(&addresses).unwrap().flatten() {
+            let journal = fs::read_to_string(network.path().join("journal")).unwrap();
+            held += journal.matches(r#""op":"take""#).count();
+            held -= journal.matches(r#""op":"free""#).count();
+        }
+        held
+    };
+    for renamed in [true, false] {
+        node.apply(&pod("app", "")).unwrap();
+        node.wait_for("pod/app", "condition=Ready").unwrap();
+        assert_eq!(held(), 1);
+        fs::remove_file(&list).unwrap();
+        if renamed {
+            let other = text.replacen(r#""name": "keelson""#, r#""name": "other""#, 1);
+            assert_ne!(other, text);
+            fs::write(folder.join("00-other.conflist"), other).unwrap();
+        }
+        node.kubectl(&["delete", "pod", "app"]).unwrap();
+        leak::no_pods_left(&node);
+        assert_eq!(held(), 0, "renamed: {renamed}");
+        fs::write(&list, &text).unwrap();
+        if renamed {
+            fs::remove_file(folder.join("00-other.conflist")).unwrap();
+        }
+    }
+}

@@ -4,6 +4,8 @@
 //! Containers join the namespaces by path. containerd keeps the sandbox's record as a container without a task, so that
 //! every question about a pod is answered from one place.
 
+mod network;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::IpAddr;
@@ -17,8 +19,6 @@ use containerd_client::services::v1::{
     ListContainersRequest,
 };
 use jiff::Timestamp;
-use keelson_cni::conflist::Conflist;
-use keelson_cni::invoke::{Attachment, Invoker};
 use keelson_netlink::netns::{self, Kind, Netns};
 use keelson_netlink::route::Rtnl;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -26,7 +26,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use super::error::gone_is_fine;
 use super::pause::{self, sysctl};
 use super::record::{LABEL_KIND, Record, SandboxRecord};
-use super::types::{HostPort, ObservedSandbox, PodNetwork, RuntimeEvent, SandboxConfig};
+use super::types::{ObservedSandbox, PodNetwork, RuntimeEvent, SandboxConfig};
 use super::{Inner, RuntimeError, container, spec};
 
 /// A pod's `/dev/shm`, as the CRI sizes it.
@@ -34,9 +34,6 @@ const SHM_OPTIONS: &str = "mode=1777,size=64m";
 
 /// The runtime that a sandbox's record names in containerd.
 const NO_TASK: &str = "io.keelson.pause.v1";
-
-/// How long one CNI plugin may take.
-const CNI_LIMIT: std::time::Duration = std::time::Duration::from_secs(60);
 
 /// What the files say that all containers of a pod share.
 #[derive(Clone, Default)]
@@ -96,7 +93,7 @@ async fn make(
         let (inner, id, config) = (Arc::clone(inner), id.to_owned(), config.clone());
         blocking(move || prepare(&inner, &id, &config, &files)).await?
     };
-    let record = SandboxRecord::new(config, ips, port_mappings(config));
+    let record = SandboxRecord::new(config, ips, network::port_mappings(config));
     let request = Container {
         id: id.to_owned(),
         labels: Record::Sandbox(record.clone()).labels(),
@@ -178,7 +175,7 @@ fn prepare(
     pin_namespaces(&dir, config)?;
     let ips = match &config.network {
         PodNetwork::Host => Vec::new(),
-        PodNetwork::Cni { .. } => add_network(inner, id, &dir, config)?,
+        PodNetwork::Cni { .. } => network::add(inner, id, &dir, config)?,
     };
     let write = |name: &str, text: &str| {
         fs::write(dir.file(name), text).map_err(RuntimeError::system("write", dir.file(name)))
@@ -246,68 +243,6 @@ fn sysctls(config: &SandboxConfig) -> BTreeMap<String, String> {
     sysctls
 }
 
-fn add_network(
-    inner: &Inner,
-    id: &str,
-    dir: &SandboxDir,
-    config: &SandboxConfig,
-) -> Result<Vec<IpAddr>, RuntimeError> {
-    let fail = |message| RuntimeError::Network { pod: pod_name(config), message };
-    let list = Conflist::load_dir(&inner.options.cni_conf_dir).map_err(|e| fail(chain(&e)))?;
-    let attachment = attachment(id, Some(dir.namespace("net")), config);
-    let added = invoker(inner).add(&list, &attachment).map_err(|e| fail(chain(&e)))?;
-    let ips = added.result.container_ips();
-    if ips.is_empty() {
-        Err(fail(format!("the CNI network {} gave it no address", list.name)))
-    } else {
-        Ok(ips)
-    }
-}
-
-fn attachment(id: &str, netns: Option<PathBuf>, config: &SandboxConfig) -> Attachment {
-    let args = [
-        ("K8S_POD_NAMESPACE", &config.pod.namespace),
-        ("K8S_POD_NAME", &config.pod.name),
-        ("K8S_POD_INFRA_CONTAINER_ID", &id.to_owned()),
-        ("K8S_POD_UID", &config.pod.uid),
-    ]
-    .map(|(key, value)| (key.to_owned(), value.clone()));
-    let mut capabilities = serde_json::Map::new();
-    capabilities.insert("portMappings".into(), port_mappings(config));
-    Attachment {
-        container_id: id.to_owned(),
-        netns,
-        ifname: "eth0".into(),
-        args: args.into(),
-        capabilities,
-    }
-}
-
-fn port_mappings(config: &SandboxConfig) -> serde_json::Value {
-    let PodNetwork::Cni { host_ports } = &config.network else {
-        return serde_json::Value::Array(Vec::new());
-    };
-    let mapping = |port: &HostPort| {
-        let mut mapping = serde_json::json!({
-            "hostPort": port.host_port, "containerPort": port.container_port, "protocol": port.protocol,
-        });
-        if let Some(ip) = port.host_ip {
-            mapping["hostIP"] = ip.to_string().into();
-        }
-        mapping
-    };
-    host_ports.iter().map(mapping).collect()
-}
-
-fn invoker(inner: &Inner) -> Invoker {
-    Invoker {
-        bin_dirs: inner.options.cni_bin_dirs.clone(),
-        // Not in the run directory: an address stays taken over a reboot until DEL or GC.
-        state_dir: inner.options.root_dir.join("cni-results"),
-        timeout: CNI_LIMIT,
-    }
-}
-
 /// How containerd shall run a container.
 pub(crate) fn runtime_of(inner: &Inner, handler: &str) -> OciRuntime {
     let binary = if handler.is_empty() { &inner.options.default_runtime } else { handler };
@@ -350,24 +285,8 @@ async fn take_down(
             let pod = record.as_ref().map_or_else(|| id.clone(), |r| r.pod.uid.clone());
             // A crash can leave the file without the namespace on it.
             let netns = Some(dir.namespace("net")).filter(|path| Netns::open(path).is_ok());
-            let attachment = Attachment {
-                container_id: id.clone(),
-                netns,
-                ifname: "eth0".into(),
-                args: Vec::new(),
-                capabilities: serde_json::Map::new(),
-            };
-            let fail = |message| RuntimeError::Network { pod: pod.clone(), message };
-            match Conflist::load_dir(&inner.options.cni_conf_dir) {
-                Ok(list) => {
-                    let invoker = invoker(&inner);
-                    // Neither a namespace nor a remembered ADD: it was taken down before, no plugin need run again.
-                    if attachment.netns.is_some() || invoker.remembers(&list, &attachment) {
-                        invoker.del(&list, &attachment).map_err(|e| fail(chain(&e)))?;
-                    }
-                }
-                Err(error) => return Err(fail(chain(&error))),
-            }
+            network::remove(&inner, &id, netns)
+                .map_err(|message| RuntimeError::Network { pod, message })?;
         }
         release(&dir)
     })

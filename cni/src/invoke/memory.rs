@@ -71,20 +71,37 @@ impl Memory<'_> {
         }
     }
 
+    /// The files of a container's attachments.
+    pub(super) fn of_container(self, container_id: &str) -> Result<Vec<PathBuf>, InvokeError> {
+        let inside = format!("-{container_id}-");
+        let files = self.files()?.into_iter();
+        Ok(files
+            .filter(|file| file.file_stem().is_some_and(|n| n.to_string_lossy().contains(&inside)))
+            .collect())
+    }
+
     pub(super) fn all(self) -> Result<Vec<Remembered>, InvokeError> {
+        let mut all = Vec::new();
+        for file in self.files()? {
+            all.extend(Self::recall(&file)?);
+        }
+        Ok(all)
+    }
+
+    fn files(self) -> Result<Vec<PathBuf>, InvokeError> {
         let fail =
             |source| InvokeError::State { step: "list", path: self.folder.to_owned(), source };
         let entries = match fs::read_dir(self.folder) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             entries => entries.map_err(fail)?,
         };
-        let mut all = Vec::new();
+        let mut files = Vec::new();
         for entry in entries {
             let path = entry.map_err(fail)?.path();
             if path.extension().is_some_and(|extension| extension == "json") {
-                all.extend(Self::recall(&path)?);
+                files.push(path);
             }
         }
-        Ok(all)
+        Ok(files)
     }
 }
