@@ -5,6 +5,7 @@ mod bad_input;
 mod cri;
 mod images;
 mod kills;
+mod kubectl;
 mod pods;
 mod restart;
 mod sandboxes;
