@@ -41,6 +41,9 @@ const TEST: &[Need] = &[
     need("/usr/lib/cni/loopback", "containernetworking-plugins"),
 ];
 
+/// For the machine that is emulated.
+const VM: &[Need] = &[need("qemu-system-x86_64", "qemu-system-x86"), need("depmod", "kmod")];
+
 /// What `cargo xtask up` calls.
 pub(crate) fn for_up() -> Result<()> {
     install(&[BUILD, NODE].concat())
@@ -49,6 +52,11 @@ pub(crate) fn for_up() -> Result<()> {
 /// What `cargo xtask test` calls.
 pub(crate) fn for_test() -> Result<()> {
     install(&[BUILD, NODE, TEST].concat())
+}
+
+/// What the lane in a virtual machine needs. Without it that lane is skipped, and nothing else.
+pub(crate) fn for_vm() -> Result<()> {
+    install(VM)
 }
 
 fn install(needs: &[Need]) -> Result<()> {

@@ -5,6 +5,7 @@
 mod cpio;
 mod modules;
 
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -57,13 +58,10 @@ pub(crate) struct Kernel {
 /// # Errors
 /// When it cannot be had: the lane is skipped then.
 pub(crate) fn kernel() -> Result<Kernel> {
-    for program in ["qemu-system-x86_64", "setpriv", "busybox", "dpkg", "depmod"] {
-        if !shell::has(program) {
-            bail!(
-                "there is no {program} (Debian: qemu-system-x86, util-linux, busybox-static, dpkg, kmod)"
-            );
-        }
+    if cfg!(not(target_arch = "x86_64")) {
+        bail!("the emulated machine is an x86-64 one");
     }
+    crate::install::for_vm()?;
     let folder = build::target_dir().join("vm-kernel");
     if release(&folder).is_none() {
         download(&folder)?;
@@ -103,7 +101,7 @@ fn release(folder: &Path) -> Option<String> {
 /// # Errors
 /// When a row fails, or the machine does not start or come to an end.
 pub(crate) fn run(kernel: &Kernel) -> Result<()> {
-    let suite = suite()?;
+    let suite = Suite::build()?;
     let archive = build::target_dir().join("vm-initramfs");
     std::fs::write(&archive, initramfs(kernel, &suite)?)?;
     let mut machine = start(kernel, &archive)?;
@@ -113,32 +111,53 @@ pub(crate) fn run(kernel: &Kernel) -> Result<()> {
     result
 }
 
-/// The very binary that `cargo test` runs here.
-fn suite() -> Result<PathBuf> {
-    let mut cargo = build::cargo("test", Profile::Dev);
-    cargo.args(["-p", "keelson-proxy", "--test", "services", "--no-run", "--message-format=json"]);
-    let messages = shell::read(&mut cargo)?;
-    messages
-        .lines()
-        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
-        .filter_map(|message| message["executable"].as_str().map(PathBuf::from))
-        .next_back()
-        .context("cargo names no executable of the test `services`")
+/// The very binaries that `cargo test` runs here.
+struct Suite {
+    suite: PathBuf,
+    /// The suite looks for it where cargo has put it.
+    proxy: PathBuf,
 }
 
-fn initramfs(kernel: &Kernel, suite: &Path) -> Result<Vec<u8>> {
+impl Suite {
+    fn build() -> Result<Suite> {
+        let mut cargo = build::cargo("test", Profile::Dev);
+        cargo.args(["-p", "keelson-proxy", "--test", "services", "--no-run"]);
+        let messages = shell::read(cargo.arg("--message-format=json"))?;
+        let suite = messages
+            .lines()
+            .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+            .filter(|message| message["target"]["name"] == "services")
+            .find_map(|message| message["executable"].as_str().map(PathBuf::from))
+            .context("cargo names no executable of the test `services`")?;
+        Ok(Suite { suite, proxy: build::target_dir().join("debug/keelson-proxy") })
+    }
+}
+
+fn initramfs(kernel: &Kernel, suite: &Suite) -> Result<Vec<u8>> {
     let mut archive = Archive::default();
     for folder in ["bin", "dev", "proc", "sys", "run", "tmp", "var", "lib", "lib64", "modules"] {
         archive.folder(folder);
     }
-    let busybox = shell::read(Command::new("sh").args(["-c", "command -v busybox"]))?;
-    archive.program("bin/busybox", &read(Path::new(busybox.trim()))?);
-    archive.program("bin/suite", &read(suite)?);
-    for library in libraries(suite)? {
-        let name = library.file_name().context("a library without a name")?.to_string_lossy();
-        // The loader is where the program says; it finds the others in /lib.
-        let folder = if name.starts_with("ld-linux") { "lib64" } else { "lib" };
-        archive.program(&format!("{folder}/{name}"), &read(&library)?);
+    archive.program("bin/busybox", &read(&program("busybox")?)?);
+    let nft = program("nft")?;
+    archive.program("bin/nft", &read(&nft)?);
+    archive.program("bin/suite", &read(&suite.suite)?);
+    archive.with_folders(&suite.proxy, &read(&suite.proxy)?);
+    let certificates = Path::new("/etc/ssl/certs/ca-certificates.crt");
+    if certificates.is_file() {
+        // The proxy's client wants the system's, whether its server has one of them or not.
+        archive.with_folders(certificates, &read(certificates)?);
+    }
+    let mut known = BTreeSet::new();
+    for program in [&suite.suite, &suite.proxy, &nft] {
+        for library in libraries(program)? {
+            let name = library.file_name().context("a library without a name")?.to_string_lossy();
+            // The loader is where the program says; it finds the others in /lib.
+            let folder = if name.starts_with("ld-linux") { "lib64" } else { "lib" };
+            if known.insert(name.clone().into_owned()) {
+                archive.program(&format!("{folder}/{name}"), &read(&library)?);
+            }
+        }
     }
     let modules = kernel.folder.join("root/lib/modules").join(&kernel.release);
     let order = modules::in_order(&modules_dep(&modules)?, MODULES);
@@ -149,13 +168,19 @@ fn initramfs(kernel: &Kernel, suite: &Path) -> Result<Vec<u8>> {
     Ok(archive.finish())
 }
 
+/// Where a program of the PATH, or of an administrator's, is.
+fn program(name: &str) -> Result<PathBuf> {
+    let find = format!("PATH=$PATH:/usr/sbin:/sbin command -v {name}");
+    Ok(PathBuf::from(shell::read(Command::new("sh").args(["-c", &find]))?.trim()))
+}
+
 /// The package has no modules.dep, which is made when it is installed.
 fn modules_dep(modules: &Path) -> Result<String> {
     let file = modules.join("modules.dep");
     if !file.is_file() {
         let root = modules.ancestors().nth(3).context("modules outside /lib/modules")?;
         let release = modules.file_name().context("modules without a release")?;
-        shell::read(Command::new("depmod").arg("-b").arg(root).arg(release))?;
+        shell::read(Command::new(program("depmod")?).arg("-b").arg(root).arg(release))?;
     }
     Ok(String::from_utf8(read(&file)?)?)
 }
@@ -170,8 +195,8 @@ fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
     Ok(text.split_whitespace().filter(|w| w.starts_with('/')).map(PathBuf::from).collect())
 }
 
-/// What the machine does. nftables alone: the programs of iptables are not in it.
-/// The rows that are left out take long under emulation, or call nft or the proxy's program, which are not in it yet.
+/// What the machine does. nftables alone: the programs of iptables are not in it. The rows that are left out take long under
+/// emulation.
 fn init() -> String {
     format!(
         "#!/bin/busybox sh
@@ -185,7 +210,7 @@ mount -t tmpfs run /run
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 for module in /modules/*; do insmod $module || echo \"insmod $module failed\"; done
 ip link set lo up
-suite --backend nftables --skip scale --skip sequences --skip crash --skip switching --skip whole --skip a_restart_changes_nothing --skip nft_lists
+suite --backend nftables --skip scale --skip sequences
 echo \"{END}$?\"
 poweroff -f
 "

@@ -1,5 +1,7 @@
 //! The archive that a kernel unpacks as its first file system: format "newc" (Documentation/driver-api/early-userspace/buffer-format.rst).
 
+use std::path::Path;
+
 /// An archive in the making.
 #[derive(Debug, Default)]
 pub(crate) struct Archive {
@@ -16,6 +18,18 @@ impl Archive {
     /// Adds a program.
     pub(crate) fn program(&mut self, path: &str, content: &[u8]) {
         self.entry(path, 0o100_755, content);
+    }
+
+    /// Adds a file at an absolute path, with the folders above it.
+    pub(crate) fn with_folders(&mut self, path: &Path, content: &[u8]) {
+        let above: Vec<&Path> = path.ancestors().skip(1).collect();
+        for folder in above.into_iter().rev().filter_map(inside) {
+            // The kernel takes a folder that is there already for granted.
+            self.folder(&folder);
+        }
+        if let Some(path) = inside(path) {
+            self.program(&path, content);
+        }
     }
 
     /// The whole archive.
@@ -44,6 +58,12 @@ impl Archive {
     fn pad(&mut self) {
         self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
     }
+}
+
+/// A path as the archive has it: without the slash that it begins with. `None` for the root.
+fn inside(path: &Path) -> Option<String> {
+    let path = path.strip_prefix("/").ok()?.to_str()?;
+    (!path.is_empty()).then(|| path.to_owned())
 }
 
 #[cfg(test)]
