@@ -18,6 +18,7 @@ mod pause;
 mod record;
 mod sandbox;
 mod spec;
+mod termination;
 pub mod types;
 mod user;
 

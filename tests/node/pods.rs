@@ -68,3 +68,48 @@ spec:
     node.kubectl(&["delete", "pod", "crash"]).unwrap();
     leak::no_pods_left(&node);
 }
+
+#[test]
+fn last_words_come_from_the_file_or_for_a_failed_container_from_its_log() {
+    let node = Node::start().unwrap();
+    node.apply(&format!(
+        r#"
+apiVersion: v1
+kind: Pod
+metadata: {{ name: words }}
+spec:
+  restartPolicy: Never
+  securityContext: {{ runAsUser: 1000 }}
+  containers:
+    - name: file
+      image: {BUSYBOX}
+      command: ["sh", "-c", "echo noise; echo -n farewell > /dev/termination-log"]
+    - name: elsewhere
+      image: {BUSYBOX}
+      command: ["sh", "-c", "echo -n there > /tmp/words; exit 1"]
+      terminationMessagePath: /tmp/words
+    - name: log
+      image: {BUSYBOX}
+      command: ["sh", "-c", "echo first; echo 'no such thing' >&2; exit 2"]
+      terminationMessagePolicy: FallbackToLogsOnError
+    - name: silent
+      image: {BUSYBOX}
+      command: ["sh", "-c", "echo all is well"]
+      terminationMessagePolicy: FallbackToLogsOnError
+"#
+    ))
+    .unwrap();
+    node.wait_for("pod/words", "jsonpath={.status.phase}=Failed").unwrap();
+    let message = |name: &str| {
+        let status = format!(".status.containerStatuses[?(@.name==\"{name}\")]");
+        let path = format!("jsonpath={{{status}.state.terminated.message}}");
+        node.kubectl(&["get", "pod", "words", "-o", &path]).unwrap()
+    };
+    assert_eq!(message("file"), "farewell");
+    assert_eq!(message("elsewhere"), "there");
+    let log = message("log");
+    assert!(log.contains("first\n") && log.contains("no such thing\n"), "{log}");
+    assert_eq!(message("silent"), "");
+    node.kubectl(&["delete", "pod", "words"]).unwrap();
+    leak::no_pods_left(&node);
+}

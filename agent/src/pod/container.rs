@@ -70,6 +70,8 @@ pub(super) fn config(from: &Ingredients) -> Result<ContainerConfig, String> {
             .termination_message_path
             .clone()
             .unwrap_or_else(|| "/dev/termination-log".into()),
+        termination_message_from_log: container.termination_message_policy.as_deref()
+            == Some("FallbackToLogsOnError"),
         grace_period_secs: spec::grace_secs(from.pod),
         annotations: BTreeMap::new(),
         target_container_id: None,

@@ -18,7 +18,7 @@ use tonic::{Code, Status};
 use super::error::gone_is_fine;
 use super::record::{ContainerRecord, Record, SandboxRecord};
 use super::types::{ContainerConfig, Exit};
-use super::{Inner, RuntimeError, exit_record, lease, sandbox, spec, user};
+use super::{Inner, RuntimeError, exit_record, lease, sandbox, spec, termination, user};
 use crate::logd::LogSpec;
 
 /// The snapshotter that containers' root file systems come from.
@@ -271,10 +271,12 @@ async fn exit_of(
         0 => "Completed",
         _ => "Error",
     };
+    let failed = code != 0 || oom;
+    let log = record.filter(|r| r.termination_message_from_log && failed).map(|r| r.log_path);
     Exit {
         code,
         reason: reason.into(),
-        message: String::new(),
+        message: termination::message(&inner.options.root_dir, id, log.as_deref()),
         started_at: started_at(inner, id),
         finished_at: exited_at.and_then(timestamp).unwrap_or_else(Timestamp::now),
     }
@@ -309,6 +311,7 @@ pub(crate) async fn remove(inner: &Arc<Inner>, id: &str) -> Result<(), RuntimeEr
     .map_err(RuntimeError::call("remove the root file system of", id))?;
     inner.logs.close(id).await;
     exit_record::remove(&inner.options.root_dir, id);
+    termination::remove(&inner.options.root_dir, id);
     drop(fs::remove_file(started_marker(inner, id)));
     Ok(())
 }

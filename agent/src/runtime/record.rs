@@ -63,6 +63,8 @@ pub(crate) struct ContainerRecord {
     pub(crate) stop_signal: String,
     pub(crate) tty: bool,
     pub(crate) stdin: bool,
+    #[serde(default)]
+    pub(crate) termination_message_from_log: bool,
     pub(crate) cgroup: String,
     pub(crate) boot: String,
 }
@@ -178,6 +180,7 @@ impl ContainerRecord {
             stop_signal,
             tty: config.tty,
             stdin: config.stdin,
+            termination_message_from_log: config.termination_message_from_log,
             cgroup,
             boot: boot_id(),
         }

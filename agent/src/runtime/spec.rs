@@ -16,7 +16,7 @@ use super::record::SandboxRecord;
 use super::sandbox::SandboxDir;
 use super::types::{ContainerConfig, Mount, Propagation};
 use super::user::{self, RootFs, User};
-use super::{Inner, RuntimeError};
+use super::{Inner, RuntimeError, termination};
 use crate::config::CgroupDriver;
 use crate::image::ResolvedImage;
 
@@ -180,7 +180,7 @@ pub(crate) fn container(
         "ociVersion": "1.0.2",
         "process": process(inner, sandbox, config, image, &user)?,
         "root": { "path": "rootfs", "readonly": security.read_only_root_fs },
-        "mounts": mounts(&dir, sandbox, config),
+        "mounts": mounts(&dir, sandbox, config, &termination::prepare(&inner.options.root_dir, id)?),
         "annotations": all_annotations,
         "linux": linux,
     })))
@@ -280,7 +280,12 @@ fn capabilities(config: &ContainerConfig) -> Vec<String> {
     ALL_CAPABILITIES.iter().filter(|name| wanted(name)).map(|&name| name.to_owned()).collect()
 }
 
-fn mounts(dir: &SandboxDir, sandbox: &SandboxRecord, config: &ContainerConfig) -> Value {
+fn mounts(
+    dir: &SandboxDir,
+    sandbox: &SandboxRecord,
+    config: &ContainerConfig,
+    last_words: &Path,
+) -> Value {
     let sys = if config.security.privileged { "rw" } else { "ro" };
     let mut all = vec![
         json!({ "destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"] }),
@@ -306,6 +311,7 @@ fn mounts(dir: &SandboxDir, sandbox: &SandboxRecord, config: &ContainerConfig) -
     bind("/etc/hostname", &dir.file("hostname"));
     bind("/etc/resolv.conf", &dir.file("resolv.conf"));
     bind("/etc/hosts", &dir.file("hosts"));
+    bind(&config.termination_message_path, last_words);
     let mut own: Vec<&Mount> = config.mounts.iter().collect();
     // A mount below another one must come after it.
     own.sort_by_key(|mount| Path::new(&mount.container_path).components().count());

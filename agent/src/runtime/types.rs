@@ -84,7 +84,10 @@ pub struct ContainerConfig {
     pub tty: bool,
     /// Path of the CRI log file; its folder exists.
     pub log_path: PathBuf,
+    /// Where in the container the file for its last words is.
     pub termination_message_path: String,
+    /// Without last words, a failed container's log has them (`FallbackToLogsOnError`).
+    pub termination_message_from_log: bool,
     pub grace_period_secs: i64,
     pub annotations: BTreeMap<String, String>,
     /// Join this running container's PID namespace (ephemeral containers).
