@@ -38,6 +38,7 @@ const TEST: &[Need] = &[
     need("skopeo", "skopeo"),
     need("conntrack", "conntrack"),
     need("iptables-nft-restore", "iptables"),
+    need("curl", "curl"),
     need("/usr/lib/cni/loopback", "containernetworking-plugins"),
 ];
 

@@ -24,9 +24,14 @@ enum Lane {
     Unit,
     /// Real containerd, runc, kernel, nftables, registry and kubectl: needs root
     Node,
+    /// Agent and proxy against kube-apiserver and etcd: needs root and `KUBEBUILDER_ASSETS`
+    Apiserver,
     /// The proxy's behaviour suite under Debian's kernel 6.1 in an emulated machine: needs qemu
     Vm,
 }
+
+/// The folder of envtest's programs.
+const ASSETS: &str = "KUBEBUILDER_ASSETS";
 
 /// What became of a lane.
 enum Outcome {
@@ -37,7 +42,7 @@ enum Outcome {
 
 pub(crate) fn run(args: &TestArgs) -> Result<()> {
     install::for_test()?;
-    let all = [Lane::Lint, Lane::Unit, Lane::Node, Lane::Vm];
+    let all = [Lane::Lint, Lane::Unit, Lane::Node, Lane::Apiserver, Lane::Vm];
     let chosen: Vec<Lane> = if args.lane.is_empty() { all.to_vec() } else { args.lane.clone() };
     let mut outcomes = Vec::new();
     for lane in chosen {
@@ -46,6 +51,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
             Lane::Lint => lint(),
             Lane::Unit => unit(),
             Lane::Node => node(),
+            Lane::Apiserver => apiserver(),
             Lane::Vm => vm(),
         };
         outcomes.push((lane, outcome));
@@ -72,10 +78,8 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
 }
 
 /// Lanes that do not run by themselves yet: named, so that nobody takes their absence for a pass.
-const NOT_YET: &[(&str, &str)] = &[(
-    "conformance",
-    "needs KUBEBUILDER_ASSETS and e2e.test, and there is no runner for them yet",
-)];
+const NOT_YET: &[(&str, &str)] =
+    &[("conformance", "needs a cluster and e2e.test, and there is no runner for them yet")];
 
 fn lint() -> Outcome {
     let mut fmt = build::cargo("fmt", Profile::Dev);
@@ -118,6 +122,8 @@ fn node() -> Outcome {
         }
         Err(error) => println!("SKIPPED with Debian's kubectl: {error:#}"),
     }
+    // Its own lane has the tests that need these.
+    tests.env_remove(ASSETS);
     // Two at a time: each test runs a whole node.
     tests.env("KEELSON_BIN_DIR", bin).args([
         "--workspace",
@@ -127,6 +133,23 @@ fn node() -> Outcome {
         "--",
         "--test-threads=2",
     ]);
+    all_of(&mut [tests])
+}
+
+fn apiserver() -> Outcome {
+    if std::env::var_os(ASSETS).is_none() {
+        return Outcome::Skipped(format!("{ASSETS} names no folder with kube-apiserver and etcd"));
+    }
+    if !nix::unistd::geteuid().is_root() {
+        return Outcome::Skipped("it needs root: namespaces, cgroups, containerd".into());
+    }
+    let bin = match build::node_programs(Profile::Dev) {
+        Ok(bin) => bin,
+        Err(error) => return Outcome::Failed(format!("{error:#}")),
+    };
+    let mut tests = build::cargo("test", Profile::Dev);
+    tests.env("KEELSON_BIN_DIR", bin).args(["-p", "keelson-tests", "--test", "apiserver"]);
+    tests.args(["--no-fail-fast", "--", "--test-threads=2"]);
     all_of(&mut [tests])
 }
 

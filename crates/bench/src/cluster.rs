@@ -11,17 +11,21 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
+use keelson_tests::apiserver::{ApiServer, Assets};
 use keelson_tests::node::Node;
 use kube::Client;
 use nix::sched::{CloneFlags, setns};
 
 use crate::api;
 use crate::report::Report;
-use crate::subject::apiserver::RealServer;
+use crate::subject::version_label;
 
 /// The node's address in its namespace, and that of the other end of its cable.
 pub(crate) const NODE_ADDRESS: IpAddr = IpAddr::V4(Ipv4Addr::new(198, 18, 0, 2));
 pub(crate) const OUTSIDE_ADDRESS: IpAddr = IpAddr::V4(Ipv4Addr::new(198, 18, 0, 1));
+
+/// Nobody makes the default ServiceAccount here.
+const FLAGS: &[&str] = &["--disable-admission-plugins=ServiceAccount"];
 
 /// Which API server to use.
 #[derive(Debug, Clone, Args)]
@@ -36,8 +40,15 @@ pub(crate) struct ServerOptions {
 
 /// The ground, while it exists.
 pub(crate) struct Cluster {
+    /// Dropped before the node, whose namespace it is in.
+    real: Option<RealServer>,
     node: Node,
-    options: ServerOptions,
+}
+
+/// A kube-apiserver and how it is named in the report.
+struct RealServer {
+    label: String,
+    server: ApiServer,
 }
 
 /// The ground as the work sees it, with the API server that it uses.
@@ -46,17 +57,21 @@ pub(crate) struct Ground<'a> {
     /// Where the API server answers in the namespace.
     pub(crate) server: String,
     admin: PathBuf,
-    real: Option<RealServer>,
+    real: Option<&'a RealServer>,
 }
 
 impl Cluster {
-    /// Makes the namespace and starts containerd and keelson's control plane there.
+    /// Makes the namespace and starts containerd and the API server there.
     ///
     /// # Errors
-    /// When keelson does not come up.
+    /// When keelson or the API server does not come up.
     pub(crate) fn start(options: &ServerOptions) -> Result<Cluster> {
         let node = Node::start_control_plane("bench")?;
-        Ok(Cluster { node, options: options.clone() })
+        let real = match &options.apiserver {
+            Some(program) => Some(RealServer::start(&node, program, options.etcd.as_deref())?),
+            None => None,
+        };
+        Ok(Cluster { real, node })
     }
 
     /// Runs `work` on a thread that lives in the namespace, with a client of the API server.
@@ -84,28 +99,24 @@ impl Cluster {
     where
         F: AsyncFnOnce(&Ground<'_>, &Client) -> Result<()>,
     {
-        let ground = self.ground().await?;
+        let ground = self.ground()?;
         let client = api::client(&ground.admin, &ground.server).await?;
-        let result = tokio::select! {
+        tokio::select! {
             result = work(&ground, &client) => result,
             _ = tokio::signal::ctrl_c() => bail!("interrupted"),
-        };
-        if let Some(real) = ground.real {
-            real.stop().await?;
         }
-        result
     }
 
-    async fn ground(&self) -> Result<Ground<'_>> {
-        let own = self.node.state_dir().join("kubeconfig/admin.yaml");
-        let Some(apiserver) = &self.options.apiserver else {
-            let (host, node) = ("127.0.0.1", NODE_ADDRESS.to_string());
-            let server = api::server_of(&own)?.replace(host, &node);
-            return Ok(Ground { node: &self.node, server, admin: own, real: None });
+    fn ground(&self) -> Result<Ground<'_>> {
+        let (server, admin) = match &self.real {
+            Some(real) => (real.server.url(), real.server.admin()),
+            None => {
+                let own = self.node.state_dir().join("kubeconfig/admin.yaml");
+                let (host, node) = ("127.0.0.1", NODE_ADDRESS.to_string());
+                (api::server_of(&own)?.replace(host, &node), own)
+            }
         };
-        let real = RealServer::start(&self.node, apiserver, self.options.etcd.as_deref()).await?;
-        let (server, admin) = (real.url(), real.admin_kubeconfig());
-        Ok(Ground { node: &self.node, server, admin, real: Some(real) })
+        Ok(Ground { node: &self.node, server, admin, real: self.real.as_ref() })
     }
 
     /// Removes everything; what is left is a note, not a failure: the figures are there already.
@@ -113,6 +124,7 @@ impl Cluster {
     /// # Errors
     /// None today.
     pub(crate) fn stop(self, report: &mut Report) -> Result<()> {
+        drop(self.real);
         if let Err(error) = self.node.stop() {
             report.notes.push(format!("removing the node: {error:#}"));
         }
@@ -140,8 +152,8 @@ impl Ground<'_> {
 
     /// Which API server everybody talked to.
     pub(crate) fn describe(&self) -> String {
-        match &self.real {
-            Some(real) => format!("API server: {}", real.describe()),
+        match self.real {
+            Some(real) => format!("API server: {}", real.label),
             None => "API server: keelson's embedded control plane".into(),
         }
     }
@@ -164,6 +176,24 @@ impl Ground<'_> {
     }
 }
 
+impl RealServer {
+    fn start(node: &Node, program: &Path, etcd: Option<&Path>) -> Result<RealServer> {
+        let assets = Assets { apiserver: program.to_owned(), etcd: etcd_program(program, etcd) };
+        let folder = node.scratch().join("apiserver");
+        let server = ApiServer::start(assets, node.name(), folder, FLAGS)?;
+        Ok(RealServer { label: version_label("kube-apiserver", program), server })
+    }
+}
+
+fn etcd_program(apiserver: &Path, etcd: Option<&Path>) -> PathBuf {
+    let beside = apiserver.with_file_name("etcd");
+    match etcd {
+        Some(path) => path.to_owned(),
+        None if beside.is_file() => beside,
+        None => PathBuf::from("etcd"),
+    }
+}
+
 fn netns(name: &str) -> PathBuf {
     Path::new("/run/netns").join(name)
 }
@@ -176,4 +206,19 @@ pub(crate) fn enter(netns: &Path) -> Result<()> {
     let file = fs::File::open(netns).with_context(|| format!("cannot open {}", netns.display()))?;
     setns(file, CloneFlags::CLONE_NEWNET)
         .with_context(|| format!("cannot enter {}", netns.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn etcd_is_the_given_one_then_the_one_beside_then_that_of_the_path() {
+        let folder = tempfile::tempdir().unwrap();
+        let apiserver = folder.path().join("kube-apiserver");
+        assert_eq!(etcd_program(&apiserver, Some(Path::new("/x"))), Path::new("/x"));
+        assert_eq!(etcd_program(&apiserver, None), Path::new("etcd"));
+        fs::write(folder.path().join("etcd"), "").unwrap();
+        assert_eq!(etcd_program(&apiserver, None), folder.path().join("etcd"));
+    }
 }

@@ -1,6 +1,5 @@
 //! Who is measured, and the programs that they need around them.
 
-pub(crate) mod apiserver;
 pub(crate) mod kubelet;
 pub(crate) mod node;
 

@@ -14,6 +14,7 @@ use crate::events::Severity;
 use crate::pod::image;
 use crate::pod::objects::{ObjectKey, ObjectKind};
 use crate::pod::spec;
+use crate::runtime::types::ContainerState;
 use crate::volume::{ContentContext, Mounted, PodVolumes, Tokens, content};
 
 /// kubelet refreshes at 80 % of a token's life, or after 24 h.
@@ -84,7 +85,8 @@ impl Worker {
         let token_due = self.volumes.refresh_at.is_some_and(|at| at <= now);
         let has_volumes = spec::spec(&desired.pod).is_some_and(|s| s.volumes.is_some());
         let pod_changed = self.volumes.told != told(&desired.pod);
-        let adopted = self.volumes.mounted.is_none();
+        // Before that the volumes are made when the containers are started.
+        let adopted = self.volumes.mounted.is_none() && self.runs();
         if !has_volumes || !(adopted || self.volumes.dirty || token_due || pod_changed) {
             return;
         }
@@ -97,6 +99,11 @@ impl Worker {
             self.volumes.refresh_at = Some(retry_at(now, self.volumes.failures));
             self.node.events.pod(&desired.pod, Severity::Warning, "FailedMount", message);
         }
+    }
+
+    fn runs(&self) -> bool {
+        let mut containers = self.observed.iter().flat_map(|o| &o.containers);
+        containers.any(|c| matches!(c.state, ContainerState::Running { .. }))
     }
 
     async fn fetch_objects(&mut self, pod: &Pod) -> Result<(), String> {
