@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::diff::{Change, Plans};
 use crate::iptables::{Iptables, IptablesError, Variant};
+use crate::ipvs::{Ipvs, IpvsConfig, IpvsError};
 use crate::model::ServiceKey;
 use crate::nftables::{Nftables, NftablesError};
 
@@ -16,11 +17,13 @@ use crate::nftables::{Nftables, NftablesError};
 pub enum Mode {
     Nftables,
     Iptables(Variant),
+    Ipvs,
 }
 
 impl Mode {
-    pub const ALL: [Mode; 3] =
-        [Mode::Nftables, Mode::Iptables(Variant::Nft), Mode::Iptables(Variant::Legacy)];
+    /// In order of preference.
+    pub const ALL: [Mode; 4] =
+        [Mode::Nftables, Mode::Iptables(Variant::Nft), Mode::Iptables(Variant::Legacy), Mode::Ipvs];
 
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -28,6 +31,7 @@ impl Mode {
             Mode::Nftables => "nftables",
             Mode::Iptables(Variant::Nft) => "iptables-nft",
             Mode::Iptables(Variant::Legacy) => "iptables-legacy",
+            Mode::Ipvs => "ipvs",
         }
     }
 
@@ -37,6 +41,7 @@ impl Mode {
         match self {
             Mode::Iptables(_) => "iptables",
             Mode::Nftables => "nftables",
+            Mode::Ipvs => "ipvs",
         }
     }
 
@@ -49,6 +54,7 @@ impl Mode {
             // Which of the two the node uses is found out when it starts.
             "iptables" => Some(&[Mode::Iptables(Variant::Nft), Mode::Iptables(Variant::Legacy)]),
             "iptables-nft" => Some(&[Mode::Iptables(Variant::Nft)]),
+            "ipvs" => Some(&[Mode::Ipvs]),
             "iptables-legacy" => Some(&[Mode::Iptables(Variant::Legacy)]),
             _ => None,
         }
@@ -60,6 +66,7 @@ impl Mode {
         match self {
             Mode::Nftables => Ok(Nftables::probe()?),
             Mode::Iptables(variant) => Ok(Iptables::probe(variant)?),
+            Mode::Ipvs => Ok(Ipvs::probe()?),
         }
     }
 
@@ -68,6 +75,7 @@ impl Mode {
         Ok(match self {
             Mode::Nftables => Box::new(Nftables::open(config)?),
             Mode::Iptables(variant) => Box::new(Iptables::open(variant, config)?),
+            Mode::Ipvs => Box::new(Ipvs::open(config)?),
         })
     }
 }
@@ -124,6 +132,9 @@ pub struct BackendConfig {
     pub service_ranges: Vec<IpNetwork>,
     /// Bit of the packet mark that asks for masquerading.
     pub masquerade_bit: u8,
+    /// What only the IPVS mode needs.
+    #[serde(default)]
+    pub ipvs: IpvsConfig,
 }
 
 /// How pods are told from other sources of packets.
@@ -159,11 +170,19 @@ impl Default for BackendConfig {
             localhost_node_ports: true,
             service_ranges: Vec::new(),
             masquerade_bit: 14,
+            ipvs: IpvsConfig::default(),
         }
     }
 }
 
 impl BackendConfig {
+    /// The bit of packet and connection marks that tells what IPVS works on, as a number.
+    #[must_use]
+    pub fn ipvs_mark(&self) -> u32 {
+        // Not 15: old kubelets drop what has that one.
+        if self.masquerade_bit == 13 { 1 << 12 } else { 1 << 13 }
+    }
+
     /// The bit of the packet mark that asks for masquerading, as a number.
     #[must_use]
     pub fn mark(&self) -> u32 {
@@ -196,4 +215,6 @@ pub enum BackendError {
     Nftables(#[from] NftablesError),
     #[error(transparent)]
     Iptables(#[from] IptablesError),
+    #[error(transparent)]
+    Ipvs(#[from] IpvsError),
 }

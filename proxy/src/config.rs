@@ -9,6 +9,7 @@ use serde_json::json;
 
 use crate::backend::Mode;
 use crate::conntrack::ConntrackLimits;
+use crate::ipvs::IpvsConfig;
 
 /// Configuration of [`crate::run`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,6 +34,8 @@ pub struct ProxyConfig {
     pub node_port_addresses: NodePortAddresses,
     /// Node ports answer on 127.0.0.1, too.
     pub localhost_node_ports: bool,
+    /// What only the IPVS mode needs.
+    pub ipvs: IpvsConfig,
     /// Limits of connection tracking to set for the whole node; nothing leaves them alone.
     pub conntrack: Option<ConntrackLimits>,
     /// Where the last known state is kept, so that Services work after a reboot while the API server is
@@ -85,6 +88,7 @@ impl Default for ProxyConfig {
             masquerade_bit: 14,
             node_port_addresses: NodePortAddresses::Primary,
             localhost_node_ports: true,
+            ipvs: IpvsConfig::default(),
             conntrack: None,
             state_file: None,
             healthz_address: Some(SocketAddr::from(([0, 0, 0, 0], 10256))),

@@ -235,6 +235,7 @@ impl Flags {
             node_port_addresses: node_port_addresses(&self.nodeport_addresses)?,
             healthz_address: address("healthz", healthz, 10256, default.healthz_address)?,
             metrics_address: address("metrics", metrics, 10249, default.metrics_address)?,
+            ipvs: crate::ipvs::IpvsConfig::default(),
             conntrack: Some(self.conntrack.limits()?),
             kubeconfig: self.kubeconfig,
             api_server: self.master,

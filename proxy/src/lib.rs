@@ -14,6 +14,7 @@ pub mod explain;
 pub mod flags;
 mod health_checks;
 pub mod iptables;
+pub mod ipvs;
 mod last_known;
 mod localhost;
 mod loopback6;

@@ -43,8 +43,9 @@ use keelson_netlink::nft::{Batch, Monitor, Nft, NftError};
 use crate::backend::{Applied, Backend, BackendConfig, BackendError, Difference};
 use crate::diff::{Change, Plans};
 use crate::model::{PortPlan, Scope, ServiceKey, ServicePlan};
-use item::{Item, Pool, Pools, items_of};
-use layout::{Chain, TABLE};
+use item::{Item, Pool, Pools, items_of, wanted_pool};
+pub(crate) use layout::Role;
+use layout::{Chain, Setup};
 use transaction::{Operations, encode};
 
 /// Small enough that nobody waits long for the kernel's lock, large enough to be quick.
@@ -56,9 +57,9 @@ const ANNOUNCED_OPERATIONS: usize = 128;
 /// An error of the nftables backend.
 #[derive(Debug, thiserror::Error)]
 pub enum NftablesError {
-    #[error("cannot read table inet keelson-proxy")]
+    #[error("cannot read the proxy's nftables table")]
     Observe(#[source] NftError),
-    #[error("cannot change table inet keelson-proxy")]
+    #[error("cannot change the proxy's nftables table")]
     Apply(#[source] NftError),
     #[error("cannot watch the ruleset")]
     Watch(#[source] NftError),
@@ -103,7 +104,7 @@ pub struct Nftables {
     /// Where it was opened.
     netns: Netns,
     monitor: Monitor,
-    config: BackendConfig,
+    setup: Setup,
     programmed: HashMap<ServiceKey, Programmed>,
     chains: HashSet<Chain>,
     /// How many pools have an endpoint with that address on this node.
@@ -117,12 +118,20 @@ pub struct Nftables {
 impl Nftables {
     /// Fails on a kernel without nf_tables, or without the right to use it.
     pub fn probe() -> Result<(), NftablesError> {
+        Nftables::probe_as(Role::Whole)
+    }
+
+    pub(crate) fn probe_as(role: Role) -> Result<(), NftablesError> {
         let mut nft = Nft::open().map_err(NftablesError::Open)?;
         nft.generation().map_err(NftablesError::Open)?;
-        nft.commit(layout::trial()).map_err(NftablesError::Probe)
+        nft.commit(layout::trial(role)).map_err(NftablesError::Probe)
     }
 
     pub fn open(config: BackendConfig) -> Result<Self, NftablesError> {
+        Nftables::open_as(Role::Whole, config)
+    }
+
+    pub(crate) fn open_as(role: Role, config: BackendConfig) -> Result<Self, NftablesError> {
         let mut nft = Nft::open().map_err(NftablesError::Open)?;
         // Fails on a kernel without nf_tables, before anything else is tried.
         nft.generation().map_err(NftablesError::Open)?;
@@ -131,7 +140,7 @@ impl Nftables {
             nft,
             netns: Netns::current()?,
             monitor,
-            config,
+            setup: Setup { role, config },
             programmed: HashMap::new(),
             chains: HashSet::new(),
             hairpin: HashMap::new(),
@@ -141,18 +150,32 @@ impl Nftables {
         })
     }
 
+    /// Does not listen to announcements until [`Nftables::resume`].
+    pub(crate) fn pause(&self) -> Result<(), NftablesError> {
+        self.monitor.pause().map_err(NftablesError::Watch)
+    }
+
+    pub(crate) fn resume(&self) -> Result<(), NftablesError> {
+        self.monitor.resume().map_err(NftablesError::Watch)
+    }
+
+    fn table(&self) -> keelson_netlink::nft::Table<'static> {
+        self.setup.role.table()
+    }
+
     /// Takes the packets away from the table. While a table goes that packets still come through, its maps
     /// are empty for some of them and its sets are not: they would be refused (seen on Linux 6.18), even if
     /// another mode serves them already.
     fn unhook(&mut self) -> Result<(), NftablesError> {
-        let chains = match self.nft.chains(TABLE) {
+        let table = self.table();
+        let chains = match self.nft.chains(table) {
             Err(error) if error.is_not_found() => return Ok(()),
             chains => chains.map_err(NftablesError::Observe)?,
         };
         let mut batch = Batch::new();
         for chain in &chains {
             if Chain::parse(&chain.name).is_some_and(|chain| chain.base().is_some()) {
-                batch.delete_chain(TABLE, &chain.name);
+                batch.delete_chain(table, &chain.name);
             }
         }
         self.nft.commit(batch).map_err(NftablesError::Apply)
@@ -180,10 +203,7 @@ impl Nftables {
     }
 
     fn assign_pool(&mut self, old: Option<&Pools>, port: &PortPlan, scope: Scope) -> Option<Pool> {
-        let wanted = port.pool(scope);
-        if wanted.is_empty() {
-            return None;
-        }
+        let wanted = wanted_pool(&self.setup, port, scope)?;
         Some(match old.and_then(|old| old.get(scope)) {
             Some(old) => old.with(wanted),
             None => self.new_pool(port).with(wanted),
@@ -206,8 +226,10 @@ impl Nftables {
                 plan: Arc::clone(plan),
                 pools: self.assign_pools(before.as_ref(), plan),
             });
-            let mut operations =
-                Operations::replace(&all_items(before.as_ref()), &all_items(after.as_ref()));
+            let mut operations = Operations::replace(
+                &self.all_items(before.as_ref()),
+                &self.all_items(after.as_ref()),
+            );
             self.count_hairpins(before.as_ref(), after.as_ref(), &mut operations);
             let service = change.service.clone();
             waiting.push(Pending { service, before, after, operations });
@@ -215,6 +237,19 @@ impl Nftables {
         }
         self.commit_all(&mut waiting, &mut applied)?;
         Ok(applied)
+    }
+
+    /// All elements of a Service, in order.
+    fn all_items(&self, programmed: Option<&Programmed>) -> Vec<Item> {
+        let mut items = Vec::new();
+        if let Some(programmed) = programmed {
+            for (port, pools) in programmed.plan.ports.iter().zip(&programmed.pools) {
+                items_of(&self.setup, port, pools, &mut items);
+            }
+            items.extend(programmed.plan.guarded.iter().map(|address| guard_item(*address)));
+        }
+        items.sort_unstable();
+        items
     }
 
     /// Several pools may have an endpoint on the same pod, but the element exists once.
@@ -290,7 +325,7 @@ impl Nftables {
         &mut self,
         parts: impl IntoIterator<Item = &'o Operations>,
     ) -> Result<usize, NftablesError> {
-        let (batch, new_chains) = encode(parts, &self.chains, &self.config);
+        let (batch, new_chains) = encode(parts, &self.chains, &self.setup);
         let operations = batch.operations();
         self.send(batch)?;
         self.chains.extend(new_chains);
@@ -317,19 +352,6 @@ impl Nftables {
         self.suspicious |= result.is_ok() && after != before.wrapping_add(1);
         result
     }
-}
-
-/// All elements of a Service, in order.
-fn all_items(programmed: Option<&Programmed>) -> Vec<Item> {
-    let mut items = Vec::new();
-    if let Some(programmed) = programmed {
-        for (port, pools) in programmed.plan.ports.iter().zip(&programmed.pools) {
-            items_of(port, pools, &mut items);
-        }
-        items.extend(programmed.plan.guarded.iter().map(|address| guard_item(*address)));
-    }
-    items.sort_unstable();
-    items
 }
 
 /// True when the kernel has something else than we think: absent what we change, or present already.
@@ -362,7 +384,7 @@ fn hairpin_item(address: IpAddr) -> item::Item {
 impl Backend for Nftables {
     fn adopt(&mut self, plans: &Plans) -> Result<Applied, BackendError> {
         const ATTEMPTS: u32 = 5;
-        if self.config.localhost_node_ports {
+        if self.setup.config.localhost_node_ports {
             crate::localhost::open(&self.netns);
         }
         self.suspicious = false;
@@ -391,8 +413,8 @@ impl Backend for Nftables {
     }
 
     fn configure(&mut self, config: BackendConfig) -> bool {
-        let changed = self.config != config;
-        self.config = config;
+        let changed = self.setup.config != config;
+        self.setup.config = config;
         changed
     }
 
@@ -405,7 +427,8 @@ impl Backend for Nftables {
     }
 
     fn disturbed(&mut self) -> Result<bool, BackendError> {
-        let seen = self.monitor.read(TABLE, self.nft.port()).map_err(NftablesError::Watch)?;
+        let seen =
+            self.monitor.read(self.table(), self.nft.port()).map_err(NftablesError::Watch)?;
         Ok(std::mem::take(&mut self.suspicious) || seen.table_changed)
     }
 
@@ -413,8 +436,8 @@ impl Backend for Nftables {
         self.unhook()?;
         let mut batch = Batch::new();
         // Deleting what may not be there: make it first, in the same transaction.
-        batch.add_table(TABLE);
-        batch.delete_table(TABLE);
+        batch.add_table(self.table());
+        batch.delete_table(self.table());
         self.nft.commit(batch).map_err(NftablesError::Apply)?;
         self.programmed.clear();
         self.chains.clear();

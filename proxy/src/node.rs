@@ -74,6 +74,7 @@ pub(crate) fn backend_config(
         localhost_node_ports: config.localhost_node_ports,
         service_ranges,
         masquerade_bit: config.masquerade_bit,
+        ipvs: config.ipvs.clone(),
     }
 }
 

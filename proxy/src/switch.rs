@@ -6,6 +6,7 @@
 
 use crate::backend::{BackendConfig, BackendError, Mode};
 use crate::iptables::Iptables;
+use crate::ipvs::Ipvs;
 
 /// None of the modes that may be used works here.
 #[derive(Debug, thiserror::Error)]
@@ -49,7 +50,7 @@ fn in_order(modes: &[Mode]) -> Vec<Mode> {
 /// What cannot be removed stays and is named: Services work all the same.
 pub fn leave_others(current: Mode) {
     for other in Mode::ALL.into_iter().filter(|mode| *mode != current) {
-        match clean(other) {
+        match leave(other) {
             Ok(()) => tracing::debug!(mode = %other, "Nothing of this mode is left"),
             Err(Refused::Absent(error)) => {
                 tracing::debug!(mode = %other, error = with_sources(&error), "Was never used here");
@@ -87,11 +88,23 @@ pub(crate) enum Refused {
     Failed(BackendError),
 }
 
+/// Removes what a mode left while another one is in force: what connections need may stay until they end.
+fn leave(mode: Mode) -> Result<(), Refused> {
+    match mode {
+        Mode::Ipvs => Ipvs::leave().map_err(Refused::Failed),
+        other => clean(other),
+    }
+}
+
 /// Removes everything of one mode.
 pub(crate) fn clean(mode: Mode) -> Result<(), Refused> {
     if let Mode::Iptables(variant) = mode {
         // To probe the old interface would make its tables.
         return Iptables::remove(variant).map_err(|error| Refused::Failed(error.into()));
+    }
+    if mode == Mode::Ipvs {
+        // To probe would load its modules.
+        return Ipvs::remove().map_err(Refused::Failed);
     }
     mode.probe().map_err(Refused::Absent)?;
     let mut backend = mode.open(BackendConfig::default()).map_err(Refused::Failed)?;

@@ -1,9 +1,11 @@
-//! Kernel interfaces for keelson: netlink sockets, rtnetlink, nftables, conntrack and network namespaces.
+//! Kernel interfaces for keelson: netlink sockets, rtnetlink, nftables, IPVS, conntrack and network namespaces.
 //!
 //! Everything here blocks and nothing here knows Kubernetes. Callers on an async runtime use a thread of their own.
 #![warn(missing_docs)]
 
 pub mod conntrack;
+mod genl;
+pub mod ipvs;
 pub mod message;
 pub mod netns;
 pub mod nft;

@@ -9,6 +9,7 @@ mod event;
 mod link;
 mod neighbour;
 mod removal;
+mod rule;
 mod table;
 
 use std::time::Duration;
@@ -20,6 +21,7 @@ pub use link::{
     veth_message,
 };
 pub use neighbour::{Neighbour, neighbour_message};
+pub use rule::{RoutingRule, RuleAction};
 pub use table::{Route, RouteKind, Scope, new_route_message, route_message};
 
 use crate::message::Message;

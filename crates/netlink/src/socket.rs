@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::time::Duration;
 
 use netlink_sys::SocketAddr;
-use netlink_sys::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE};
+use netlink_sys::protocols::{NETLINK_GENERIC, NETLINK_NETFILTER, NETLINK_ROUTE};
 use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::TimeVal;
@@ -45,6 +45,8 @@ pub enum Protocol {
     Route,
     /// nftables, conntrack, queues.
     Netfilter,
+    /// Kernel parts that are found by name, such as IPVS.
+    Generic,
 }
 
 /// What can go wrong between us and the kernel.
@@ -125,6 +127,7 @@ impl Socket {
         let number = match protocol {
             Protocol::Route => NETLINK_ROUTE,
             Protocol::Netfilter => NETLINK_NETFILTER,
+            Protocol::Generic => NETLINK_GENERIC,
         };
         let fail = |step| move |source| NetlinkError::Socket { step, source };
         let mut inner = netlink_sys::Socket::new(number).map_err(fail("open"))?;

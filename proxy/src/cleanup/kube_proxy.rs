@@ -7,6 +7,7 @@ use keelson_netlink::route::Rtnl;
 
 use super::CleanupError;
 use crate::iptables::{Leftovers, Variant, count_leftovers, remove_leftovers};
+use crate::ipvs::KUBE_PROXYS_LINK as IPVS_INTERFACE;
 use crate::switch::with_sources;
 
 /// kube-proxy's chains with fixed names, in the tables nat, filter and mangle. The kubelet's
@@ -37,9 +38,6 @@ const CHAINS: [&str; 17] = [
 const PREFIXES: [&str; 6] =
     ["KUBE-SVC-", "KUBE-SVL-", "KUBE-SEP-", "KUBE-FW-", "KUBE-XLB-", "KUBE-EXT-"];
 
-/// The interface that its IPVS mode puts Service addresses on.
-const IPVS_INTERFACE: &str = "kube-ipvs0";
-
 /// Whether a chain was made by kube-proxy.
 fn is_its_chain(name: &str) -> bool {
     CHAINS.contains(&name) || PREFIXES.iter().any(|prefix| name.starts_with(prefix))
@@ -63,6 +61,13 @@ pub fn clean() -> Result<(), CleanupError> {
     }
     if let Err(error) = tables() {
         failures.push(format!("kube-proxy's nftables tables: {}", with_sources(&error)));
+    }
+    match crate::ipvs::remove_kube_proxys() {
+        Ok(0) => {}
+        Ok(servers) => tracing::info!(servers, "Removed kube-proxy's virtual servers"),
+        Err(error) => {
+            failures.push(format!("kube-proxy's virtual servers: {}", with_sources(&error)))
+        }
     }
     if let Err(error) = interface() {
         failures.push(format!("interface {IPVS_INTERFACE}: {}", with_sources(&error)));

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use ipnetwork::IpNetwork;
 use keelson_netlink::nft::{Batch, ElementFound, NftError, SetFound};
 
-use super::item::{Item, Key, Pool, Pools, items_of, merged, pool_items};
-use super::layout::{Chain, Map, STAMP, TABLE, stamps_of};
+use super::item::{Item, Key, Pool, Pools, items_of, merged, pool_items, wanted_pool};
+use super::layout::{Chain, Map, Role, STAMP, stamps_of};
 use super::transaction::Operations;
 use super::{Nftables, NftablesError, Pending, Programmed, guard_item, hairpin_item};
 use crate::backend::{Applied, BackendConfig, Difference};
@@ -47,11 +47,8 @@ impl Nftables {
         self.chains = chains;
         let (structure, _) = structure?;
         if !structure.is_empty() {
-            let count = structure.operations();
-            differs(
-                None,
-                format!("table inet keelson-proxy: {count} maps, chains or rules differ"),
-            );
+            let (name, count) = (self.table().name, structure.operations());
+            differs(None, format!("table inet {name}: {count} maps, chains or rules differ"));
         }
         let mut observed = match self.observe() {
             Ok(observed) => observed,
@@ -98,7 +95,7 @@ impl Nftables {
         let pools = self.recognise_pools(plan, observed, claimed);
         let mut items = Vec::new();
         for (port, pools) in plan.ports.iter().zip(&pools) {
-            items_of(port, pools, &mut items);
+            items_of(&self.setup, port, pools, &mut items);
         }
         for address in plan.ports.iter().flat_map(|port| &port.here) {
             let count = self.hairpin.entry(*address).or_default();
@@ -142,11 +139,8 @@ impl Nftables {
         observed: &Observed,
         claimed: &mut HashSet<u32>,
     ) -> Option<Pool> {
-        let wanted = port.pool(scope);
-        if wanted.is_empty() {
-            return None;
-        }
-        let number = pool_items(port, scope)
+        let wanted = wanted_pool(&self.setup, port, scope)?;
+        let number = pool_items(&self.setup, port, scope)
             .filter(|(map, key)| was_sticky(observed, port, *map, *key) == port.affinity_secs)
             .filter_map(|item| observed.pool_number(port.family, item))
             .find(|number| !claimed.contains(number));
@@ -178,8 +172,8 @@ impl Nftables {
             !matches!(map, Map::ClusterCidrs | Map::NodePortAddresses | Map::ServiceRanges)
         };
         for family in Family::BOTH {
-            for map in Map::all().filter(programmed) {
-                self.nft.elements(TABLE, map.name(family), |element| {
+            for map in Map::all(self.setup.role).filter(programmed) {
+                self.nft.elements(self.setup.role.table(), map.name(family), |element| {
                     observed.take_in(family, map, &element);
                 })?;
             }
@@ -200,7 +194,7 @@ impl Nftables {
     /// What is to be done for that, and the chains that there are then.
     fn structure(&mut self) -> Result<(Batch, HashSet<Chain>), NftablesError> {
         let observe = NftablesError::Observe;
-        let found = self.nft.table(TABLE).map_err(observe)?;
+        let found = self.nft.table(self.setup.role.table()).map_err(observe)?;
         let mut batch = Batch::new();
         self.chains.clear();
         let usable = match &found {
@@ -210,9 +204,9 @@ impl Nftables {
         if !usable {
             if found.is_some() {
                 tracing::warn!("Replacing the table of another version");
-                batch.delete_table(TABLE);
+                batch.delete_table(self.table());
             }
-            batch.create_table(TABLE, STAMP);
+            batch.create_table(self.table(), STAMP);
         }
         self.repair_maps(&mut batch, usable)?;
         let chains = self.repair_chains(&mut batch, usable)?;
@@ -220,8 +214,8 @@ impl Nftables {
     }
 
     fn maps_fit(&mut self) -> Result<bool, NftablesError> {
-        let found = self.nft.sets(TABLE).map_err(NftablesError::Observe)?;
-        let fits = |set: &SetFound| match described(&set.name) {
+        let found = self.nft.sets(self.setup.role.table()).map_err(NftablesError::Observe)?;
+        let fits = |set: &SetFound| match described(self.setup.role, &set.name) {
             Some(wanted) => wanted == (set.flags, set.key_len),
             None => true,
         };
@@ -230,31 +224,32 @@ impl Nftables {
 
     fn repair_maps(&mut self, batch: &mut Batch, usable: bool) -> Result<(), NftablesError> {
         let found = match usable {
-            true => self.nft.sets(TABLE).map_err(NftablesError::Observe)?,
+            true => self.nft.sets(self.setup.role.table()).map_err(NftablesError::Observe)?,
             false => Vec::new(),
         };
+        let table = self.table();
         for family in Family::BOTH {
-            for map in Map::all() {
+            for map in Map::all(self.setup.role) {
                 let name = map.name(family);
                 let exists = found.iter().any(|set| set.name == name);
                 if !exists {
-                    map.describe(family, |set| batch.add_set(TABLE, set));
+                    map.describe(family, |set| batch.add_set(table, set));
                 }
                 let wanted = match map {
-                    Map::ClusterCidrs => keys(self.config.pods.ranges(), family),
-                    Map::NodePortAddresses => node_port_ranges(&self.config, family),
-                    Map::ServiceRanges => keys(&self.config.service_ranges, family),
+                    Map::ClusterCidrs => keys(self.setup.config.pods.ranges(), family),
+                    Map::NodePortAddresses => node_port_ranges(&self.setup.config, family),
+                    Map::ServiceRanges => keys(&self.setup.config.service_ranges, family),
                     _ => continue,
                 };
                 if exists && self.ranges(name)? == boundaries(&wanted) {
                     continue;
                 }
                 if exists {
-                    batch.flush_set(TABLE, name);
+                    batch.flush_set(self.table(), name);
                 }
                 let ranges = wanted.iter().map(|(a, b)| (a.as_bytes(), b.as_bytes()));
                 if !wanted.is_empty() {
-                    batch.add_ranges(TABLE, name, ranges);
+                    batch.add_ranges(self.table(), name, ranges);
                 }
             }
         }
@@ -265,7 +260,7 @@ impl Nftables {
     fn ranges(&mut self, name: &str) -> Result<Vec<(Vec<u8>, bool)>, NftablesError> {
         let mut found = Vec::new();
         let visit = |e: ElementFound<'_>| found.push((e.key.to_vec(), e.ends_range));
-        self.nft.elements(TABLE, name, visit).map_err(NftablesError::Observe)?;
+        self.nft.elements(self.setup.role.table(), name, visit).map_err(NftablesError::Observe)?;
         found.sort();
         Ok(found)
     }
@@ -275,13 +270,13 @@ impl Nftables {
         batch: &mut Batch,
         usable: bool,
     ) -> Result<HashSet<Chain>, NftablesError> {
-        let config = self.config.clone();
+        let (table, setup) = (self.table(), self.setup.clone());
         let mut found: HashMap<String, Vec<Option<Vec<u8>>>> = HashMap::new();
         if usable {
-            for chain in self.nft.chains(TABLE).map_err(NftablesError::Observe)? {
+            for chain in self.nft.chains(table).map_err(NftablesError::Observe)? {
                 found.insert(chain.name, Vec::new());
             }
-            for rule in self.nft.rules(TABLE).map_err(NftablesError::Observe)? {
+            for rule in self.nft.rules(table).map_err(NftablesError::Observe)? {
                 found.entry(rule.chain).or_default().push(rule.stamp);
             }
         }
@@ -289,26 +284,26 @@ impl Nftables {
             found.keys().filter_map(|name| Chain::parse(name)).collect();
         // While the maps are empty, a rule costs the kernel nothing.
         if !usable {
-            chains.extend(Chain::prepared());
+            chains.extend(Chain::prepared(self.setup.role));
         }
         // In the order in which they may refer to each other.
-        let fixed: Vec<Chain> = Chain::fixed().collect();
+        let fixed: Vec<Chain> = Chain::fixed(self.setup.role).collect();
         let forwarding = chains.iter().filter(|chain| !fixed.contains(chain)).copied();
         let all: Vec<Chain> = forwarding.chain(fixed.iter().copied()).collect();
         let missing = |chain: &&Chain| !found.contains_key(&chain.to_string());
         for chain in all.iter().filter(missing) {
-            batch.add_chain(TABLE, &chain.to_string(), chain.base());
+            batch.add_chain(table, &chain.to_string(), chain.base());
         }
         for chain in &all {
             let name = chain.to_string();
-            let wanted = stamps_of(*chain, &config).into_iter().map(Some).collect::<Vec<_>>();
+            let wanted = stamps_of(*chain, &setup).into_iter().map(Some).collect::<Vec<_>>();
             match found.get(&name) {
                 Some(rules) if *rules == wanted => continue,
-                Some(rules) if !rules.is_empty() => batch.flush_chain(TABLE, &name),
+                Some(rules) if !rules.is_empty() => batch.flush_chain(table, &name),
                 _ => {}
             }
-            for rule in chain.rules(&config) {
-                batch.add_rule(TABLE, &name, &rule);
+            for rule in chain.rules(&setup) {
+                batch.add_rule(table, &name, &rule);
             }
         }
         chains.extend(fixed);
@@ -319,7 +314,7 @@ impl Nftables {
         let mut operations = 0;
         for chunk in items.chunks(super::OPERATIONS_PER_TRANSACTION) {
             let part = Operations { deletes: chunk.to_vec(), adds: Vec::new() };
-            let (batch, _) = super::transaction::encode([&part], &self.chains, &self.config);
+            let (batch, _) = super::transaction::encode([&part], &self.chains, &self.setup);
             operations += batch.operations();
             self.send(batch)?;
         }
@@ -333,9 +328,9 @@ fn sorted(plans: &Plans) -> Vec<(&ServiceKey, &Arc<ServicePlan>)> {
     all
 }
 
-fn described(name: &str) -> Option<(u32, u32)> {
+fn described(role: Role, name: &str) -> Option<(u32, u32)> {
     Family::BOTH.into_iter().find_map(|family| {
-        let map = Map::all().find(|map| map.name(family) == name)?;
+        let map = Map::all(role).find(|map| map.name(family) == name)?;
         Some(map.describe(family, |set| set.expected()))
     })
 }

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 
-use super::layout::{Chain, Forward, Kind, Map, View};
+use super::layout::{Chain, Forward, Kind, Map, Setup, View};
 use crate::diff::place;
 use crate::model::{
     At, Endpoint, Family, Frontend, FrontendKey, Masquerade, PortPlan, Route, Scope, Target,
@@ -169,10 +169,24 @@ impl Pools {
     }
 }
 
+/// The endpoints that the table itself forwards to; nothing when it needs none of them.
+pub(crate) fn wanted_pool<'p>(
+    setup: &Setup,
+    plan: &'p PortPlan,
+    scope: Scope,
+) -> Option<&'p [Endpoint]> {
+    let wanted = plan.pool(scope);
+    let needed = !setup.leaves_to_ipvs(plan) || pool_items(setup, plan, scope).next().is_some();
+    (!wanted.is_empty() && needed).then_some(wanted)
+}
+
 /// All elements of a Service port.
-pub(crate) fn items_of(plan: &PortPlan, pools: &Pools, out: &mut Vec<Item>) {
+pub(crate) fn items_of(setup: &Setup, plan: &PortPlan, pools: &Pools, out: &mut Vec<Item>) {
     for frontend in &plan.frontends {
-        frontend_items(plan, frontend, pools, out);
+        frontend_items(setup, plan, frontend, pools, out);
+        if serves_loopback(setup, frontend) {
+            loopback_items(plan, frontend, pools, out);
+        }
     }
     for pool in [&pools.cluster, &pools.local].into_iter().flatten() {
         let mut push = |map, second, val| {
@@ -192,45 +206,79 @@ pub(crate) fn items_of(plan: &PortPlan, pools: &Pools, out: &mut Vec<Item>) {
     }
 }
 
-fn frontend_items(plan: &PortPlan, frontend: &Frontend, pools: &Pools, out: &mut Vec<Item>) {
+/// Where packets to a frontend of some kind go.
+struct Course<'p> {
+    plan: &'p PortPlan,
+    pools: &'p Pools,
+    kind: Kind,
+}
+
+impl Course<'_> {
+    fn verdict(&self, target: Target, view: View, masquerade: Masquerade) -> Val {
+        match target {
+            Target::Reject => Val::Goto(Chain::Reject),
+            Target::Drop => Val::Drop,
+            Target::Forward(scope) => match self.pools.get(scope) {
+                None => Val::Goto(Chain::Reject),
+                Some(pool) => Val::Goto(Chain::Forward(Forward {
+                    family: self.plan.family,
+                    kind: self.kind,
+                    view,
+                    masquerade,
+                    sticky_secs: self.plan.affinity_secs,
+                    size: u32::try_from(pool.slots.len()).unwrap_or(u32::MAX),
+                })),
+            },
+        }
+    }
+
+    fn pool(&self, target: Target) -> Option<Val> {
+        match target {
+            Target::Forward(scope) => self.pools.get(scope).map(|pool| Val::Number(pool.number)),
+            Target::Reject | Target::Drop => None,
+        }
+    }
+
+    /// As [`Course::verdict`] and [`Course::pool`], where IPVS may do it.
+    fn direct(&self, setup: &Setup, target: Target, masquerade: Masquerade) -> (Val, Option<Val>) {
+        match target {
+            Target::Forward(_) if setup.leaves_to_ipvs(self.plan) => {
+                (Val::Goto(Chain::ToIpvs(self.plan.family, masquerade)), None)
+            }
+            _ => (self.verdict(target, View::Direct, masquerade), self.pool(target)),
+        }
+    }
+}
+
+fn frontend_items(
+    setup: &Setup,
+    plan: &PortPlan,
+    frontend: &Frontend,
+    pools: &Pools,
+    out: &mut Vec<Item>,
+) {
     let (family, key) = (plan.family, Key::frontend(&frontend.key));
     let kind = kind_of(&frontend.key);
+    let course = Course { plan, pools, kind };
     let mut push = |map, val| out.push(Item { family, map, key, last: None, val });
-    let verdict = |target, view, masquerade| match target {
-        Target::Reject => Val::Goto(Chain::Reject),
-        Target::Drop => Val::Drop,
-        Target::Forward(scope) => match pools.get(scope) {
-            None => Val::Goto(Chain::Reject),
-            Some(pool) => Val::Goto(Chain::Forward(Forward {
-                family,
-                kind,
-                view,
-                masquerade,
-                sticky_secs: plan.affinity_secs,
-                size: u32::try_from(pool.slots.len()).unwrap_or(u32::MAX),
-            })),
-        },
-    };
-    let pool = |target| match target {
-        Target::Forward(scope) => pools.get(scope).map(|pool| pool.number),
-        Target::Reject | Target::Drop => None,
-    };
     match frontend.route {
         Route::Same { target, masquerade } => {
-            push(Map::Frontends(kind), verdict(target, View::Direct, masquerade));
-            if let Some(number) = pool(target) {
-                push(Map::Pools(kind, View::Direct), Val::Number(number));
+            let (verdict, pool) = course.direct(setup, target, masquerade);
+            push(Map::Frontends(kind), verdict);
+            if let Some(number) = pool {
+                push(Map::Pools(kind, View::Direct), number);
             }
         }
         Route::BySource { inside, outside } => {
+            let (verdict, pool) = course.direct(setup, outside, Masquerade::Never);
             push(Map::Frontends(kind), Val::Goto(Chain::BySource(family, kind)));
-            push(Map::Inside(kind), verdict(inside, View::Inside, Masquerade::Never));
-            push(Map::Outside(kind), verdict(outside, View::Direct, Masquerade::Never));
-            if let Some(number) = pool(inside) {
-                push(Map::Pools(kind, View::Inside), Val::Number(number));
+            push(Map::Inside(kind), course.verdict(inside, View::Inside, Masquerade::Never));
+            push(Map::Outside(kind), verdict);
+            if let Some(number) = course.pool(inside) {
+                push(Map::Pools(kind, View::Inside), number);
             }
-            if let Some(number) = pool(outside) {
-                push(Map::Pools(kind, View::Direct), Val::Number(number));
+            if let Some(number) = pool {
+                push(Map::Pools(kind, View::Direct), number);
             }
         }
     }
@@ -249,6 +297,34 @@ fn frontend_items(plan: &PortPlan, frontend: &Frontend, pools: &Pools, out: &mut
     }
 }
 
+/// 127.0.0.1 can only be reached by the node itself, from 127.0.0.1.
+fn loopback_items(plan: &PortPlan, frontend: &Frontend, pools: &Pools, out: &mut Vec<Item>) {
+    let (family, key, kind) = (plan.family, Key::frontend(&frontend.key), Kind::Loopback);
+    let course = Course { plan, pools, kind };
+    let target = loopback_target(frontend);
+    let verdict = course.verdict(target, View::Direct, Masquerade::Always);
+    let frontends = (Map::Frontends(kind), verdict);
+    let pool = course.pool(target).map(|number| (Map::Pools(kind, View::Direct), number));
+    out.extend(std::iter::once(frontends).chain(pool).map(|(map, val)| Item {
+        family,
+        map,
+        key,
+        last: None,
+        val,
+    }));
+}
+
+fn loopback_target(frontend: &Frontend) -> Target {
+    match frontend.route {
+        Route::Same { target, .. } => target,
+        Route::BySource { inside, .. } => inside,
+    }
+}
+
+fn serves_loopback(setup: &Setup, frontend: &Frontend) -> bool {
+    setup.has_loopback_ports() && frontend.key.at == At::NodePort(Family::V4)
+}
+
 pub(crate) fn kind_of(key: &FrontendKey) -> Kind {
     match key.at {
         At::Address(_) => Kind::Address,
@@ -257,7 +333,12 @@ pub(crate) fn kind_of(key: &FrontendKey) -> Kind {
 }
 
 /// Where a frontend's pool of that scope is looked up: these maps tell its number after a restart.
-pub(crate) fn pool_items(plan: &PortPlan, scope: Scope) -> impl Iterator<Item = (Map, Key)> {
+pub(crate) fn pool_items(
+    setup: &Setup,
+    plan: &PortPlan,
+    scope: Scope,
+) -> impl Iterator<Item = (Map, Key)> {
+    let to_ipvs = setup.leaves_to_ipvs(plan);
     plan.frontends.iter().flat_map(move |frontend| {
         let (kind, key) = (kind_of(&frontend.key), Key::frontend(&frontend.key));
         let wanted = Target::Forward(scope);
@@ -265,9 +346,14 @@ pub(crate) fn pool_items(plan: &PortPlan, scope: Scope) -> impl Iterator<Item = 
             Route::Same { target, .. } => (target == wanted, false),
             Route::BySource { inside, outside } => (outside == wanted, inside == wanted),
         };
-        let direct = direct.then_some((Map::Pools(kind, View::Direct), key));
-        let inside = inside.then_some((Map::Pools(kind, View::Inside), key));
-        direct.into_iter().chain(inside)
+        let loopback = serves_loopback(setup, frontend) && loopback_target(frontend) == wanted;
+        [
+            (direct && !to_ipvs, Map::Pools(kind, View::Direct)),
+            (inside, Map::Pools(kind, View::Inside)),
+            (loopback, Map::Pools(Kind::Loopback, View::Direct)),
+        ]
+        .into_iter()
+        .filter_map(move |(used, map)| used.then_some((map, key)))
     })
 }
 

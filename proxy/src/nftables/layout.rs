@@ -1,6 +1,7 @@
 //! The fixed part of the table: its maps and its chains. Pure.
 
 mod rules;
+mod setup;
 
 use std::fmt;
 
@@ -12,34 +13,37 @@ use super::transaction::add_chain;
 use crate::backend::BackendConfig;
 use crate::model::{Family, Masquerade};
 pub(crate) use rules::stamps_of;
-
-pub(crate) const TABLE: Table<'static> =
-    Table { family: keelson_netlink::nft::Family::Inet, name: "keelson-proxy" };
+pub(crate) use setup::{Role, Setup};
 
 /// Changes whenever a table of an older version cannot be repaired but must be made anew.
 pub(crate) const STAMP: &[u8] = b"keelson-proxy 1";
 
 /// `filter`: where others expect packets to be filtered.
 const PRIORITY_FILTER: i32 = 0;
+/// After address translation, before routing.
+const PRIORITY_DNAT_DONE: i32 = PRIORITY_DNAT + 10;
+/// IPVS takes arriving packets at 98 and 99.
+const PRIORITY_BEFORE_IPVS: i32 = 97;
+const PRIORITY_AFTER_IPVS: i32 = 110;
 
 /// More clients than this are not remembered; they are served all the same.
 const AFFINITY_ENTRIES: u32 = 1 << 20;
 
 /// Makes a table with everything that is ever used and removes it, all in one transaction: the kernel
 /// checks it and nobody ever sees it.
-pub(crate) fn trial() -> Batch {
+pub(crate) fn trial(role: Role) -> Batch {
     const TRIAL: Table<'static> =
         Table { family: keelson_netlink::nft::Family::Inet, name: "keelson-proxy-trial" };
-    let config = BackendConfig::default();
+    let setup = Setup { role, config: BackendConfig::default() };
     let mut batch = Batch::new();
     batch.add_table(TRIAL);
     for family in Family::BOTH {
-        Map::all().for_each(|map| map.describe(family, |set| batch.add_set(TRIAL, set)));
+        Map::all(role).for_each(|map| map.describe(family, |set| batch.add_set(TRIAL, set)));
     }
-    for chain in Chain::fixed() {
-        add_chain(&mut batch, TRIAL, chain, &config);
+    for chain in Chain::fixed(role) {
+        add_chain(&mut batch, TRIAL, chain, &setup);
     }
-    for family in Family::BOTH {
+    for family in Family::BOTH.into_iter().filter(|_| role != Role::IpvsFlows) {
         let forward = Forward {
             family,
             kind: Kind::Address,
@@ -48,7 +52,11 @@ pub(crate) fn trial() -> Batch {
             sticky_secs: Some(1),
             size: 2,
         };
-        add_chain(&mut batch, TRIAL, Chain::Forward(forward), &config);
+        add_chain(&mut batch, TRIAL, Chain::Forward(forward), &setup);
+        if role == Role::BesideIpvs {
+            let chain = Chain::ToIpvs(family, Masquerade::UnlessPod);
+            add_chain(&mut batch, TRIAL, chain, &setup);
+        }
     }
     batch.delete_table(TRIAL);
     batch
@@ -61,9 +69,9 @@ pub(crate) enum Kind {
     Address,
     /// Protocol, port.
     NodePort,
+    /// Protocol, port: a node port on 127.0.0.1, where IPVS serves the others.
+    Loopback,
 }
-
-pub(crate) const KINDS: [Kind; 2] = [Kind::Address, Kind::NodePort];
 
 /// Which of a frontend's two pools a look-up means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -107,8 +115,8 @@ pub(crate) enum Map {
 }
 
 impl Map {
-    pub(crate) fn all() -> impl Iterator<Item = Map> {
-        let per_kind = KINDS.into_iter().flat_map(|kind| {
+    pub(crate) fn all(role: Role) -> impl Iterator<Item = Map> {
+        let per_kind = [Kind::Address, Kind::NodePort].into_iter().flat_map(|kind| {
             [
                 Map::Frontends(kind),
                 Map::Pools(kind, View::Direct),
@@ -117,7 +125,9 @@ impl Map {
                 Map::Outside(kind),
             ]
         });
-        per_kind.chain([
+        let loopback = [Map::Frontends(Kind::Loopback), Map::Pools(Kind::Loopback, View::Direct)];
+        let loopback = loopback.into_iter().filter(move |_| role == Role::BesideIpvs);
+        let all = per_kind.chain(loopback).chain([
             Map::Endpoints,
             Map::Places,
             Map::Affinity,
@@ -128,23 +138,26 @@ impl Map {
             Map::ClusterIps,
             Map::Restricted,
             Map::Allowed,
-        ])
+        ]);
+        all.filter(move |_| role != Role::IpvsFlows)
     }
 
     pub(crate) fn name(self, family: Family) -> &'static str {
-        use Kind::{Address, NodePort};
+        use Kind::{Address, Loopback, NodePort};
         use View::{Direct, Inside};
         let [v4, v6] = match self {
             Map::Frontends(Address) => ["services4", "services6"],
             Map::Frontends(NodePort) => ["node-ports4", "node-ports6"],
+            Map::Frontends(Loopback) => ["loopback-ports4", "loopback-ports6"],
+            Map::Pools(Loopback, _) => ["loopback-port-pools4", "loopback-port-pools6"],
             Map::Pools(Address, Direct) => ["service-pools4", "service-pools6"],
             Map::Pools(NodePort, Direct) => ["node-port-pools4", "node-port-pools6"],
             Map::Pools(Address, Inside) => ["service-inside-pools4", "service-inside-pools6"],
             Map::Pools(NodePort, Inside) => ["node-port-inside-pools4", "node-port-inside-pools6"],
             Map::Inside(Address) => ["service-inside4", "service-inside6"],
-            Map::Inside(NodePort) => ["node-port-inside4", "node-port-inside6"],
+            Map::Inside(NodePort | Loopback) => ["node-port-inside4", "node-port-inside6"],
             Map::Outside(Address) => ["service-outside4", "service-outside6"],
-            Map::Outside(NodePort) => ["node-port-outside4", "node-port-outside6"],
+            Map::Outside(NodePort | Loopback) => ["node-port-outside4", "node-port-outside6"],
             Map::Endpoints => ["endpoints4", "endpoints6"],
             Map::Affinity => ["affinity4", "affinity6"],
             Map::Places => ["affinity-places4", "affinity-places6"],
@@ -167,7 +180,7 @@ impl Map {
         let frontend = [ip, Field::Protocol, Field::Port];
         let key = |kind| match kind {
             Kind::Address => &frontend[..],
-            Kind::NodePort => &frontend[1..],
+            Kind::NodePort | Kind::Loopback => &frontend[1..],
         };
         match self {
             Map::Frontends(kind) | Map::Inside(kind) | Map::Outside(kind) => {
@@ -217,6 +230,23 @@ pub(crate) enum Chain {
     Reject,
     /// Forwards to one of `size` endpoints.
     Forward(Forward),
+    /// Lets the packet go on to IPVS, which chooses.
+    ToIpvs(Family, Masquerade),
+    /// Packets of connections that IPVS has.
+    Flow(Flow),
+}
+
+/// Where packets of connections that IPVS has are touched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum Flow {
+    /// Before routing: marks them, so that they are routed to this host.
+    Arriving,
+    /// Takes the mark away again.
+    Arrived,
+    /// What IPVS did not want, though it came for a Service's address.
+    Unwanted,
+    /// The node's own packets that IPVS sent to the node itself: routes them anew.
+    Turning,
 }
 
 /// What distinguishes two chains that forward.
@@ -249,17 +279,38 @@ impl fmt::Display for Chain {
                 if forward.view == View::Inside {
                     write!(f, "-inside")?;
                 }
-                match forward.masquerade {
-                    Masquerade::Never => {}
-                    Masquerade::UnlessPod => write!(f, "-hide-others")?,
-                    Masquerade::Always => write!(f, "-hide")?,
-                }
+                write!(f, "{}", masquerade_suffix(forward.masquerade))?;
                 if let Some(secs) = forward.sticky_secs {
                     write!(f, "-sticky{secs}")?;
                 }
                 write!(f, "-of-{}", forward.size)
             }
+            Chain::Flow(Flow::Arriving) => write!(f, "to-ipvs"),
+            Chain::Flow(Flow::Arrived) => write!(f, "before-ipvs"),
+            Chain::Flow(Flow::Unwanted) => write!(f, "after-ipvs"),
+            Chain::Flow(Flow::Turning) => write!(f, "to-this-node"),
+            Chain::ToIpvs(family, masquerade) => {
+                write!(f, "ipvs{}{}", number(family), masquerade_suffix(*masquerade))
+            }
         }
+    }
+}
+
+fn masquerade_suffix(masquerade: Masquerade) -> &'static str {
+    match masquerade {
+        Masquerade::Never => "",
+        Masquerade::UnlessPod => "-hide-others",
+        Masquerade::Always => "-hide",
+    }
+}
+
+fn parse_masquerade(name: &str) -> (&str, Masquerade) {
+    if let Some(rest) = name.strip_suffix("-hide-others") {
+        (rest, Masquerade::UnlessPod)
+    } else if let Some(rest) = name.strip_suffix("-hide") {
+        (rest, Masquerade::Always)
+    } else {
+        (name, Masquerade::Never)
     }
 }
 
@@ -268,13 +319,16 @@ impl Kind {
         match self {
             Kind::Address => "service",
             Kind::NodePort => "node-port",
+            Kind::Loopback => "loopback-port",
         }
     }
 }
 
 impl Chain {
     /// The chains that are always there.
-    pub(crate) fn fixed() -> impl Iterator<Item = Chain> {
+    pub(crate) fn fixed(role: Role) -> impl Iterator<Item = Chain> {
+        let flows = [Flow::Arriving, Flow::Arrived, Flow::Unwanted, Flow::Turning];
+        let flows = flows.into_iter().map(Chain::Flow).filter(move |_| role == Role::IpvsFlows);
         let per_family = Family::BOTH.into_iter().flat_map(|family| {
             [
                 Chain::Sources(family),
@@ -285,20 +339,22 @@ impl Chain {
             ]
         });
         // Those that refer to others come after them.
-        std::iter::once(Chain::Reject).chain(per_family).chain([
+        let services = per_family.chain([
             Chain::Prerouting,
             Chain::Output,
             Chain::Postrouting,
             Chain::Input,
             Chain::PassThrough,
-        ])
+        ]);
+        let services = services.filter(move |_| role != Role::IpvsFlows);
+        std::iter::once(Chain::Reject).chain(services).chain(flows)
     }
 
     /// The forwarding chains that most Services need: made along with the table, since a rule that is
     /// added later costs the kernel a walk over all maps.
-    pub(crate) fn prepared() -> impl Iterator<Item = Chain> {
+    pub(crate) fn prepared(role: Role) -> impl Iterator<Item = Chain> {
         const SIZES: std::ops::RangeInclusive<u32> = 1..=16;
-        const SHAPES: [(Kind, View, Masquerade); 7] = [
+        const WHOLE: [(Kind, View, Masquerade); 7] = [
             (Kind::Address, View::Direct, Masquerade::UnlessPod),
             (Kind::Address, View::Direct, Masquerade::Always),
             (Kind::Address, View::Direct, Masquerade::Never),
@@ -307,14 +363,24 @@ impl Chain {
             (Kind::NodePort, View::Direct, Masquerade::Never),
             (Kind::NodePort, View::Inside, Masquerade::Never),
         ];
-        Family::BOTH.into_iter().flat_map(|family| {
-            SHAPES.into_iter().flat_map(move |(kind, view, masquerade)| {
+        const BESIDE_IPVS: [(Kind, View, Masquerade); 3] = [
+            (Kind::Loopback, View::Direct, Masquerade::Always),
+            (Kind::Address, View::Inside, Masquerade::Never),
+            (Kind::NodePort, View::Inside, Masquerade::Never),
+        ];
+        let shapes = match role {
+            Role::Whole => &WHOLE[..],
+            Role::BesideIpvs => &BESIDE_IPVS,
+            Role::IpvsFlows => &[],
+        };
+        Family::BOTH.into_iter().flat_map(move |family| {
+            shapes.iter().flat_map(move |(kind, view, masquerade)| {
                 SIZES.map(move |size| {
                     Chain::Forward(Forward {
                         family,
-                        kind,
-                        view,
-                        masquerade,
+                        kind: *kind,
+                        view: *view,
+                        masquerade: *masquerade,
                         sticky_secs: None,
                         size,
                     })
@@ -325,8 +391,14 @@ impl Chain {
 
     /// The chain of that name, if it is one of ours.
     pub(crate) fn parse(name: &str) -> Option<Chain> {
-        if let Some(fixed) = Chain::fixed().find(|chain| chain.to_string() == name) {
+        let mut fixed = [Role::Whole, Role::IpvsFlows].into_iter().flat_map(Chain::fixed);
+        if let Some(fixed) = fixed.find(|chain| chain.to_string() == name) {
             return Some(fixed);
+        }
+        match parse_masquerade(name) {
+            ("ipvs4", masquerade) => return Some(Chain::ToIpvs(Family::V4, masquerade)),
+            ("ipvs6", masquerade) => return Some(Chain::ToIpvs(Family::V6, masquerade)),
+            _ => {}
         }
         let (rest, size) = name.rsplit_once("-of-")?;
         let size = size.parse().ok()?;
@@ -334,13 +406,7 @@ impl Chain {
             Some((rest, secs)) => (rest, Some(secs.parse().ok()?)),
             None => (rest, None),
         };
-        let (rest, masquerade) = if let Some(rest) = rest.strip_suffix("-hide-others") {
-            (rest, Masquerade::UnlessPod)
-        } else if let Some(rest) = rest.strip_suffix("-hide") {
-            (rest, Masquerade::Always)
-        } else {
-            (rest, Masquerade::Never)
-        };
+        let (rest, masquerade) = parse_masquerade(rest);
         let (rest, view) = match rest.strip_suffix("-inside") {
             Some(rest) => (rest, View::Inside),
             None => (rest, View::Direct),
@@ -350,6 +416,8 @@ impl Chain {
             "service6" => (Kind::Address, Family::V6),
             "node-port4" => (Kind::NodePort, Family::V4),
             "node-port6" => (Kind::NodePort, Family::V6),
+            "loopback-port4" => (Kind::Loopback, Family::V4),
+            "loopback-port6" => (Kind::Loopback, Family::V6),
             _ => return None,
         };
         Some(Chain::Forward(Forward { family, kind, view, masquerade, sticky_secs, size }))
@@ -362,6 +430,12 @@ impl Chain {
             Chain::Postrouting => (ChainKind::Nat, Hook::Postrouting, PRIORITY_SNAT),
             Chain::Input => (ChainKind::Filter, Hook::Input, PRIORITY_FILTER),
             Chain::PassThrough => (ChainKind::Filter, Hook::Forward, PRIORITY_FILTER),
+            Chain::Flow(flow) => match flow {
+                Flow::Arriving => (ChainKind::Filter, Hook::Prerouting, PRIORITY_DNAT_DONE),
+                Flow::Arrived => (ChainKind::Filter, Hook::Input, PRIORITY_BEFORE_IPVS),
+                Flow::Unwanted => (ChainKind::Filter, Hook::Input, PRIORITY_AFTER_IPVS),
+                Flow::Turning => (ChainKind::Route, Hook::Output, PRIORITY_DNAT_DONE),
+            },
             _ => return None,
         };
         Some(Base { kind, hook, priority })

@@ -5,8 +5,7 @@ use std::collections::{BTreeMap, HashSet};
 use keelson_netlink::nft::{Batch, Element, Table, Value, Verdict};
 
 use super::item::{Item, Key, Val};
-use super::layout::{Chain, Map, TABLE};
-use crate::backend::BackendConfig;
+use super::layout::{Chain, Map, Setup};
 use crate::model::Family;
 
 /// What one Service's change does to the maps.
@@ -45,7 +44,7 @@ impl Operations {
 pub(crate) fn encode<'o>(
     parts: impl IntoIterator<Item = &'o Operations>,
     known: &HashSet<Chain>,
-    config: &BackendConfig,
+    setup: &Setup,
 ) -> (Batch, HashSet<Chain>) {
     let mut deletes: BTreeMap<(Map, Family), Vec<&Item>> = BTreeMap::new();
     let mut adds: BTreeMap<(Map, Family), Vec<&Item>> = BTreeMap::new();
@@ -61,30 +60,30 @@ pub(crate) fn encode<'o>(
             }
         }
     }
-    let mut batch = Batch::new();
+    let (table, mut batch) = (setup.role.table(), Batch::new());
     let mut new_chains: Vec<Chain> = targets.difference(known).copied().collect();
     new_chains.sort_unstable();
     for chain in &new_chains {
-        add_chain(&mut batch, TABLE, *chain, config);
+        add_chain(&mut batch, table, *chain, setup);
     }
     let names = targets.iter().map(|chain| (*chain, chain.to_string())).collect();
     // A value is changed by removing the element and adding it again: so removals first.
     for ((map, family), items) in &deletes {
         let encoded: Vec<_> = items.iter().map(|item| element(item, &names)).collect();
-        batch.delete_elements(TABLE, map.name(*family), encoded.iter().map(Encoded::borrow));
+        batch.delete_elements(table, map.name(*family), encoded.iter().map(Encoded::borrow));
     }
     for ((map, family), items) in &adds {
         let encoded: Vec<_> = items.iter().map(|item| element(item, &names)).collect();
-        batch.add_elements(TABLE, map.name(*family), encoded.iter().map(Encoded::borrow));
+        batch.add_elements(table, map.name(*family), encoded.iter().map(Encoded::borrow));
     }
     (batch, new_chains.into_iter().collect())
 }
 
 /// Makes a chain that is not a base chain, with its rules.
-pub(crate) fn add_chain(batch: &mut Batch, table: Table<'_>, chain: Chain, config: &BackendConfig) {
+pub(crate) fn add_chain(batch: &mut Batch, table: Table<'_>, chain: Chain, setup: &Setup) {
     let name = chain.to_string();
     batch.add_chain(table, &name, chain.base());
-    for rule in chain.rules(config) {
+    for rule in chain.rules(setup) {
         batch.add_rule(table, &name, &rule);
     }
 }

@@ -91,8 +91,12 @@ pub enum Meta {
 pub enum Conntrack {
     /// Bit mask of states ([`CT_NEW`] and friends), host byte order.
     State = 0,
+    /// 0 for packets of the side that began the connection, 1 for answers; one byte.
+    Direction = 1,
     /// Bit mask of status bits ([`CT_STATUS_DNAT`]), host byte order.
     Status = 2,
+    /// The connection's mark, host byte order.
+    Mark = 3,
 }
 
 /// `ct state invalid`.
@@ -228,6 +232,15 @@ impl Rule {
         self.push("ct", |e| {
             e.u32(2, key as u32);
             e.u32(1, to.number());
+        })
+    }
+
+    /// Sets a fact about the connection (the mark).
+    #[must_use]
+    pub fn set_conntrack(self, key: Conntrack, from: Register) -> Self {
+        self.push("ct", |e| {
+            e.u32(2, key as u32);
+            e.u32(4, from.number());
         })
     }
 

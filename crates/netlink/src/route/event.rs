@@ -22,10 +22,14 @@ pub enum Group {
     Ipv4Address = 5,
     /// IPv4 routes.
     Ipv4Route = 7,
+    /// IPv4 routing rules; they come as no [`Event`] of their own.
+    Ipv4Rule = 8,
     /// IPv6 addresses.
     Ipv6Address = 9,
     /// IPv6 routes.
     Ipv6Route = 11,
+    /// IPv6 routing rules; they come as no [`Event`] of their own.
+    Ipv6Rule = 19,
 }
 
 /// A change; `present` is false when the thing went away.

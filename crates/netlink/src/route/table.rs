@@ -10,7 +10,7 @@ use libc::{
 
 use nix::errno::Errno;
 
-use super::{AF_INET6, Rtnl, created, existed, family, ip, octets};
+use super::{AF_INET, AF_INET6, Rtnl, created, existed, family, ip, octets};
 use crate::message::{Message, Reply, u32_at};
 use crate::socket::NetlinkError;
 
@@ -257,6 +257,27 @@ impl Rtnl {
     pub fn routes(&mut self) -> Result<Vec<Route>, NetlinkError> {
         let replies = self.socket.dump(&Message::new(RTM_GETROUTE, 0, &[0; HEADER]))?;
         Ok(replies.iter().filter_map(Route::parse).collect())
+    }
+
+    /// The routes of one table, both families.
+    ///
+    /// # Errors
+    /// When the table cannot be read.
+    pub fn routes_of(&mut self, table: u32) -> Result<Vec<Route>, NetlinkError> {
+        let mut routes = Vec::new();
+        for family in [AF_INET, AF_INET6] {
+            let mut header = [0; HEADER];
+            header[0] = family;
+            let mut message = Message::new(RTM_GETROUTE, 0, &header);
+            message.attr_u32(RTA_TABLE, table);
+            match self.socket.dump(&message) {
+                Ok(replies) => routes.extend(replies.iter().filter_map(Route::parse)),
+                // There is no such table as long as it is empty.
+                Err(error) if error.is_absent() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(routes)
     }
 
     /// The route that a packet to `address` would take, as it stands in the table; `None` when there is none.

@@ -1,6 +1,7 @@
 //! The rules in the chains. Pure.
 
 mod forwarding;
+mod ipvs;
 
 use std::hash::{Hash, Hasher};
 
@@ -10,26 +11,29 @@ use keelson_netlink::nft::{
     Meta, Refusal, Register, Rule, Verdict,
 };
 
-use super::{Chain, Kind, Map};
+use super::{Chain, Kind, Map, Role, Setup};
 use crate::backend::{BackendConfig, PodSources};
 use crate::model::Family;
 use forwarding::forward_rules;
+use ipvs::{flow_rules, to_ipvs_rules};
 
 impl Chain {
     /// The rules of the chain.
-    pub(crate) fn rules(self, config: &BackendConfig) -> Vec<Rule> {
-        let mark = config.mark();
+    pub(crate) fn rules(self, setup: &Setup) -> Vec<Rule> {
+        let config = &setup.config;
         let rules = match self {
             Chain::Prerouting | Chain::Output => entry_rules(),
-            Chain::Postrouting => postrouting_rules(mark),
+            Chain::Postrouting => postrouting_rules(setup),
             Chain::Input => input_rules(),
             Chain::PassThrough => pass_through_rules(),
-            Chain::Services(family) => find_service_rules(family, config),
+            Chain::Services(family) => find_service_rules(family, setup),
             Chain::NodePorts(family) => find_node_port_rules(family),
             Chain::BySource(family, kind) => by_source_rules(family, kind, config),
             Chain::Sources(family) => source_rules(family),
             Chain::Reject => reject_rules(),
             Chain::Forward(forward) => forward_rules(forward, config),
+            Chain::ToIpvs(family, masquerade) => to_ipvs_rules(family, masquerade, config),
+            Chain::Flow(flow) => flow_rules(flow, config),
         };
         rules.into_iter().map(stamped).collect()
     }
@@ -58,13 +62,13 @@ impl Hasher for Fnv {
 }
 
 /// The stamp that [`Chain::rules`] gave a rule.
-pub(crate) fn stamps_of(chain: Chain, config: &BackendConfig) -> Vec<Vec<u8>> {
+pub(crate) fn stamps_of(chain: Chain, setup: &Setup) -> Vec<Vec<u8>> {
     let stamp = |rule: &Rule| {
         let mut hasher = Fnv(0xcbf2_9ce4_8422_2325);
         rule.encoded().hash(&mut hasher);
         hasher.finish().to_be_bytes().to_vec()
     };
-    chain.rules(config).iter().map(stamp).collect()
+    chain.rules(setup).iter().map(stamp).collect()
 }
 
 fn address_registers(family: Family) -> u8 {
@@ -95,7 +99,7 @@ fn destination(rule: Rule, family: Family, to: u8) -> Rule {
 fn frontend(rule: Rule, family: Family, kind: Kind) -> (Rule, u8) {
     let (rule, next) = match kind {
         Kind::Address => (destination(rule, family, 0), address_registers(family)),
-        Kind::NodePort => (rule, 0),
+        Kind::NodePort | Kind::Loopback => (rule, 0),
     };
     let rule = rule.meta(Meta::TransportProtocol, Register(next)).payload(
         Header::Transport,
@@ -123,7 +127,7 @@ fn services_chain(family: Family) -> &'static str {
     if family == Family::V4 { "find-service4" } else { "find-service6" }
 }
 
-fn find_service_rules(family: Family, config: &BackendConfig) -> Vec<Rule> {
+fn find_service_rules(family: Family, setup: &Setup) -> Vec<Rule> {
     let v4 = family == Family::V4;
     let (key, _) = frontend(only(family), family, Kind::Address);
     let restricted = key
@@ -137,20 +141,26 @@ fn find_service_rules(family: Family, config: &BackendConfig) -> Vec<Rule> {
     let unknown_port = in_set(Map::ClusterIps).verdict(Verdict::Goto("reject-all"));
     let nobody = in_set(Map::ServiceRanges).verdict(Verdict::Drop);
     let mut rules = vec![restricted, found, unknown_port];
-    rules.extend(own_address_rules(family, config));
+    rules.extend(own_address_rules(family, setup));
     rules.push(nobody);
     rules
 }
 
 /// A node port answers on the node's own addresses; on loopback ones only as far as the kernel can
 /// route them.
-fn own_address_rules(family: Family, config: &BackendConfig) -> Vec<Rule> {
+fn own_address_rules(family: Family, setup: &Setup) -> Vec<Rule> {
     let v4 = family == Family::V4;
     let address = || destination(only(family), family, 0);
     let find = if v4 { "find-node-port4" } else { "find-node-port6" };
     let mut rules = Vec::new();
-    if v4 && config.localhost_node_ports {
-        rules.push(loopback(address(), Compare::Equal).verdict(Verdict::Goto(find)));
+    let on_loopback = loopback(address(), Compare::Equal);
+    if v4 && setup.has_loopback_ports() {
+        // IPVS sends nothing that comes from 127.0.0.1 to another host.
+        let (key, _) = frontend(on_loopback, family, Kind::Loopback);
+        let map = Map::Frontends(Kind::Loopback).name(family);
+        rules.push(key.lookup_verdict(map, Register(0)));
+    } else if v4 && setup.config.localhost_node_ports {
+        rules.push(on_loopback.verdict(Verdict::Goto(find)));
     }
     let elsewhere = match family {
         Family::V4 => loopback(address(), Compare::NotEqual),
@@ -301,8 +311,8 @@ fn reject_rules() -> Vec<Rule> {
     vec![tcp.reject(Refusal::TcpReset), Rule::new().reject(Refusal::PortUnreachable)]
 }
 
-fn postrouting_rules(mark: u32) -> Vec<Rule> {
-    let (register, bit) = (Register(0), mark.to_ne_bytes());
+fn postrouting_rules(setup: &Setup) -> Vec<Rule> {
+    let (register, bit) = (Register(0), setup.config.mark().to_ne_bytes());
     let all = (!0u32).to_ne_bytes();
     let marked = Rule::new()
         .meta(Meta::Mark, register)
@@ -312,10 +322,13 @@ fn postrouting_rules(mark: u32) -> Vec<Rule> {
         .set_meta(Meta::Mark, register)
         .masquerade();
     let hairpin = |family| {
-        let translated = only(family)
-            .conntrack(Conntrack::Status, Register(0))
-            .bitwise(Register(0), Register(0), &CT_STATUS_DNAT.to_ne_bytes(), &[0; 4])
-            .compare(Register(0), Compare::NotEqual, &[0; 4]);
+        let translated = match setup.role {
+            Role::Whole => {
+                conntrack_has(only(family), Conntrack::Status, CT_STATUS_DNAT, Compare::NotEqual)
+            }
+            // What IPVS translates does not count as translated in connection tracking.
+            Role::BesideIpvs | Role::IpvsFlows => only(family),
+        };
         let addresses =
             destination(source(translated, family, 0), family, address_registers(family));
         addresses.lookup(Map::Hairpin.name(family), Register(0), false).masquerade()

@@ -1,9 +1,11 @@
 //! What strangers do to a backend's part of the kernel: it must be noticed and mended.
 
+use keelson_netlink::ipvs::{Command, Ipvs, Key, Real, RealFound, Virtual};
+use keelson_netlink::route::{Route, Rtnl};
 use keelson_proxy::backend::Mode;
 use keelson_proxy::iptables::Variant;
 
-use super::Namespace;
+use super::{NODE4, Namespace};
 
 /// One way to spoil things.
 pub(crate) struct Damage {
@@ -22,7 +24,74 @@ pub(crate) fn damages(mode: Mode) -> Vec<Damage> {
     match mode {
         Mode::Nftables => nftables(),
         Mode::Iptables(variant) => iptables(variant),
+        Mode::Ipvs => ipvs(),
     }
+}
+
+fn ipvs() -> Vec<Damage> {
+    let ask = |name: &str, commands: fn(&mut Ipvs) -> Vec<Command>| Damage {
+        name: name.to_owned(),
+        inflict: Box::new(move |namespace| {
+            namespace.run(|| {
+                let mut ipvs = Ipvs::open().unwrap();
+                let commands = commands(&mut ipvs);
+                assert!(!commands.is_empty());
+                ipvs.perform(&commands).unwrap();
+            });
+        }),
+    };
+    let route = |name: &str, spoil: fn(&mut Rtnl)| Damage {
+        name: name.to_owned(),
+        inflict: Box::new(move |namespace| spoil(&mut namespace.rtnl())),
+    };
+    let mut damages = vec![
+        ask("ipvsadm -C", |_| vec![Command::Flush]),
+        ask("ipvsadm -D", |_| vec![Command::RemoveVirtual(web1())]),
+        ask("ipvsadm -d", |ipvs| vec![Command::RemoveReal(web1(), first(ipvs).real.at)]),
+        ask("ipvsadm -e -w 7", |ipvs| {
+            vec![Command::SetReal(web1(), Real { weight: 7, ..first(ipvs).real })]
+        }),
+        ask("ipvsadm -a", |_| {
+            let at = "10.66.9.9:8080".parse().unwrap();
+            vec![Command::AddReal(web1(), Real { at, weight: 1 })]
+        }),
+        ask("ipvsadm -E -s wlc", |ipvs| {
+            let found = ipvs.find(web1()).unwrap().unwrap();
+            vec![Command::SetVirtual(Virtual { scheduler: "wlc".to_owned(), ..found })]
+        }),
+        route("ip rule del", |rtnl| {
+            let rules = rtnl.rules().unwrap();
+            let rule = rules.iter().find(|rule| rule.mark.is_some()).unwrap();
+            assert!(rtnl.delete_rule(rule).unwrap());
+        }),
+        route("ip route flush", |rtnl| {
+            let routes: Vec<Route> = rtnl.routes_of(27_493).unwrap();
+            assert_eq!(routes.len(), 2);
+            routes.iter().for_each(|route| assert!(rtnl.delete_route(route).unwrap()));
+        }),
+    ];
+    let (table, flows) = ("inet keelson-proxy-ipvs", "inet keelson-proxy-ipvs-flows");
+    let commands = [
+        "flush ruleset".to_owned(),
+        format!("delete table {table}"),
+        format!("delete table {flows}"),
+        format!("flush chain {flows} to-ipvs"),
+        format!("flush map {table} services4"),
+    ];
+    damages.extend(commands.map(|commands| Damage {
+        name: commands.clone(),
+        inflict: Box::new(move |namespace| nft(namespace, &commands)),
+    }));
+    damages
+}
+
+/// The node port of one Service of the rows that use this.
+fn web1() -> Key {
+    Key { address: NODE4.parse().unwrap(), protocol: 6, port: 30001 }
+}
+
+fn first(ipvs: &mut Ipvs) -> RealFound {
+    ipvs.reals(web1()).unwrap()[0]
 }
 
 fn nftables() -> Vec<Damage> {

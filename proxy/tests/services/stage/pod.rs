@@ -71,7 +71,8 @@ impl Namespace {
             stream.set_read_timeout(Some(DEADLINE)).unwrap();
             let mut text = String::new();
             stream.read_to_string(&mut text).map_err(|e| e.kind())?;
-            Ok(parse(&text))
+            // Accepted by somebody who passes connections on, but could not.
+            if text.is_empty() { Err(ErrorKind::UnexpectedEof) } else { Ok(parse(&text)) }
         })
     }
 

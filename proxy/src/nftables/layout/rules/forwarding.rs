@@ -50,7 +50,7 @@ impl Registers {
         let address = address_registers(forward.family);
         let pool = match forward.kind {
             Kind::Address => address + 2,
-            Kind::NodePort => 2,
+            Kind::NodePort | Kind::Loopback => 2,
         };
         let endpoint = pool + 1 + address;
         Registers { pool, next: pool + 1, endpoint, port: endpoint + address }
