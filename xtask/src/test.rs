@@ -13,6 +13,9 @@ pub(crate) struct TestArgs {
     /// Run only this lane (may be given several times)
     #[arg(long, value_enum)]
     lane: Vec<Lane>,
+    /// Arguments of the behaviour suite in the lane vm, such as `--backend ipvs corners::`
+    #[arg(last = true)]
+    suite: Vec<String>,
 }
 
 /// A kind of tests by what it needs.
@@ -52,7 +55,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
             Lane::Unit => unit(),
             Lane::Node => node(),
             Lane::Apiserver => apiserver(),
-            Lane::Vm => vm(),
+            Lane::Vm => vm(&args.suite),
         };
         outcomes.push((lane, outcome));
     }
@@ -153,9 +156,9 @@ fn apiserver() -> Outcome {
     all_of(&mut [tests])
 }
 
-fn vm() -> Outcome {
+fn vm(arguments: &[String]) -> Outcome {
     match vm::kernel() {
-        Ok(kernel) => match vm::run(&kernel) {
+        Ok(kernel) => match vm::run(&kernel, arguments) {
             Ok(()) => Outcome::Passed,
             Err(error) => Outcome::Failed(format!("{error:#}")),
         },

@@ -40,6 +40,15 @@ const MODULES: &[&str] = &[
     "nft_redir",
     "nft_reject_inet",
     "nft_compat",
+    "ip_vs",
+    "ip_vs_rr",
+    "ip_vs_wrr",
+    "ip_vs_lc",
+    "ip_vs_wlc",
+    "ip_vs_sh",
+    "ip_vs_mh",
+    "ip_vs_sed",
+    "ip_vs_nq",
     "nf_conntrack_netlink",
     "inet_diag",
     "tcp_diag",
@@ -100,10 +109,10 @@ fn release(folder: &Path) -> Option<String> {
 ///
 /// # Errors
 /// When a row fails, or the machine does not start or come to an end.
-pub(crate) fn run(kernel: &Kernel) -> Result<()> {
+pub(crate) fn run(kernel: &Kernel, arguments: &[String]) -> Result<()> {
     let suite = Suite::build()?;
     let archive = build::target_dir().join("vm-initramfs");
-    std::fs::write(&archive, initramfs(kernel, &suite)?)?;
+    std::fs::write(&archive, initramfs(kernel, &suite, arguments)?)?;
     let mut machine = start(kernel, &archive)?;
     let result = watch(&mut machine);
     machine.kill().context("cannot stop the machine")?;
@@ -133,7 +142,7 @@ impl Suite {
     }
 }
 
-fn initramfs(kernel: &Kernel, suite: &Suite) -> Result<Vec<u8>> {
+fn initramfs(kernel: &Kernel, suite: &Suite, arguments: &[String]) -> Result<Vec<u8>> {
     let mut archive = Archive::default();
     for folder in ["bin", "dev", "proc", "sys", "run", "tmp", "var", "lib", "lib64", "modules"] {
         archive.folder(folder);
@@ -164,7 +173,7 @@ fn initramfs(kernel: &Kernel, suite: &Suite) -> Result<Vec<u8>> {
     for (number, file) in order.iter().enumerate() {
         archive.program(&format!("modules/{number:03}.ko"), &read(&modules.join(file))?);
     }
-    archive.program("init", init().as_bytes());
+    archive.program("init", init(arguments).as_bytes());
     Ok(archive.finish())
 }
 
@@ -195,9 +204,16 @@ fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
     Ok(text.split_whitespace().filter(|w| w.starts_with('/')).map(PathBuf::from).collect())
 }
 
-/// What the machine does. nftables alone: the programs of iptables are not in it. The rows that are left out take long under
-/// emulation.
-fn init() -> String {
+/// The modes whose programs are in the machine, without the rows that take long under emulation.
+const USUAL: [&str; 8] =
+    ["--backend", "nftables", "--backend", "ipvs", "--skip", "scale", "--skip", "sequences"];
+
+/// What the machine does: the suite with these arguments, or with the usual ones.
+fn init(arguments: &[String]) -> String {
+    let given = arguments.iter().map(String::as_str);
+    let usual = USUAL.into_iter().filter(|_| arguments.is_empty());
+    let quoted: Vec<String> = given.chain(usual).map(|word| format!("'{word}'")).collect();
+    let arguments = quoted.join(" ");
     format!(
         "#!/bin/busybox sh
 export PATH=/bin
@@ -210,7 +226,7 @@ mount -t tmpfs run /run
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 for module in /modules/*; do insmod $module || echo \"insmod $module failed\"; done
 ip link set lo up
-suite --backend nftables --skip scale --skip sequences
+suite {arguments}
 echo \"{END}$?\"
 poweroff -f
 "
