@@ -8,9 +8,14 @@
 //!   <run dir>/io/<container id>/{stdout,stderr}   pipes
 //!   <run dir>/io/<container id>/log.json          where the log goes and when it is rotated
 //! ```
+//!
+//! Whoever attaches to a container gets a copy of what it prints from here, so that the pipes keep their one reader.
+//! What somebody types goes straight into the container's `stdin` pipe, of which its shim keeps the other end.
 
+mod attached;
 mod client;
 mod format;
+mod frame;
 mod log_file;
 mod server;
 
@@ -18,7 +23,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+pub(crate) use client::Attachment;
 pub use client::{Client, Pipes};
+pub use frame::Stream;
 pub use server::serve;
 
 /// How one container's output is written.
@@ -30,7 +37,7 @@ pub(crate) struct LogSpec {
     pub(crate) max_files: u32,
 }
 
-/// One line of the socket's protocol; the answer to each is [`DONE`].
+/// One line of the socket's protocol; the answer to each is [`DONE`], but for [`Order::Attach`].
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) enum Order {
@@ -40,6 +47,8 @@ pub(crate) enum Order {
     Drain(String),
     /// Do not read its pipes any more.
     Forget(String),
+    /// Send [frames](frame) of what it prints from now on, until it ends or the connection does.
+    Attach(String),
 }
 
 pub(crate) const DONE: &str = "done\n";

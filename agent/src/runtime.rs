@@ -5,6 +5,7 @@
 //! restart of the agent is in container labels and extensions; how a container ended is in a small file of its own,
 //! written before containerd is told to forget the task.
 
+mod attach;
 pub(crate) mod connection;
 pub(crate) mod container;
 mod error;
@@ -31,6 +32,7 @@ use containerd_client::services::v1::snapshots::MountsRequest;
 use containerd_client::types::Mount;
 use tokio::sync::{Notify, Semaphore, broadcast};
 
+pub use attach::{AttachSession, Output};
 pub use error::RuntimeError;
 pub use exec::{ExecRequest, ExecSession, TerminalSize};
 pub use pause::PauseError;
@@ -238,6 +240,14 @@ impl Runtime {
     /// When the container is not running or the program cannot be started.
     pub async fn exec(&self, id: &str, request: ExecRequest) -> Result<ExecSession, RuntimeError> {
         exec::run(&self.inner, id, request).await
+    }
+
+    /// Connects to the first process of a running container.
+    ///
+    /// # Errors
+    /// When the container is not running.
+    pub async fn attach(&self, id: &str, with_stdin: bool) -> Result<AttachSession, RuntimeError> {
+        attach::open(&self.inner, id, with_stdin).await
     }
 
     /// The image of this name, if it is here.

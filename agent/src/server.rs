@@ -1,7 +1,7 @@
 //! The kubelet's HTTPS API: what the API server, metrics collectors and administrators ask a node.
 //!
 //! A request passes [`tls`] and [`auth`], then [`routes`] finds its handler. Logs, exec, attach and port-forward are
-//! served by modules that know nothing of HTTP: [`logs`], [`exec`] over [`remote`] streams,
+//! served by modules that know nothing of HTTP: [`logs`], [`exec`] and [`attach`] over [`remote`] streams,
 //! [`port_forward`]; their protocols are the pure state machines below [`spdy`] and [`websocket`].
 //! What runs on the node is seen only through [`containers::Containers`].
 
@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
+pub mod attach;
 pub mod auth;
 pub mod containers;
 pub mod exec;

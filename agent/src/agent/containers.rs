@@ -4,8 +4,8 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
+use futures_util::{FutureExt, StreamExt};
 use k8s_openapi::api::core::v1::Pod;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::mpsc;
@@ -15,7 +15,7 @@ use crate::cgroup::CgroupTree;
 use crate::pod::PodRegistry;
 use crate::runtime::types::{ContainerState, ObservedContainer, RuntimeEvent};
 use crate::runtime::{self, Runtime};
-use crate::server::containers::{Containers, ExecRequest, Process, TerminalSize};
+use crate::server::containers::{Attached, Containers, ExecRequest, Process, TerminalSize};
 
 /// The pods of this node and the way to their containers.
 pub(super) struct NodeContainers {
@@ -84,10 +84,19 @@ impl Containers for NodeContainers {
         .boxed()
     }
 
-    fn attach(&self, _: &str, _: ExecRequest) -> BoxFuture<'static, Result<Process, String>> {
-        let text = "attaching to a container's first process is not supported on this node yet; \
-                    hint: kubectl logs -f shows its output, kubectl exec starts a shell beside it";
-        async move { Err(text.to_owned()) }.boxed()
+    fn attach(&self, id: &str, stdin: bool) -> BoxFuture<'static, Result<Attached, String>> {
+        let (runtime, id) = (self.runtime.clone(), id.to_owned());
+        async move {
+            let session = runtime.attach(&id, stdin).await.map_err(|error| describe(&error))?;
+            let output = session.output.map(|piece| piece.map_err(|error| describe(&error)));
+            Ok(Attached {
+                stdin: session.stdin,
+                close_stdin: session.close_stdin,
+                output: output.boxed(),
+                resize: Some(sizes(session.resize)),
+            })
+        }
+        .boxed()
     }
 
     fn pod_cgroup(&self, pod: &Pod) -> Option<String> {
@@ -118,9 +127,9 @@ fn is_running(container: &ObservedContainer) -> bool {
     matches!(container.state, ContainerState::Running { .. } | ContainerState::Created)
 }
 
-fn process(session: runtime::ExecSession) -> Process {
+/// The API's sizes of a terminal, turned into the runtime's.
+fn sizes(to_runtime: mpsc::Sender<runtime::TerminalSize>) -> mpsc::Sender<TerminalSize> {
     let (resize, mut sizes) = mpsc::channel::<TerminalSize>(1);
-    let to_runtime = session.resize;
     tokio::spawn(async move {
         while let Some(TerminalSize { width, height }) = sizes.recv().await {
             let size = runtime::TerminalSize { width, height };
@@ -129,12 +138,16 @@ fn process(session: runtime::ExecSession) -> Process {
             }
         }
     });
+    resize
+}
+
+fn process(session: runtime::ExecSession) -> Process {
     let exit = session.exit;
     Process {
         stdin: session.stdin,
         stdout: session.stdout,
         stderr: session.stderr,
-        resize: Some(resize),
+        resize: Some(sizes(session.resize)),
         exit: async move { exit.await.map_err(|error| describe(&error)) }.boxed(),
     }
 }

@@ -8,9 +8,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use bytes::Bytes;
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
+use tokio::net::unix::pipe;
 
+use super::frame::{Frame, Stream};
 use super::{LogSpec, Order, folder, socket};
 use crate::runtime::RuntimeError;
 
@@ -29,6 +32,14 @@ pub struct Pipes {
     pub stdin: String,
     pub stdout: String,
     pub stderr: String,
+}
+
+/// What a container prints from the moment of attaching on.
+#[derive(Debug)]
+pub(crate) struct Attachment {
+    client: Client,
+    id: String,
+    frames: tokio::net::UnixStream,
 }
 
 impl Client {
@@ -111,21 +122,77 @@ impl Client {
         }
     }
 
+    /// Begins to follow what container `id` prints.
+    ///
+    /// # Errors
+    /// When it prints no more, or the log writer does not answer.
+    pub(crate) async fn attach(&self, id: &str) -> Result<Attachment, RuntimeError> {
+        let mut attempt = 0;
+        loop {
+            attempt += 1;
+            let frames = self.ask_for_frames(id).await?;
+            let mut attachment = Attachment { client: self.clone(), id: id.to_owned(), frames };
+            match Frame::read(&mut attachment.frames).await {
+                Ok(Frame::Attached) => return Ok(attachment),
+                Ok(_) => {
+                    let (what, id) = ("output of container", id.to_owned());
+                    return Err(RuntimeError::NotFound { what, id });
+                }
+                Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
+                    return Err(RuntimeError::invalid(
+                        "the log writer of this node was started by an older keelson and cannot attach; \
+                         hint: end the process `keelson logd`, the next one goes on where it stopped",
+                    ));
+                }
+                // One that is about to be gone still lets clients connect.
+                Err(_) if attempt < 3 => {}
+                Err(error) => return Err(self.no_talk(error)),
+            }
+        }
+    }
+
+    async fn ask_for_frames(&self, id: &str) -> Result<tokio::net::UnixStream, RuntimeError> {
+        let (client, order) = (self.clone(), Order::Attach(id.to_owned()));
+        let stream = crate::runtime::blocking(move || {
+            let mut stream = client.connect()?;
+            // What could not be written is not answered either.
+            drop(write_order(&mut stream, &order));
+            stream.set_nonblocking(true).map_err(|error| client.no_talk(error))?;
+            Ok(stream)
+        });
+        tokio::net::UnixStream::from_std(stream.await?).map_err(|error| self.no_talk(error))
+    }
+
+    fn no_talk(&self, error: std::io::Error) -> RuntimeError {
+        RuntimeError::system("talk to the log writer on", socket(&self.run_dir))(error)
+    }
+
+    /// The way into container `id`; `None` when it takes no input (any more).
+    ///
+    /// # Errors
+    /// When its pipe cannot be opened.
+    pub(crate) fn stdin(&self, id: &str) -> Result<Option<pipe::Sender>, RuntimeError> {
+        let path = folder(&self.run_dir, id).join("stdin");
+        match pipe::OpenOptions::new().open_sender(&path) {
+            Ok(sender) => Ok(Some(sender)),
+            // Made for a container with input, whose shim has closed its end.
+            Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+            Err(error) => Err(RuntimeError::system("open", path)(error)),
+        }
+    }
+
     fn order(&self, order: &Order, limit: Option<Duration>) -> Result<(), RuntimeError> {
-        let path = socket(&self.run_dir);
         let mut stream = self.connect()?;
         let talk = |stream: &mut UnixStream| {
             stream.set_read_timeout(limit)?;
-            let mut line = serde_json::to_vec(order)?;
-            line.push(b'\n');
-            stream.write_all(&line)?;
+            write_order(stream, order)?;
             BufReader::new(stream).read_line(&mut String::new())
         };
         match talk(&mut stream) {
             Ok(_) => Ok(()),
             // A drain that takes too long is given up: the log has what there was.
             Err(e) if limit.is_some() && e.kind() == std::io::ErrorKind::WouldBlock => Ok(()),
-            Err(e) => Err(RuntimeError::system("talk to the log writer on", path)(e)),
+            Err(e) => Err(self.no_talk(e)),
         }
     }
 
@@ -161,6 +228,35 @@ impl Client {
         std::thread::Builder::new().name("logd-reaper".into()).spawn(move || child.wait())?;
         Ok(())
     }
+}
+
+impl Attachment {
+    /// The next piece; `None` when the container has printed everything. A log writer that died has left what was not
+    /// read in the pipes: the next one goes on from there. Not to be cancelled.
+    pub(crate) async fn next(&mut self) -> Result<Option<(Stream, Bytes)>, RuntimeError> {
+        loop {
+            match Frame::read(&mut self.frames).await {
+                Ok(Frame::Output(stream, data)) => return Ok(Some((stream, data))),
+                Ok(Frame::Ended) => return Ok(None),
+                Ok(Frame::TooSlow) => {
+                    return Err(RuntimeError::invalid(
+                        "the container printed more than was taken from it; hint: kubectl logs has the rest",
+                    ));
+                }
+                Ok(Frame::Attached) | Err(_) => match self.client.attach(&self.id).await {
+                    Ok(again) => *self = again,
+                    Err(RuntimeError::NotFound { .. }) => return Ok(None),
+                    Err(error) => return Err(error),
+                },
+            }
+        }
+    }
+}
+
+fn write_order(to: &mut UnixStream, order: &Order) -> std::io::Result<()> {
+    let mut line = serde_json::to_vec(order)?;
+    line.push(b'\n');
+    to.write_all(&line)
 }
 
 /// Ourselves, even when the file was replaced by an upgrade. `KEELSON_PROGRAM` names it where "ourselves" is a test.

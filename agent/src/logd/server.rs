@@ -17,7 +17,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, LocalSet, spawn_local};
 
+use super::attached::{self, Attached};
 use super::format::LineCutter;
+use super::frame::Stream;
 use super::log_file::LogFile;
 use super::{DONE, LogSpec, Order, folder, socket};
 
@@ -32,6 +34,15 @@ struct Container {
     streams: watch::Receiver<usize>,
     /// One reader per stream.
     readers: Vec<JoinHandle<()>>,
+    attached: Rc<Attached>,
+}
+
+/// What the readers of a container's streams share.
+struct Sink {
+    log: RefCell<LogFile>,
+    attached: Rc<Attached>,
+    /// How many streams have not ended.
+    left: watch::Sender<usize>,
 }
 
 /// Reads and writes logs for the node of `run_dir` until SIGTERM.
@@ -97,7 +108,10 @@ async fn serve_client(run_dir: PathBuf, stream: UnixStream, open: Open) {
                 }
             }
             Ok(Order::Drain(id)) => {
-                let streams = open.borrow().get(&id).map(|container| container.streams.clone());
+                let streams = open.borrow().get(&id).map(|container| {
+                    container.attached.hurry();
+                    container.streams.clone()
+                });
                 if let Some(mut streams) = streams {
                     // The sender goes with the last stream: that is the end, too.
                     drop(streams.wait_for(|left| *left == 0).await);
@@ -107,6 +121,10 @@ async fn serve_client(run_dir: PathBuf, stream: UnixStream, open: Open) {
                 if let Some(container) = open.borrow_mut().remove(&id) {
                     container.readers.iter().for_each(JoinHandle::abort);
                 }
+            }
+            Ok(Order::Attach(id)) => {
+                let watch = open.borrow().get(&id).and_then(|container| container.attached.watch());
+                return attached::serve(watch, lines, writer).await;
             }
             Err(error) => tracing::warn!(%error, "An order was not understood"),
         }
@@ -122,29 +140,25 @@ fn read_container(run_dir: &Path, id: &str, open: &Open) -> io::Result<()> {
     }
     let folder = folder(run_dir, id);
     let spec: LogSpec = serde_json::from_slice(&fs::read(folder.join("log.json"))?)?;
-    let log = Rc::new(RefCell::new(LogFile::new(spec)));
+    let log = LogFile::new(spec);
     let mut pipes = Vec::new();
-    for stream in ["stdout", "stderr"] {
-        let path = folder.join(stream);
+    for stream in [Stream::Stdout, Stream::Stderr] {
+        let path = folder.join(stream.name());
         if path.exists() {
             pipes.push((stream, pipe::OpenOptions::new().open_receiver(&path)?));
         }
     }
     let (left, streams) = watch::channel(pipes.len());
-    let left = Rc::new(left);
-    let read = |(stream, pipe)| spawn_local(copy(stream, pipe, Rc::clone(&log), Rc::clone(&left)));
+    let attached = Rc::new(Attached::new(attached::PATIENCE));
+    let sink = Rc::new(Sink { log: log.into(), attached: Rc::clone(&attached), left });
+    let read = |(stream, pipe)| spawn_local(copy(stream, pipe, Rc::clone(&sink)));
     let readers = pipes.into_iter().map(read).collect();
-    open.borrow_mut().insert(id.to_owned(), Container { streams, readers });
+    open.borrow_mut().insert(id.to_owned(), Container { streams, readers, attached });
     Ok(())
 }
 
-/// Copies one stream to the log until every writer has closed it.
-async fn copy(
-    stream: &'static str,
-    mut pipe: pipe::Receiver,
-    log: Rc<RefCell<LogFile>>,
-    left: Rc<watch::Sender<usize>>,
-) {
+/// Copies one stream to the log, and to those who are attached, until every writer has closed it.
+async fn copy(stream: Stream, mut pipe: pipe::Receiver, sink: Rc<Sink>) {
     let mut cutter = LineCutter::default();
     let mut out = Vec::new();
     loop {
@@ -153,14 +167,19 @@ async fn copy(
             break;
         }
         let mut buffer = vec![0; READ_SIZE];
-        match pipe.read(&mut buffer).await {
+        let data = match pipe.read(&mut buffer).await {
             Ok(0) | Err(_) => break,
-            Ok(length) => cutter.feed(stream, &buffer[..length], Timestamp::now(), &mut out),
-        }
-        log.borrow_mut().append(&out);
+            Ok(length) => &buffer[..length],
+        };
+        cutter.feed(stream.name(), data, Timestamp::now(), &mut out);
+        sink.log.borrow_mut().append(&out);
         out = Vec::new();
+        sink.attached.send(stream, data).await;
     }
-    cutter.finish(stream, Timestamp::now(), &mut out);
-    log.borrow_mut().append(&out);
-    left.send_modify(|left| *left -= 1);
+    cutter.finish(stream.name(), Timestamp::now(), &mut out);
+    sink.log.borrow_mut().append(&out);
+    sink.left.send_modify(|left| *left -= 1);
+    if *sink.left.borrow() == 0 {
+        sink.attached.end();
+    }
 }

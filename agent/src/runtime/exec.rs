@@ -225,7 +225,8 @@ async fn wait(
     Ok(i32::try_from(code).unwrap_or(255))
 }
 
-async fn resize_terminal(
+/// Without an `exec_id`, the terminal is that of the first process.
+pub(super) async fn resize_terminal(
     inner: Arc<Inner>,
     id: String,
     exec_id: String,

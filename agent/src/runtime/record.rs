@@ -64,6 +64,8 @@ pub(crate) struct ContainerRecord {
     pub(crate) tty: bool,
     pub(crate) stdin: bool,
     #[serde(default)]
+    pub(crate) stdin_once: bool,
+    #[serde(default)]
     pub(crate) termination_message_from_log: bool,
     pub(crate) cgroup: String,
     pub(crate) boot: String,
@@ -180,6 +182,7 @@ impl ContainerRecord {
             stop_signal,
             tty: config.tty,
             stdin: config.stdin,
+            stdin_once: config.stdin_once,
             termination_message_from_log: config.termination_message_from_log,
             cgroup,
             boot: boot_id(),

@@ -4,10 +4,14 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use futures_util::future::BoxFuture;
+use futures_util::stream::BoxStream;
 use k8s_openapi::api::core::v1::Pod;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc;
+
+pub use crate::logd::Stream;
 
 /// What the HTTPS API needs of the node's pods. Errors are texts for the person at the other end.
 pub trait Containers: Send + Sync + 'static {
@@ -31,12 +35,12 @@ pub trait Containers: Send + Sync + 'static {
         request: ExecRequest,
     ) -> BoxFuture<'static, Result<Process, String>>;
 
-    /// Connects to the first process of a running container. The exit code counts for nothing.
+    /// Connects to the first process of a running container.
     fn attach(
         &self,
         container_id: &str,
-        request: ExecRequest,
-    ) -> BoxFuture<'static, Result<Process, String>>;
+        with_stdin: bool,
+    ) -> BoxFuture<'static, Result<Attached, String>>;
 
     /// The cgroup of a pod, below the mount point of every hierarchy; its containers are in it, by id.
     fn pod_cgroup(&self, pod: &Pod) -> Option<String>;
@@ -67,6 +71,19 @@ pub struct Process {
     pub resize: Option<mpsc::Sender<TerminalSize>>,
     /// The exit code, or why it will never be known.
     pub exit: BoxFuture<'static, Result<i32, String>>,
+}
+
+/// The ends of a running container's streams. Dropping it changes nothing for the container.
+pub struct Attached {
+    /// `None` where the container takes no input: what a client sends is thrown away.
+    pub stdin: Option<Box<dyn AsyncWrite + Send + Unpin>>,
+    /// Ends the container's input for good when the client's has ended (`stdinOnce`); without it the end of the
+    /// client's input is the end of the session.
+    pub close_stdin: Option<BoxFuture<'static, ()>>,
+    /// What the container prints from now on, or why that is not known any more.
+    pub output: BoxStream<'static, Result<(Stream, Bytes), String>>,
+    /// New sizes for the terminal.
+    pub resize: Option<mpsc::Sender<TerminalSize>>,
 }
 
 /// The size of a terminal in characters.

@@ -141,7 +141,10 @@ async fn pump_out(
     }
 }
 
-async fn pump_sizes(from: Option<mpsc::Receiver<Bytes>>, to: Option<mpsc::Sender<TerminalSize>>) {
+pub(super) async fn pump_sizes(
+    from: Option<mpsc::Receiver<Bytes>>,
+    to: Option<mpsc::Sender<TerminalSize>>,
+) {
     let (Some(mut from), Some(to)) = (from, to) else { return };
     while let Some(data) = from.recv().await {
         for size in terminal_sizes(&data) {

@@ -101,6 +101,19 @@ pub fn running_container(pod: &Pod, container: &str) -> Result<String, Refusal> 
     )
 }
 
+/// As [`running_container`], in the words that the kubelet has for attach.
+///
+/// # Errors
+/// See there.
+pub fn container_to_attach_to(pod: &Pod, container: &str) -> Result<String, Refusal> {
+    running_container(pod, container).map_err(|refusal| {
+        let (name, namespace) = (&pod.metadata.name, &pod.metadata.namespace);
+        let (name, namespace) = (name.as_deref().unwrap_or(""), namespace.as_deref().unwrap_or(""));
+        let text = format!("container {container} not found in pod {name}_{namespace}");
+        Refusal { text, ..refusal }
+    })
+}
+
 fn has_container(pod: &Pod, container: &str) -> bool {
     let Some(spec) = &pod.spec else { return false };
     let ephemeral = spec.ephemeral_containers.iter().flatten().map(|c| &c.name);
@@ -208,6 +221,8 @@ mod tests {
         let pod = pod_with(json!({"state": {"terminated": {"exitCode": 0}}}));
         let refusal = running_container(&pod, "c").unwrap_err();
         assert_eq!(refusal.text, "container not found (\"c\")");
+        let refusal = container_to_attach_to(&pod, "c").unwrap_err();
+        assert_eq!(refusal.text, "container c not found in pod p_n");
         let pods = [Arc::new(pod)];
         assert!(super::pod(&pods, "n", "p", Some("u")).is_ok());
         assert_eq!(super::pod(&pods, "n", "p", Some("v")).unwrap_err().status, 404);

@@ -27,7 +27,7 @@ use super::metrics::Metrics;
 use super::remote::{self, Agreed, Transport};
 use super::spdy::connection::Connection;
 use super::spdy::session::Role;
-use super::{exec, logs, port_forward, query, websocket};
+use super::{attach, exec, logs, port_forward, query, websocket};
 
 /// An answer whose body may go on for as long as a container runs.
 pub type Answer = Response<BoxBody<Bytes, Infallible>>;
@@ -199,7 +199,10 @@ impl Routes {
         require(&request, &[Method::GET, Method::POST])?;
         let wanted = exec_request(request.uri().query().unwrap_or_default(), command)?;
         let pod = find::pod(&self.containers.pods(), namespace, pod, uid)?;
-        let id = find::running_container(&pod, container)?;
+        let id = match command {
+            Command::Exec => find::running_container(&pod, container)?,
+            Command::Attach => find::container_to_attach_to(&pod, container)?,
+        };
         let agreed = remote::negotiate_command(request.headers()).map_err(bad_upgrade)?;
         let containers = self.containers.clone();
         let idle = self.settings.streaming_idle_timeout;
@@ -208,14 +211,17 @@ impl Routes {
                 Ok(io) => io,
                 Err(error) => return debug!(error, "Client gave up before its command started"),
             };
-            let process = match command {
-                Command::Exec => containers.exec(&id, wanted).await,
-                Command::Attach => containers.attach(&id, wanted).await,
+            let failed = match command {
+                Command::Exec => match containers.exec(&id, wanted).await {
+                    Ok(process) => return exec::run(process, io).await,
+                    Err(reason) => reason,
+                },
+                Command::Attach => match containers.attach(&id, wanted.stdin).await {
+                    Ok(attached) => return attach::run(attached, io).await,
+                    Err(reason) => reason,
+                },
             };
-            match process {
-                Ok(process) => exec::run(process, io).await,
-                Err(reason) => exec::finish(io, &exec::Ending::Failed(reason)).await,
-            }
+            exec::finish(io, &exec::Ending::Failed(failed)).await;
         }))
     }
 

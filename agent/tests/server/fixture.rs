@@ -8,18 +8,21 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
+use futures_util::{FutureExt, StreamExt};
 use k8s_openapi::api::core::v1::Pod;
 use keelson_agent::config::{Authorization, ServerConfig};
 use keelson_agent::server::auth::Access;
-use keelson_agent::server::containers::{Containers, ExecRequest, Process, TerminalSize};
+use keelson_agent::server::containers::{
+    Attached, Containers, ExecRequest, Process, Stream, TerminalSize,
+};
 use keelson_agent::server::metrics::Metrics;
 use keelson_agent::server::routes::{Routes, Settings};
 use keelson_agent::server::{self, tls};
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
+use tokio_util::io::ReaderStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -153,12 +156,22 @@ impl Containers for Local {
         async move { if request.tty { on_terminal(&request) } else { on_pipes(&request) } }.boxed()
     }
 
-    fn attach(
-        &self,
-        id: &str,
-        request: ExecRequest,
-    ) -> BoxFuture<'static, Result<Process, String>> {
-        self.exec(id, ExecRequest { command: vec!["cat".to_owned()], ..request })
+    fn attach(&self, id: &str, stdin: bool) -> BoxFuture<'static, Result<Attached, String>> {
+        let request = ExecRequest {
+            command: vec!["cat".to_owned()],
+            stdin,
+            stdout: true,
+            ..ExecRequest::default()
+        };
+        let cat = self.exec(id, request);
+        async move {
+            let Process { stdin, stdout, exit, .. } = cat.await?;
+            let output = ReaderStream::new(stdout.unwrap())
+                .map(|read| read.map(|data| (Stream::Stdout, data)).map_err(|e| e.to_string()));
+            tokio::spawn(exit);
+            Ok(Attached { stdin, close_stdin: None, output: output.boxed(), resize: None })
+        }
+        .boxed()
     }
 
     fn pod_cgroup(&self, _: &Pod) -> Option<String> {
