@@ -133,7 +133,19 @@ impl ProxyConfig {
             "nodePortAddresses": node_ports,
             "healthzBindAddress": address(self.healthz_address),
             "metricsBindAddress": address(self.metrics_address),
-            mode.name(): {"masqueradeAll": self.masquerade_all, "masqueradeBit": self.masquerade_bit},
+            (match mode {
+                // kube-proxy's IPVS mode takes these from the section of the iptables mode.
+                Mode::Ipvs => "iptables",
+                mode => mode.name(),
+            }): {"masqueradeAll": self.masquerade_all, "masqueradeBit": self.masquerade_bit},
+            "ipvs": {
+                "scheduler": self.ipvs.scheduler,
+                "strictARP": self.ipvs.strict_arp,
+                "excludeCIDRs": texts(&self.ipvs.excluded),
+                "tcpTimeout": format!("{}s", self.ipvs.tcp_timeout),
+                "tcpFinTimeout": format!("{}s", self.ipvs.tcp_fin_timeout),
+                "udpTimeout": format!("{}s", self.ipvs.udp_timeout),
+            },
         }})
     }
 }

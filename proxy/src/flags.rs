@@ -2,6 +2,7 @@
 
 mod conntrack;
 mod file;
+mod ipvs;
 #[cfg(test)]
 mod tests;
 
@@ -35,7 +36,7 @@ pub struct Flags {
     #[arg(long, value_name = "NAME")]
     pub hostname_override: Option<String>,
     /// How to program the kernel: nftables, iptables (or iptables-nft, iptables-legacy to choose the
-    /// variant), or auto for the first that works here
+    /// variant), ipvs, or auto for the first that works here
     #[arg(long, value_name = "MODE")]
     pub proxy_mode: Option<String>,
     /// Pod ranges of the cluster, one per IP family
@@ -84,6 +85,8 @@ pub struct Flags {
     #[command(flatten)]
     pub conntrack: conntrack::ConntrackFlags,
     #[command(flatten)]
+    pub ipvs: ipvs::IpvsFlags,
+    #[command(flatten)]
     pub ignored: IgnoredFlags,
 }
 
@@ -110,12 +113,6 @@ pub struct IgnoredFlags {
     #[arg(long, hide = true)]
     iptables_sync_period: Option<String>,
     #[arg(long, hide = true)]
-    ipvs_scheduler: Option<String>,
-    #[arg(long, hide = true)]
-    ipvs_sync_period: Option<String>,
-    #[arg(long, hide = true)]
-    ipvs_strict_arp: Option<String>,
-    #[arg(long, hide = true)]
     kube_api_burst: Option<String>,
     #[arg(long, hide = true)]
     kube_api_qps: Option<String>,
@@ -135,9 +132,6 @@ impl IgnoredFlags {
             ("--config-sync-period", &self.config_sync_period),
             ("--iptables-min-sync-period", &self.iptables_min_sync_period),
             ("--iptables-sync-period", &self.iptables_sync_period),
-            ("--ipvs-scheduler", &self.ipvs_scheduler),
-            ("--ipvs-sync-period", &self.ipvs_sync_period),
-            ("--ipvs-strict-arp", &self.ipvs_strict_arp),
             ("--kube-api-burst", &self.kube_api_burst),
             ("--kube-api-qps", &self.kube_api_qps),
             ("--oom-score-adj", &self.oom_score_adj),
@@ -177,6 +171,7 @@ impl Flags {
             }
         }
         self.conntrack.fill_from(file.conntrack);
+        self.ipvs.fill_from(file.ipvs);
         fill(&mut self.kubeconfig, file.kubeconfig);
         fill(&mut self.hostname_override, file.hostname_override);
         fill(&mut self.proxy_mode, file.proxy_mode);
@@ -235,7 +230,7 @@ impl Flags {
             node_port_addresses: node_port_addresses(&self.nodeport_addresses)?,
             healthz_address: address("healthz", healthz, 10256, default.healthz_address)?,
             metrics_address: address("metrics", metrics, 10249, default.metrics_address)?,
-            ipvs: crate::ipvs::IpvsConfig::default(),
+            ipvs: self.ipvs.config()?,
             conntrack: Some(self.conntrack.limits()?),
             kubeconfig: self.kubeconfig,
             api_server: self.master,

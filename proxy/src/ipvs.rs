@@ -57,7 +57,7 @@ pub(crate) use leave::{KUBE_PROXYS_LINK, remove_kube_proxys};
 pub use settings::{IpvsConfig, SCHEDULERS};
 
 /// How many virtual servers are compared at each look.
-const LOOKED_AT: usize = 256;
+const LOOKED_AT: usize = 128;
 
 /// The backend. Lives in the network namespace in which it was opened.
 pub struct Ipvs {

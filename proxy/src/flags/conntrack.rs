@@ -84,7 +84,7 @@ impl ConntrackFlags {
 }
 
 /// As Go writes durations: `24h0m0s`, `90s`, `0`.
-fn duration(text: &str) -> Option<Duration> {
+pub(super) fn duration(text: &str) -> Option<Duration> {
     if text == "0" {
         return Some(Duration::ZERO);
     }

@@ -5,6 +5,7 @@ use serde_json::Value;
 
 use super::Flags;
 use super::conntrack::ConntrackFlags;
+use super::ipvs::IpvsFlags;
 
 /// What a file said, in the form of flags, and what in it has no effect.
 pub(crate) struct Found {
@@ -98,13 +99,29 @@ impl File<'_> {
         })
     }
 
+    /// Two of the fields mean nothing here and need no warning: changes are put in force at once.
+    fn ipvs(&mut self) -> anyhow::Result<IpvsFlags> {
+        for name in ["syncPeriod", "minSyncPeriod"] {
+            self.skip(&["ipvs", name]);
+        }
+        Ok(IpvsFlags {
+            ipvs_scheduler: self.text(&["ipvs", "scheduler"])?,
+            ipvs_exclude_cidrs: self.typed(&["ipvs", "excludeCIDRs"])?.unwrap_or_default(),
+            ipvs_strict_arp: self.typed(&["ipvs", "strictARP"])?,
+            ipvs_tcp_timeout: self.text(&["ipvs", "tcpTimeout"])?,
+            ipvs_tcpfin_timeout: self.text(&["ipvs", "tcpFinTimeout"])?,
+            ipvs_udp_timeout: self.text(&["ipvs", "udpTimeout"])?,
+            ..IpvsFlags::default()
+        })
+    }
+
     fn flags(&mut self) -> anyhow::Result<Flags> {
         let nftables_all = self.typed(&["nftables", "masqueradeAll"])?;
         let nftables_bit = self.typed(&["nftables", "masqueradeBit"])?;
         let iptables_all: Option<bool> = self.typed(&["iptables", "masqueradeAll"])?;
         let iptables_bit: Option<u8> = self.typed(&["iptables", "masqueradeBit"])?;
         let cidrs = self.text(&["clusterCIDR"])?.unwrap_or_default();
-        let conntrack = self.conntrack()?;
+        let (conntrack, ipvs) = (self.conntrack()?, self.ipvs()?);
         Ok(Flags {
             kubeconfig: self.text(&["clientConnection", "kubeconfig"])?.map(Into::into),
             hostname_override: self.text(&["hostnameOverride"])?,
@@ -121,6 +138,7 @@ impl File<'_> {
             metrics_bind_address: self.text(&["metricsBindAddress"])?,
             bind_address: self.typed(&["bindAddress"])?,
             conntrack,
+            ipvs,
             ..Flags::default()
         })
     }
@@ -175,6 +193,7 @@ mod tests {
              clientConnection: {kubeconfig: /k, qps: 5}\n\
              conntrack: {min: null, maxPerCore: 3, tcpEstablishedTimeout: 1h0m0s, colour: 1}\n\
              nftables: {masqueradeAll: true, masqueradeBit: 7, syncPeriod: 0s}\n\
+             ipvs: {scheduler: lc, strictARP: true, excludeCIDRs: [192.0.2.0/24], tcpTimeout: 5m0s, syncPeriod: 30s, colour: 2}\n\
              nodePortAddresses: [primary]\n\
              colour: blue\n",
         )
@@ -184,6 +203,9 @@ mod tests {
         assert_eq!(found.flags.masquerade_all, Some(true));
         assert_eq!(found.flags.iptables_masquerade_bit, Some(7));
         assert_eq!(found.flags.nodeport_addresses, ["primary"]);
+        let ipvs = found.flags.ipvs.config().unwrap();
+        assert_eq!((&*ipvs.scheduler, ipvs.strict_arp, ipvs.tcp_timeout), ("lc", true, 300));
+        assert_eq!(ipvs.excluded.len(), 1);
         let mut warnings = found.warnings;
         warnings.sort();
         assert_eq!(
@@ -192,6 +214,7 @@ mod tests {
                 "clientConnection.qps has no effect in keelson-proxy",
                 "colour is not a field of KubeProxyConfiguration",
                 "conntrack.colour has no effect in keelson-proxy",
+                "ipvs.colour has no effect in keelson-proxy",
             ]
         );
     }

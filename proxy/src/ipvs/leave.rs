@@ -79,13 +79,11 @@ impl Ipvs {
         const PERIOD: std::time::Duration = std::time::Duration::from_secs(1);
         while !self.draining.is_empty() {
             std::thread::park_timeout(PERIOD);
-            let in_use = self.netns.run(|| has_table(Role::BesideIpvs));
-            if !matches!(in_use, Ok(Ok(false))) {
-                return;
-            }
             self.drain();
         }
-        if let Err(error) = self.remove_ways() {
+        // A virtual server that is there all the same has been taken into use again.
+        let unused = self.own().is_ok_and(|own| own.is_empty());
+        if unused && let Err(error) = self.remove_ways() {
             let error = crate::switch::with_sources(&error);
             tracing::warn!(%error, "Cannot remove what led to IPVS");
         }

@@ -13,6 +13,7 @@ rows![
     udp_that_began_before_the_endpoint_came_arrives,
     a_flow_to_a_strangers_port_that_equals_a_node_port_is_left_alone,
     an_established_connection_outlives_its_service,
+    an_endpoint_that_goes_keeps_its_connections_and_gets_no_new_ones,
     a_service_that_changes_its_address_leaves_nothing_at_the_old_one,
     two_services_with_the_same_external_address_take_turns,
     a_restart_changes_nothing_and_damage_is_mended,
@@ -120,6 +121,42 @@ fn an_established_connection_outlives_its_service(mode: Mode) {
     let mut buffer = [0; 4];
     accepted.read_exact(&mut buffer).unwrap();
     assert_eq!(&buffer, b"ping");
+}
+
+fn an_endpoint_that_goes_keeps_its_connections_and_gets_no_new_ones(mode: Mode) {
+    let mut node = Node::new(mode);
+    let (client, a) = (node.pod("client", 10), node.pod("a", 2));
+    let _b = node.pod("b", 3).serving("TCP", 8080);
+    let listener = a.namespace.run(|| TcpListener::bind("[::]:8080").unwrap());
+    node.service("web", node_port(cluster_ip(1, "TCP", 80), 30080));
+    node.ready("web", "TCP", 8080, &[2]);
+    node.apply();
+    let to = ["10.96.0.1:80", "[fd96::1]:80", &format!("{NODE4}:30080")].map(str::to_owned);
+    let mut pairs: Vec<_> = to
+        .iter()
+        .map(|to| client.namespace.run(|| TcpStream::connect(to).unwrap()))
+        .map(|stream| (stream, listener.accept().unwrap().0))
+        .collect();
+    let mut go_on = || {
+        for (near, far) in &mut pairs {
+            let mut buffer = [0; 4];
+            near.write_all(b"ping").unwrap();
+            far.read_exact(&mut buffer).unwrap();
+        }
+    };
+    let _server = Server::on(listener, &a.name);
+    node.ready("web", "TCP", 8080, &[3]);
+    node.apply();
+    to.iter().for_each(|to| assert_eq!(servers(&client.namespace, to, 12), ["b"]));
+    go_on();
+    assert_eq!(node.restart(), 0);
+    go_on();
+    // It comes back before its connections have ended.
+    node.ready("web", "TCP", 8080, &[2, 3]);
+    node.apply();
+    to.iter().for_each(|to| assert_eq!(servers(&client.namespace, to, 40), ["a", "b"]));
+    go_on();
+    assert_eq!(node.restart(), 0);
 }
 
 fn a_service_that_changes_its_address_leaves_nothing_at_the_old_one(mode: Mode) {
@@ -240,15 +277,22 @@ fn many_kinds(node: &mut Node) {
 }
 
 fn nft_lists_the_table_and_other_tables_do_not_matter(mode: Mode) {
-    if mode != Mode::Nftables {
-        skip("only nftables has such a table");
-    }
+    let (table, chains) = match mode {
+        Mode::Nftables => (
+            "keelson-proxy",
+            ["service4-hide-others-sticky10800-of-", "node-port6-hide-of-", "-inside-of-"],
+        ),
+        Mode::Ipvs => {
+            ("keelson-proxy-ipvs", ["ipvs4-hide-others", "loopback-port4-hide-of-", "-inside-of-"])
+        }
+        Mode::Iptables(_) => skip("it has no such table"),
+    };
     let mut node = Node::new(mode);
     many_kinds(&mut node);
     node.apply();
     // Debian's nft can list every kind of chain.
-    let listing = node.namespace.output("nft", &["list", "table", "inet", "keelson-proxy"]);
-    for chain in ["service4-hide-others-sticky10800-of-", "node-port6-hide-of-", "-inside-of-"] {
+    let listing = node.namespace.output("nft", &["list", "table", "inet", table]);
+    for chain in chains {
         assert!(listing.contains(chain), "{chain} is not in {listing}");
     }
     assert!(!node.backend.as_mut().unwrap().disturbed().unwrap());

@@ -55,6 +55,13 @@ pub(crate) fn silence() -> Duration {
 
 static SILENCE: OnceLock<Duration> = OnceLock::new();
 
+/// How many random histories are tried.
+pub(crate) fn histories() -> u32 {
+    *HISTORIES.get_or_init(|| 40)
+}
+
+static HISTORIES: OnceLock<u32> = OnceLock::new();
+
 #[derive(Default)]
 struct Options {
     filters: Vec<String>,
@@ -87,6 +94,10 @@ fn options() -> Options {
             "--silence-ms" => {
                 let millis = value().parse().expect("milliseconds");
                 SILENCE.get_or_init(|| Duration::from_millis(millis));
+            }
+            "--histories" => {
+                let number = value().parse().expect("a number");
+                HISTORIES.get_or_init(|| number);
             }
             // Libtest's, without a meaning here.
             "--nocapture" | "--no-capture" | "--show-output" | "--quiet" | "-q"

@@ -12,6 +12,7 @@ mod crash;
 mod flows;
 mod guards;
 mod harness;
+mod ipvs;
 mod oracle;
 mod policies;
 mod scale;
@@ -33,6 +34,7 @@ fn rows() -> Vec<Row> {
         guards::ROWS,
         corners::ROWS,
         flows::ROWS,
+        ipvs::ROWS,
         whole::ROWS,
         switching::ROWS,
         scale::ROWS,

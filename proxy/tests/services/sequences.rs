@@ -194,7 +194,7 @@ const SHORT: Duration = Duration::from_millis(100);
 
 /// Differential: incremental against from scratch, and the model against the kernel.
 fn any_history_leaves_the_kernel_as_a_new_start_would_want_it(mode: Mode) {
-    let cases = std::env::var("PROPTEST_CASES").map_or(40, |cases| cases.parse().unwrap());
+    let cases = crate::harness::histories();
     let mut runner =
         TestRunner::new(Config { cases, failure_persistence: None, ..Config::default() });
     let history =

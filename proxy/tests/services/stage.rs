@@ -16,7 +16,7 @@ pub(crate) use keelson_proxy::backend::{BackendConfig, Mode, PodSources};
 pub(crate) use namespace::Namespace;
 pub(crate) use node::{NODE4, NODE6, Node, OUTSIDE4, OUTSIDE6};
 pub(crate) use objects::{cluster_ip, node_port, servers, slice, with};
-pub(crate) use pod::{Outcome, Pod, udp_exchange};
+pub(crate) use pod::{Outcome, Pod, Server, udp_exchange};
 
 /// An error with its sources.
 pub(crate) fn chain(error: &dyn std::error::Error) -> String {

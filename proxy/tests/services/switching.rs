@@ -21,6 +21,7 @@ rows![
 
 /// A connection that stays.
 struct Flow {
+    to: String,
     client: TcpStream,
     server: TcpStream,
 }
@@ -32,22 +33,34 @@ impl Flow {
         for side in [&client, &server] {
             side.set_read_timeout(Some(std::time::Duration::from_secs(5))).unwrap();
         }
-        Flow { client, server }
+        Flow { to: to.to_owned(), client, server }
     }
 
-    fn check(&mut self) {
+    fn exchange(&mut self) -> std::io::Result<()> {
         let mut buffer = [0; 4];
-        self.client.write_all(b"ping").unwrap();
-        self.server.read_exact(&mut buffer).unwrap();
-        self.server.write_all(b"pong").unwrap();
-        self.client.read_exact(&mut buffer).unwrap();
-        assert_eq!(&buffer, b"pong");
+        self.client.write_all(b"ping")?;
+        self.server.read_exact(&mut buffer)?;
+        self.server.write_all(b"pong")?;
+        self.client.read_exact(&mut buffer)
+    }
+
+    fn check(&mut self, when: &str) {
+        self.exchange().unwrap_or_else(|error| panic!("{}, {when}: {error}", self.to));
     }
 }
 
 /// What the node is doing; [`STOP`] when it is done.
 type Step = AtomicUsize;
 const STOP: usize = usize::MAX;
+
+/// Ends the asking, also when an assertion fails.
+struct StopAtEnd<'s>(&'s Step);
+
+impl Drop for StopAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(STOP, Ordering::Relaxed);
+    }
+}
 
 /// Asks again and again; how often, and what else than `wanted` came in which step.
 fn keep_asking(
@@ -113,6 +126,7 @@ fn a_node_that_changes_its_mode_loses_nothing(mode: Mode) {
             scope.spawn(move || keep_asking(namespace, "10.96.0.1:80", step, served)),
             scope.spawn(move || keep_asking(inside, "10.96.0.3:80", step, refused)),
         ];
+        let stop = StopAtEnd(step);
         let mut from = mode;
         for to in route {
             let mut backend = namespace.run(|| to.open(config.clone()).unwrap());
@@ -121,13 +135,13 @@ fn a_node_that_changes_its_mode_loses_nothing(mode: Mode) {
             step.fetch_add(1, Ordering::Relaxed);
             namespace.run(|| switch::leave_others(to));
             step.fetch_add(1, Ordering::Relaxed);
-            flows.iter_mut().for_each(Flow::check);
+            flows.iter_mut().for_each(|flow| flow.check(&format!("{from} to {to}")));
             // Nothing of the old mode is left, the new one is whole.
             assert_eq!(backend.verify(plans).unwrap(), [], "{from} to {to}");
             assert!(is_clean(from, namespace), "{from} to {to}");
             from = to;
         }
-        step.store(STOP, Ordering::Relaxed);
+        drop(stop);
         for asker in askers {
             let (asked, unwanted) = asker.join().unwrap();
             assert_eq!(unwanted, [], "of {asked}");

@@ -26,6 +26,16 @@ pub(crate) struct Server {
     thread: Option<JoinHandle<()>>,
 }
 
+impl Server {
+    /// Answers who connects there.
+    pub(crate) fn on(listener: TcpListener, name: &str) -> Server {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (stopped, name) = (Arc::clone(&stop), name.to_owned());
+        let thread = std::thread::spawn(move || serve_tcp(&listener, &name, &stopped));
+        Server { stop, thread: Some(thread) }
+    }
+}
+
 impl Drop for Server {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
@@ -110,17 +120,15 @@ impl Namespace {
 
     /// Serves until dropped.
     pub(crate) fn serve(&self, name: &str, protocol: &str, port: u16) -> Server {
+        let address: SocketAddr = SocketAddr::new("::".parse().unwrap(), port);
+        if protocol != "UDP" {
+            return Server::on(self.run(|| TcpListener::bind(address).unwrap()), name);
+        }
         let stop = Arc::new(AtomicBool::new(false));
         let (stopped, name) = (Arc::clone(&stop), name.to_owned());
-        let address: SocketAddr = SocketAddr::new("::".parse().unwrap(), port);
-        let thread = if protocol == "UDP" {
-            let socket = self.run(|| UdpSocket::bind(address).unwrap());
-            socket.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
-            std::thread::spawn(move || serve_udp(&socket, &name, &stopped))
-        } else {
-            let listener = self.run(|| TcpListener::bind(address).unwrap());
-            std::thread::spawn(move || serve_tcp(&listener, &name, &stopped))
-        };
+        let socket = self.run(|| UdpSocket::bind(address).unwrap());
+        socket.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+        let thread = std::thread::spawn(move || serve_udp(&socket, &name, &stopped));
         Server { stop, thread: Some(thread) }
     }
 }
