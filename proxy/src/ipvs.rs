@@ -56,7 +56,8 @@ pub use error::IpvsError;
 pub(crate) use leave::{KUBE_PROXYS_LINK, remove_kube_proxys};
 pub use settings::{IpvsConfig, SCHEDULERS};
 
-/// How many virtual servers are compared at each look.
+/// How many virtual servers are compared at each look, and how many of those that drain are asked whether they are done:
+/// some milliseconds of work a second, however many there are.
 const LOOKED_AT: usize = 128;
 
 /// The backend. Lives in the network namespace in which it was opened.
@@ -74,8 +75,9 @@ pub struct Ipvs {
     ground: Ground,
     servers: Servers,
     draining: BTreeMap<Key, BTreeSet<SocketAddr>>,
-    /// Where the last look ended.
+    /// Where the last look ended, and where among those that drain.
     looked_at: Option<Key>,
+    drained_at: Option<Key>,
     suspicious: bool,
 }
 
@@ -109,6 +111,7 @@ impl Ipvs {
             servers: Servers::default(),
             draining: BTreeMap::new(),
             looked_at: None,
+            drained_at: None,
             suspicious: false,
         })
     }
@@ -195,7 +198,7 @@ impl Ipvs {
             tracing::warn!(%error, "Reading virtual servers again after a refused change");
             self.mend(&keys, &mut applied)?;
         }
-        self.drain();
+        self.drain(keys.into_iter());
         self.alarm.set_clock(!self.servers.is_empty() || !self.draining.is_empty());
         Ok(applied)
     }
@@ -241,9 +244,22 @@ impl Ipvs {
         Ok(done)
     }
 
-    /// Removes real servers whose last connection has ended.
-    fn drain(&mut self) {
-        for key in self.draining.keys().copied().collect::<Vec<_>>() {
+    /// Removes real servers whose last connection has ended, of some of the virtual servers, each time of others.
+    fn drain_some(&mut self) {
+        use std::ops::Bound::{Excluded, Unbounded};
+        let last = self.drained_at.map_or(Unbounded, Excluded);
+        let next = self.draining.range((last, Unbounded)).map(|(key, _)| *key);
+        let next: Vec<Key> = next.take(LOOKED_AT).collect();
+        // At the end it begins anew the next time.
+        self.drained_at = next.last().copied().filter(|_| next.len() == LOOKED_AT);
+        self.drain(next.into_iter());
+    }
+
+    fn drain(&mut self, keys: impl Iterator<Item = Key>) {
+        for key in keys {
+            if !self.draining.contains_key(&key) {
+                continue;
+            }
             if let Err(error) = self.drain_one(key) {
                 let error = crate::switch::with_sources(&error);
                 tracing::debug!(%key, %error, "Cannot look after real servers that shall go");
@@ -317,7 +333,7 @@ impl Ipvs {
         if self.alarm.routing_changed()? {
             self.follow_addresses()?;
         }
-        self.drain();
+        self.drain_some();
         disturbed = disturbed || self.gaps()?.len() > 0 || self.look()?;
         Ok(disturbed)
     }

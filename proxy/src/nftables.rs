@@ -28,8 +28,10 @@
 //! slots; the latter two are read back from the kernel, so a restart changes nothing.
 
 mod adopt;
+mod error;
 mod item;
 mod layout;
+mod ranges;
 mod transaction;
 
 use std::collections::{HashMap, HashSet};
@@ -37,13 +39,15 @@ use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-use keelson_netlink::netns::{Netns, NetnsError};
-use keelson_netlink::nft::{Batch, Monitor, Nft, NftError};
+use keelson_netlink::netns::Netns;
+use keelson_netlink::nft::{Batch, Monitor, Nft};
 
 use crate::backend::{Applied, Backend, BackendConfig, BackendError, Difference};
 use crate::diff::{Change, Plans};
 use crate::model::{PortPlan, Scope, ServiceKey, ServicePlan};
-use item::{Item, Pool, Pools, items_of, wanted_pool};
+pub use error::NftablesError;
+use error::{error_chain, is_out_of_step};
+use item::{Item, Pool, Pools, guard_item, hairpin_item, items_of, wanted_pool};
 pub(crate) use layout::Role;
 use layout::{Chain, Setup};
 use transaction::{Operations, encode};
@@ -53,34 +57,6 @@ const OPERATIONS_PER_TRANSACTION: usize = 8192;
 /// Transactions up to this size are watched by our own monitor, larger ones are not: their announcements
 /// would overflow its buffer, and that looks like a foreign change.
 const ANNOUNCED_OPERATIONS: usize = 128;
-
-/// An error of the nftables backend.
-#[derive(Debug, thiserror::Error)]
-pub enum NftablesError {
-    #[error("cannot read the proxy's nftables table")]
-    Observe(#[source] NftError),
-    #[error("cannot change the proxy's nftables table")]
-    Apply(#[source] NftError),
-    #[error("cannot watch the ruleset")]
-    Watch(#[source] NftError),
-    #[error(transparent)]
-    Namespace(#[from] NetnsError),
-    #[error("cannot connect to nf_tables")]
-    Open(#[source] NftError),
-    #[error("this kernel's nf_tables lacks something that Services need")]
-    Probe(#[source] NftError),
-}
-
-/// The error with its sources, for a log line.
-fn error_chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
-}
 
 /// A Service's change on its way into the kernel.
 struct Pending {
@@ -351,33 +327,6 @@ impl Nftables {
         let after = self.nft.generation().map_err(NftablesError::Observe)?;
         self.suspicious |= result.is_ok() && after != before.wrapping_add(1);
         result
-    }
-}
-
-/// True when the kernel has something else than we think: absent what we change, or present already.
-fn is_out_of_step(error: &NftablesError) -> bool {
-    let NftablesError::Apply(source) = error else { return false };
-    matches!(source.errno(), Some(libc::ENOENT | libc::EEXIST | libc::EBUSY))
-}
-
-/// A ClusterIP whose other ports are refused.
-fn guard_item(address: IpAddr) -> item::Item {
-    item::Item {
-        family: crate::model::Family::of(address),
-        map: layout::Map::ClusterIps,
-        key: item::Key::new().address(address),
-        last: None,
-        val: item::Val::None,
-    }
-}
-
-fn hairpin_item(address: IpAddr) -> item::Item {
-    item::Item {
-        family: crate::model::Family::of(address),
-        map: layout::Map::Hairpin,
-        key: item::Key::new().address(address).address(address),
-        last: None,
-        val: item::Val::None,
     }
 }
 

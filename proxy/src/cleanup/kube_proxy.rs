@@ -93,6 +93,10 @@ pub fn traces() -> Vec<String> {
     if TABLES.iter().any(there) {
         traces.push("nftables table kube-proxy".to_owned());
     }
+    if Rtnl::open().and_then(|mut rtnl| rtnl.link(IPVS_INTERFACE)).is_ok_and(|link| link.is_some())
+    {
+        traces.push(format!("interface {IPVS_INTERFACE}"));
+    }
     traces
 }
 

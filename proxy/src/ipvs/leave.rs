@@ -55,10 +55,13 @@ impl Ipvs {
         }
         let mut backend = Ipvs::open(BackendConfig::default())?;
         backend.table.cleanup()?;
+        // It makes nothing any more.
+        backend.scheduler = Some(backend.config.ipvs.scheduler.clone());
         let mut steps = backend.steps()?;
         backend.kernel.perform(&steps.last).map_err(IpvsError::Apply)?;
         backend.draining.append(&mut steps.draining);
-        backend.drain();
+        let draining: Vec<Key> = backend.draining.keys().copied().collect();
+        backend.drain(draining.into_iter());
         if backend.draining.is_empty() {
             return backend.remove_ways();
         }
@@ -79,7 +82,7 @@ impl Ipvs {
         const PERIOD: std::time::Duration = std::time::Duration::from_secs(1);
         while !self.draining.is_empty() {
             std::thread::park_timeout(PERIOD);
-            self.drain();
+            self.drain_some();
         }
         // A virtual server that is there all the same has been taken into use again.
         let unused = self.own().is_ok_and(|own| own.is_empty());

@@ -22,7 +22,15 @@ const PROTOCOL: u8 = 107;
 const LOOPBACK: u32 = 1;
 const HOST_SCOPE: u8 = 254;
 
-fn rules(bit: u32) -> Vec<RoutingRule> {
+/// IPv4, and IPv6 where the kernel has it.
+type Families = &'static [bool];
+
+fn families(rules: &[RoutingRule]) -> Families {
+    // Without IPv6 there are no rules for it, else some come with it.
+    if rules.iter().any(|rule| rule.ipv6) { &[false, true] } else { &[false] }
+}
+
+fn rules(bit: u32, families: Families) -> Vec<RoutingRule> {
     let of_family = |ipv6| {
         let rule = |offset, mark, input: Option<&str>, action| RoutingRule {
             ipv6,
@@ -38,11 +46,12 @@ fn rules(bit: u32) -> Vec<RoutingRule> {
             rule(2, None, None, RuleAction::Nothing),
         ]
     };
-    [false, true].into_iter().flat_map(of_family).collect()
+    families.iter().copied().flat_map(of_family).collect()
 }
 
-fn routes() -> Vec<Route> {
+fn routes(families: Families) -> Vec<Route> {
     let all = ["0.0.0.0/0", "::/0"].into_iter().filter_map(|all| all.parse::<IpNetwork>().ok());
+    let all = all.filter(|all| families.contains(&all.is_ipv6()));
     all.map(|all| Route {
         link: Some(LOOPBACK),
         kind: RouteKind::Local,
@@ -67,12 +76,16 @@ impl Gaps {
         let same = |a: &Route, b: &Route| {
             (a.destination, a.link, a.kind) == (b.destination, b.link, b.kind)
         };
+        let all = rtnl.rules()?;
+        let families = families(&all);
         let found = rtnl.routes_of(TABLE)?;
-        let missing_routes =
-            routes().into_iter().filter(|route| !found.iter().any(|f| same(f, route))).collect();
+        let missing_routes = routes(families)
+            .into_iter()
+            .filter(|route| !found.iter().any(|f| same(f, route)))
+            .collect();
         let found: Vec<RoutingRule> =
-            rtnl.rules()?.into_iter().filter(|rule| rule.protocol == PROTOCOL).collect();
-        let wanted = rules(bit);
+            all.into_iter().filter(|rule| rule.protocol == PROTOCOL).collect();
+        let wanted = rules(bit, families);
         Ok(Gaps {
             missing_routes,
             missing_rules: wanted.iter().filter(|rule| !found.contains(rule)).cloned().collect(),

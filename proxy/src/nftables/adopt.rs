@@ -9,10 +9,13 @@ use std::sync::Arc;
 use ipnetwork::IpNetwork;
 use keelson_netlink::nft::{Batch, ElementFound, NftError, SetFound};
 
-use super::item::{Item, Key, Pool, Pools, items_of, merged, pool_items, wanted_pool};
+use super::item::{
+    Item, Key, Pool, Pools, guard_item, hairpin_item, items_of, pool_items, wanted_pool,
+};
 use super::layout::{Chain, Map, Role, STAMP, stamps_of};
+use super::ranges::merged;
 use super::transaction::Operations;
-use super::{Nftables, NftablesError, Pending, Programmed, guard_item, hairpin_item};
+use super::{Nftables, NftablesError, Pending, Programmed};
 use crate::backend::{Applied, BackendConfig, Difference};
 use crate::diff::Plans;
 use crate::model::{Family, PortPlan, Scope, ServiceKey, ServicePlan};

@@ -3,9 +3,8 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 
-use ipnetwork::IpNetwork;
-
 use super::layout::{Chain, Forward, Kind, Map, Setup, View};
+use super::ranges::merged;
 use crate::diff::place;
 use crate::model::{
     At, Endpoint, Family, Frontend, FrontendKey, Masquerade, PortPlan, Route, Scope, Target,
@@ -178,6 +177,28 @@ pub(crate) fn wanted_pool<'p>(
     let wanted = plan.pool(scope);
     let needed = !setup.leaves_to_ipvs(plan) || pool_items(setup, plan, scope).next().is_some();
     (!wanted.is_empty() && needed).then_some(wanted)
+}
+
+/// A ClusterIP whose other ports are refused.
+pub(crate) fn guard_item(address: IpAddr) -> Item {
+    Item {
+        family: Family::of(address),
+        map: Map::ClusterIps,
+        key: Key::new().address(address),
+        last: None,
+        val: Val::None,
+    }
+}
+
+/// A pod that may meet itself through a Service.
+pub(crate) fn hairpin_item(address: IpAddr) -> Item {
+    Item {
+        family: Family::of(address),
+        map: Map::Hairpin,
+        key: Key::new().address(address).address(address),
+        last: None,
+        val: Val::None,
+    }
 }
 
 /// All elements of a Service port.
@@ -355,33 +376,4 @@ pub(crate) fn pool_items(
         .into_iter()
         .filter_map(move |(used, map)| used.then_some((map, key)))
     })
-}
-
-/// Sorted ranges of one family that neither overlap nor touch: the kernel refuses those that do.
-pub(crate) fn merged(ranges: &[IpNetwork]) -> Vec<(IpAddr, IpAddr)> {
-    let mut all: Vec<(IpAddr, IpAddr)> = ranges.iter().map(|range| ends(*range)).collect();
-    all.sort_unstable();
-    let mut merged: Vec<(IpAddr, IpAddr)> = Vec::new();
-    for (first, last) in all {
-        match merged.last_mut() {
-            Some((_, end)) if touches(*end, first) => *end = (*end).max(last),
-            _ => merged.push((first, last)),
-        }
-    }
-    merged
-}
-
-fn ends(range: IpNetwork) -> (IpAddr, IpAddr) {
-    match range {
-        IpNetwork::V4(v4) => (v4.network().into(), v4.broadcast().into()),
-        IpNetwork::V6(v6) => (v6.network().into(), v6.broadcast().into()),
-    }
-}
-
-fn touches(end: IpAddr, next: IpAddr) -> bool {
-    let number = |address| match address {
-        IpAddr::V4(v4) => u128::from(u32::from(v4)),
-        IpAddr::V6(v6) => u128::from(v6),
-    };
-    number(next) <= number(end).saturating_add(1)
 }

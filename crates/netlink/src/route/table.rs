@@ -272,8 +272,9 @@ impl Rtnl {
             message.attr_u32(RTA_TABLE, table);
             match self.socket.dump(&message) {
                 Ok(replies) => routes.extend(replies.iter().filter_map(Route::parse)),
-                // There is no such table as long as it is empty.
+                // There is no such table as long as it is empty, or no such family.
                 Err(error) if error.is_absent() => {}
+                Err(error) if error.errno() == Some(Errno::EOPNOTSUPP) => {}
                 Err(error) => return Err(error),
             }
         }
