@@ -207,21 +207,39 @@ impl Node {
         self.kubectl(&["apply", "-f", &path.display().to_string()])
     }
 
-    /// Waits, through a watch, until `condition` (as `kubectl wait --for` takes it) holds.
+    /// Waits, through a watch, until `condition` (as `kubectl wait --for` takes it) holds. Older kubectls know no
+    /// `jsonpath=PATH=VALUE`: that is asked for again and again.
     ///
     /// # Errors
     /// When it does not come true; with the object and the node's log.
     pub fn wait_for(&self, object: &str, condition: &str) -> Result<()> {
-        let timeout = format!("--timeout={}s", PATIENCE.as_secs());
-        self.kubectl(&["wait", object, &format!("--for={condition}"), &timeout])
-            .map(drop)
-            .with_context(|| {
-                let described = self.kubectl(&["describe", object]).unwrap_or_default();
-                format!(
-                    "{object} did not become {condition}:\n{described}\nkeelson's log:\n{}",
-                    self.log()
-                )
-            })
+        let jsonpath = condition.strip_prefix("jsonpath=").and_then(|c| c.rsplit_once('='));
+        let waited = match jsonpath {
+            Some((path, value)) => self.wait_for_value(object, path, value),
+            None => {
+                let timeout = format!("--timeout={}s", PATIENCE.as_secs());
+                self.kubectl(&["wait", object, &format!("--for={condition}"), &timeout]).map(drop)
+            }
+        };
+        waited.with_context(|| {
+            let described = self.kubectl(&["describe", object]).unwrap_or_default();
+            let log = self.log();
+            format!("{object} did not become {condition}:\n{described}\nkeelson's log:\n{log}")
+        })
+    }
+
+    fn wait_for_value(&self, object: &str, path: &str, value: &str) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let found = self.kubectl(&["get", object, "-o", &format!("jsonpath={path}")])?;
+            if found == value {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                bail!("{path} is {found:?}");
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
     }
 
     /// A command in the node's network namespace.

@@ -13,7 +13,7 @@ pub(crate) struct TestArgs {
     /// Run only this lane (may be given several times)
     #[arg(long, value_enum)]
     lane: Vec<Lane>,
-    /// Arguments of the behaviour suite in the lane vm, such as `--backend ipvs corners::`
+    /// Arguments of the tests in the lanes vm and vm-node, such as `--backend ipvs corners::` or `pods::`
     #[arg(last = true)]
     suite: Vec<String>,
 }
@@ -31,6 +31,8 @@ enum Lane {
     Apiserver,
     /// The proxy's behaviour suite under Debian's kernel 6.1 in an emulated machine: needs qemu
     Vm,
+    /// Pods and Services with containerd and runc in that machine, which has cgroup v2 alone
+    VmNode,
 }
 
 /// The folder of envtest's programs.
@@ -45,7 +47,7 @@ enum Outcome {
 
 pub(crate) fn run(args: &TestArgs) -> Result<()> {
     install::for_test()?;
-    let all = [Lane::Lint, Lane::Unit, Lane::Node, Lane::Apiserver, Lane::Vm];
+    let all = [Lane::Lint, Lane::Unit, Lane::Node, Lane::Apiserver, Lane::Vm, Lane::VmNode];
     let chosen: Vec<Lane> = if args.lane.is_empty() { all.to_vec() } else { args.lane.clone() };
     let mut outcomes = Vec::new();
     for lane in chosen {
@@ -55,7 +57,8 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
             Lane::Unit => unit(),
             Lane::Node => node(),
             Lane::Apiserver => apiserver(),
-            Lane::Vm => vm(&args.suite),
+            Lane::Vm => in_machine(|kernel| vm::run(kernel, &args.suite)),
+            Lane::VmNode => in_machine(|kernel| vm::node::run(kernel, &args.suite)),
         };
         outcomes.push((lane, outcome));
     }
@@ -156,12 +159,10 @@ fn apiserver() -> Outcome {
     all_of(&mut [tests])
 }
 
-fn vm(arguments: &[String]) -> Outcome {
-    match vm::kernel() {
-        Ok(kernel) => match vm::run(&kernel, arguments) {
-            Ok(()) => Outcome::Passed,
-            Err(error) => Outcome::Failed(format!("{error:#}")),
-        },
+fn in_machine(tests: impl FnOnce(&vm::Kernel) -> Result<()>) -> Outcome {
+    match vm::kernel().map(|kernel| tests(&kernel)) {
+        Ok(Ok(())) => Outcome::Passed,
+        Ok(Err(error)) => Outcome::Failed(format!("{error:#}")),
         Err(error) => Outcome::Skipped(format!("{error:#}")),
     }
 }

@@ -4,6 +4,7 @@
 
 mod cpio;
 mod modules;
+pub(crate) mod node;
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
@@ -113,7 +114,12 @@ pub(crate) fn run(kernel: &Kernel, arguments: &[String]) -> Result<()> {
     let suite = Suite::build()?;
     let archive = build::target_dir().join("vm-initramfs");
     std::fs::write(&archive, initramfs(kernel, &suite, arguments)?)?;
-    let mut machine = start(kernel, &archive)?;
+    boot(kernel, &archive, 2048)
+}
+
+/// Runs the machine with `memory` MiB until its tests have ended.
+fn boot(kernel: &Kernel, archive: &Path, memory: u32) -> Result<()> {
+    let mut machine = start(kernel, archive, memory)?;
     let result = watch(&mut machine);
     machine.kill().context("cannot stop the machine")?;
     machine.wait()?;
@@ -129,22 +135,26 @@ struct Suite {
 
 impl Suite {
     fn build() -> Result<Suite> {
-        let mut cargo = build::cargo("test", Profile::Dev);
-        cargo.args(["-p", "keelson-proxy", "--test", "services", "--no-run"]);
-        let messages = shell::read(cargo.arg("--message-format=json"))?;
-        let suite = messages
-            .lines()
-            .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
-            .filter(|message| message["target"]["name"] == "services")
-            .find_map(|message| message["executable"].as_str().map(PathBuf::from))
-            .context("cargo names no executable of the test `services`")?;
+        let suite = test_binary("keelson-proxy", "services")?;
         Ok(Suite { suite, proxy: build::target_dir().join("debug/keelson-proxy") })
     }
 }
 
+/// Builds a test of a package and returns its program.
+fn test_binary(package: &str, name: &str) -> Result<PathBuf> {
+    let mut cargo = build::cargo("test", Profile::Dev);
+    cargo.args(["-p", package, "--test", name, "--no-run", "--message-format=json"]);
+    shell::read(&mut cargo)?
+        .lines()
+        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+        .filter(|message| message["target"]["name"] == name)
+        .find_map(|message| message["executable"].as_str().map(PathBuf::from))
+        .with_context(|| format!("cargo names no executable of the test `{name}`"))
+}
+
 fn initramfs(kernel: &Kernel, suite: &Suite, arguments: &[String]) -> Result<Vec<u8>> {
     let mut archive = Archive::default();
-    for folder in ["bin", "dev", "proc", "sys", "run", "tmp", "var", "lib", "lib64", "modules"] {
+    for folder in ["bin", "dev", "proc", "sys", "run", "tmp", "var", "lib", "lib64"] {
         archive.folder(folder);
     }
     archive.program("bin/busybox", &read(&program("busybox")?)?);
@@ -168,13 +178,19 @@ fn initramfs(kernel: &Kernel, suite: &Suite, arguments: &[String]) -> Result<Vec
             }
         }
     }
-    let modules = kernel.folder.join("root/lib/modules").join(&kernel.release);
-    let order = modules::in_order(&modules_dep(&modules)?, MODULES);
-    for (number, file) in order.iter().enumerate() {
-        archive.program(&format!("modules/{number:03}.ko"), &read(&modules.join(file))?);
-    }
+    add_modules(&mut archive, kernel, MODULES)?;
     archive.program("init", init(arguments).as_bytes());
     Ok(archive.finish())
+}
+
+/// Adds modules so that their names are in the order in which they can be loaded.
+fn add_modules(archive: &mut Archive, kernel: &Kernel, wanted: &[&str]) -> Result<()> {
+    let folder = kernel.folder.join("root/lib/modules").join(&kernel.release);
+    archive.folder("modules");
+    for (number, file) in modules::in_order(&modules_dep(&folder)?, wanted).iter().enumerate() {
+        archive.program(&format!("modules/{number:03}.ko"), &read(&folder.join(file))?);
+    }
+    Ok(())
 }
 
 /// Where a program of the PATH, or of an administrator's, is.
@@ -198,9 +214,10 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
-/// The shared libraries of a program, by ldd.
+/// The shared libraries of a program, by ldd, which fails for one that is static.
 fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
-    let text = shell::read(Command::new("ldd").arg(program))?;
+    let output = Command::new("ldd").arg(program).output().context("cannot run ldd")?;
+    let text = String::from_utf8_lossy(&output.stdout);
     Ok(text.split_whitespace().filter(|w| w.starts_with('/')).map(PathBuf::from).collect())
 }
 
@@ -210,10 +227,7 @@ const USUAL: [&str; 8] =
 
 /// What the machine does: the suite with these arguments, or with the usual ones.
 fn init(arguments: &[String]) -> String {
-    let given = arguments.iter().map(String::as_str);
-    let usual = USUAL.into_iter().filter(|_| arguments.is_empty());
-    let quoted: Vec<String> = given.chain(usual).map(|word| format!("'{word}'")).collect();
-    let arguments = quoted.join(" ");
+    let arguments = quoted(arguments, &USUAL);
     format!(
         "#!/bin/busybox sh
 export PATH=/bin
@@ -233,12 +247,20 @@ poweroff -f
     )
 }
 
-fn start(kernel: &Kernel, archive: &Path) -> Result<Child> {
+/// The arguments that were given, or else the usual ones, as a shell takes them.
+fn quoted(given: &[String], usual: &[&str]) -> String {
+    let usual = usual.iter().copied().filter(|_| given.is_empty());
+    let words = given.iter().map(String::as_str).chain(usual);
+    words.map(|word| format!("'{word}'")).collect::<Vec<_>>().join(" ")
+}
+
+fn start(kernel: &Kernel, archive: &Path, memory: u32) -> Result<Child> {
     let image = kernel.folder.join("root/boot").join(format!("vmlinuz-{}", kernel.release));
     // setpriv: the machine goes with this process, also when that is killed.
     Command::new("setpriv")
         .args(["--pdeathsig", "KILL", "qemu-system-x86_64", "-accel", "tcg,thread=multi"])
-        .args(["-cpu", "max", "-smp", "2", "-m", "2048", "-nodefaults", "-no-reboot"])
+        .args(["-cpu", "max", "-smp", "2", "-m", &memory.to_string()])
+        .args(["-nodefaults", "-no-reboot"])
         .args(["-display", "none", "-serial", "stdio", "-kernel"])
         .arg(image)
         .arg("-initrd")
