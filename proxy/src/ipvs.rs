@@ -5,8 +5,8 @@
 //!    │ prerouting                                                       │ output
 //!    ▼                                                                  ▼
 //! inet keelson-proxy-ipvs: find-service ─┬► reject-all, drop        the same table
-//!    (first packet of a connection)      ├► 127.0.0.1, clients that stick, the short cut of
-//!    │                                   │  externalTrafficPolicy Local ──► dnat
+//!    (first packet of a connection)      ├► 127.0.0.1, the short cut of externalTrafficPolicy Local,
+//!    │                                   │  clients that are remembered ──► dnat
 //!    │                                   └► ipvs, ipvs-hide: connection mark bit 13, packet mark bit 14 (masquerade)
 //!    ▼                                                                  │
 //! inet keelson-proxy-ipvs-flows: to-ipvs   bit 13 to the packet         │

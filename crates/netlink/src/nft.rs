@@ -48,7 +48,7 @@ pub use dump::{ChainFound, ElementFound, RuleFound, SetFound, TableFound};
 pub use error::{NftError, Refused};
 pub use expression::{
     CT_ESTABLISHED, CT_INVALID, CT_NEW, CT_RELATED, CT_STATUS_DNAT, Compare, Conntrack, Dynamic,
-    FIB_LOCAL, FibAddress, Header, Meta, Nat, Refusal, Register, Rule, Verdict,
+    FIB_LOCAL, FibAddress, Header, Meta, Nat, Original, Refusal, Register, Rule, Verdict,
 };
 pub use monitor::{Announcement, Monitor, Seen};
 pub use set::{Element, Field, Set, Value, Values};

@@ -155,9 +155,7 @@ pub(crate) fn keys_of(plan: &ServicePlan, ground: &Ground) -> impl Iterator<Item
 /// The keys that a plan asks for, why, and which list of which of its ports they lead to.
 fn asked_for(plan: &ServicePlan, ground: &Ground) -> Vec<(Key, Rank, usize, Scope)> {
     let mut asked = Vec::new();
-    // The table serves clients that stick.
-    let ports = plan.ports.iter().enumerate().filter(|(_, port)| port.affinity_secs.is_none());
-    for (index, port) in ports {
+    for (index, port) in plan.ports.iter().enumerate() {
         for frontend in &port.frontends {
             let Some(scope) = scope(frontend) else { continue };
             asked.extend(

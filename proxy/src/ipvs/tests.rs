@@ -142,9 +142,10 @@ fn under_external_policy_local_ipvs_has_the_endpoints_here() {
 }
 
 #[test]
-fn clients_that_stick_are_left_to_the_table() {
+fn for_clients_that_stick_ipvs_chooses_and_the_table_remembers() {
     let sticky = PortPlan { affinity_secs: Some(10_800), ..web(&[2]) };
-    check(None, Some(sticky), &expect![""]);
+    // Not persistent: whether they stick makes no difference here.
+    check(Some(web(&[2])), Some(sticky), &expect![""]);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 
-use super::layout::{Chain, Forward, Kind, Map, Setup, View};
+use super::layout::{Chain, Forward, Kind, Map, Setup, Sticky, View};
 use super::ranges::merged;
 use crate::diff::place;
 use crate::model::{
@@ -175,7 +175,7 @@ pub(crate) fn wanted_pool<'p>(
     scope: Scope,
 ) -> Option<&'p [Endpoint]> {
     let wanted = plan.pool(scope);
-    let needed = !setup.leaves_to_ipvs(plan) || pool_items(setup, plan, scope).next().is_some();
+    let needed = !setup.leaves_to_ipvs() || pool_items(setup, plan, scope).next().is_some();
     (!wanted.is_empty() && needed).then_some(wanted)
 }
 
@@ -210,18 +210,22 @@ pub(crate) fn items_of(setup: &Setup, plan: &PortPlan, pools: &Pools, out: &mut 
         }
     }
     for pool in [&pools.cluster, &pools.local].into_iter().flatten() {
-        let mut push = |map, second, val| {
-            let key = Key::new().number(pool.number).number(second);
+        let mut push = |map, key, val| {
             out.push(Item { family: plan.family, map, key, last: None, val });
         };
+        let numbered = |second| Key::new().number(pool.number).number(second);
         for (slot, endpoint) in (0u32..).zip(&pool.slots) {
             let place = match &pool.places {
                 None => slot,
                 Some(places) => places.of_slots[slot as usize],
             };
-            push(Map::Endpoints, place, Val::Endpoint(*endpoint));
+            push(Map::Endpoints, numbered(place), Val::Endpoint(*endpoint));
             if pool.places.is_some() {
-                push(Map::Places, slot, Val::Number(place));
+                push(Map::Places, numbered(slot), Val::Number(place));
+            }
+            if pool.places.is_some() && setup.remembers_for_ipvs(plan) {
+                let key = Key::new().number(pool.number).endpoint(*endpoint);
+                push(Map::PlacesOf, key, Val::Number(place));
             }
         }
     }
@@ -260,12 +264,18 @@ impl Course<'_> {
         }
     }
 
+    fn sticky(&self, masquerade: Masquerade) -> Option<Sticky> {
+        let (family, kind) = (self.plan.family, self.kind);
+        self.plan.affinity_secs.map(|secs| Sticky { family, kind, masquerade, secs })
+    }
+
     /// As [`Course::verdict`] and [`Course::pool`], where IPVS may do it.
     fn direct(&self, setup: &Setup, target: Target, masquerade: Masquerade) -> (Val, Option<Val>) {
         match target {
-            Target::Forward(_) if setup.leaves_to_ipvs(self.plan) => {
-                (Val::Goto(Chain::ToIpvs(self.plan.family, masquerade)), None)
-            }
+            Target::Forward(_) if setup.leaves_to_ipvs() => match self.sticky(masquerade) {
+                Some(sticky) => (Val::Goto(Chain::StickOrToIpvs(sticky)), self.pool(target)),
+                None => (Val::Goto(Chain::ToIpvs(self.plan.family, masquerade)), None),
+            },
             _ => (self.verdict(target, View::Direct, masquerade), self.pool(target)),
         }
     }
@@ -302,6 +312,14 @@ fn frontend_items(
                 push(Map::Pools(kind, View::Direct), number);
             }
         }
+    }
+    let forwards = |target| matches!(target, Target::Forward(_));
+    let (Route::Same { target, .. } | Route::BySource { outside: target, .. }) = frontend.route;
+    if setup.leaves_to_ipvs()
+        && forwards(target)
+        && let Some(sticky) = course.sticky(Masquerade::Never)
+    {
+        push(Map::Remembering(kind), Val::Goto(Chain::Remember(sticky)));
     }
     if let Some(sources) = &frontend.sources {
         push(Map::Restricted, Val::None);
@@ -359,7 +377,7 @@ pub(crate) fn pool_items(
     plan: &PortPlan,
     scope: Scope,
 ) -> impl Iterator<Item = (Map, Key)> {
-    let to_ipvs = setup.leaves_to_ipvs(plan);
+    let pool_less = setup.leaves_to_ipvs() && !setup.remembers_for_ipvs(plan);
     plan.frontends.iter().flat_map(move |frontend| {
         let (kind, key) = (kind_of(&frontend.key), Key::frontend(&frontend.key));
         let wanted = Target::Forward(scope);
@@ -369,7 +387,7 @@ pub(crate) fn pool_items(
         };
         let loopback = serves_loopback(setup, frontend) && loopback_target(frontend) == wanted;
         [
-            (direct && !to_ipvs, Map::Pools(kind, View::Direct)),
+            (direct && !pool_less, Map::Pools(kind, View::Direct)),
             (inside, Map::Pools(kind, View::Inside)),
             (loopback, Map::Pools(Kind::Loopback, View::Direct)),
         ]

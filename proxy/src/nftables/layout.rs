@@ -9,7 +9,7 @@ use keelson_netlink::nft::{Batch, Field, Set, Table};
 use super::transaction::add_chain;
 use crate::backend::BackendConfig;
 use crate::model::{Family, Masquerade};
-pub(crate) use chain::{Chain, Flow, Forward};
+pub(crate) use chain::{Chain, Flow, Forward, Sticky};
 pub(crate) use rules::stamps_of;
 pub(crate) use setup::{Role, Setup};
 
@@ -44,8 +44,15 @@ pub(crate) fn trial(role: Role) -> Batch {
         };
         add_chain(&mut batch, TRIAL, Chain::Forward(forward), &setup);
         if role == Role::BesideIpvs {
-            let chain = Chain::ToIpvs(family, Masquerade::UnlessPod);
-            add_chain(&mut batch, TRIAL, chain, &setup);
+            let (kind, masquerade) = (Kind::Address, Masquerade::UnlessPod);
+            let sticky = Sticky { family, kind, masquerade, secs: 1 };
+            for chain in [
+                Chain::ToIpvs(family, masquerade),
+                Chain::StickOrToIpvs(sticky),
+                Chain::Remember(sticky),
+            ] {
+                add_chain(&mut batch, TRIAL, chain, &setup);
+            }
         }
     }
     batch.delete_table(TRIAL);
@@ -86,6 +93,10 @@ pub(crate) enum Map {
     Endpoints,
     /// Pool number and slot to place, where clients stick: slots move up, places never do.
     Places,
+    /// Pool number and endpoint to place: what IPVS has chosen, as it can be remembered.
+    PlacesOf,
+    /// Frontend to the chain that remembers what IPVS has chosen.
+    Remembering(Kind),
     /// Pool number and client to place; the kernel adds and expires elements.
     Affinity,
     /// An endpoint's address twice: it talks to itself through a Service.
@@ -115,9 +126,15 @@ impl Map {
                 Map::Outside(kind),
             ]
         });
-        let loopback = [Map::Frontends(Kind::Loopback), Map::Pools(Kind::Loopback, View::Direct)];
-        let loopback = loopback.into_iter().filter(move |_| role == Role::BesideIpvs);
-        let all = per_kind.chain(loopback).chain([
+        let beside_ipvs = [
+            Map::Frontends(Kind::Loopback),
+            Map::Pools(Kind::Loopback, View::Direct),
+            Map::PlacesOf,
+            Map::Remembering(Kind::Address),
+            Map::Remembering(Kind::NodePort),
+        ];
+        let beside_ipvs = beside_ipvs.into_iter().filter(move |_| role == Role::BesideIpvs);
+        let all = per_kind.chain(beside_ipvs).chain([
             Map::Endpoints,
             Map::Places,
             Map::Affinity,
@@ -150,6 +167,9 @@ impl Map {
             Map::Outside(NodePort | Loopback) => ["node-port-outside4", "node-port-outside6"],
             Map::Endpoints => ["endpoints4", "endpoints6"],
             Map::Affinity => ["affinity4", "affinity6"],
+            Map::PlacesOf => ["affinity-endpoints4", "affinity-endpoints6"],
+            Map::Remembering(Address) => ["remember-services4", "remember-services6"],
+            Map::Remembering(_) => ["remember-node-ports4", "remember-node-ports6"],
             Map::Places => ["affinity-places4", "affinity-places6"],
             Map::Hairpin => ["hairpin4", "hairpin6"],
             Map::ClusterCidrs => ["cluster-cidrs4", "cluster-cidrs6"],
@@ -173,9 +193,10 @@ impl Map {
             Kind::NodePort | Kind::Loopback => &frontend[1..],
         };
         match self {
-            Map::Frontends(kind) | Map::Inside(kind) | Map::Outside(kind) => {
-                take(&Set::verdict_map(name, key(kind)))
-            }
+            Map::Frontends(kind)
+            | Map::Inside(kind)
+            | Map::Outside(kind)
+            | Map::Remembering(kind) => take(&Set::verdict_map(name, key(kind))),
             Map::Pools(kind, _) => take(&Set::map(name, key(kind), &[Field::Mark])),
             Map::Endpoints => take(&Set::map(name, &[Field::Mark, Field::Mark], &endpoint)),
             Map::Affinity => take(&Set {
@@ -185,6 +206,7 @@ impl Map {
                 ..Set::map(name, &[Field::Mark, ip], &[Field::Mark])
             }),
             Map::Places => take(&Set::map(name, &[Field::Mark, Field::Mark], &[Field::Mark])),
+            Map::PlacesOf => take(&Set::map(name, &[Field::Mark, ip, Field::Port], &[Field::Mark])),
             Map::Hairpin => take(&Set::new(name, &[ip, ip])),
             Map::ClusterCidrs | Map::NodePortAddresses | Map::ServiceRanges => {
                 take(&Set { interval: true, ..Set::new(name, &[ip]) })

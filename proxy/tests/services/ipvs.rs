@@ -14,6 +14,7 @@ use crate::stage::*;
 rows![
     a_virtual_server_for_each_address_and_node_port,
     a_real_server_goes_with_its_last_connection,
+    for_clients_that_stick_the_scheduler_chooses_too,
     no_program_of_the_node_answers_at_a_services_address,
     the_scheduler_is_the_one_that_was_asked_for,
     node_ports_follow_the_nodes_addresses,
@@ -141,6 +142,30 @@ fn a_real_server_goes_with_its_last_connection(mode: Mode) {
     .unwrap();
     drop((stream, accepted));
     with_the_alarm(&mut node, |node, _| !draining(node));
+}
+
+fn for_clients_that_stick_the_scheduler_chooses_too(mode: Mode) {
+    only_ipvs(mode);
+    let mut node = Node::new(mode);
+    let clients: Vec<Pod> = (10..14).map(|n| node.pod(&format!("client{n}"), n)).collect();
+    let _a = node.pod("a", 2).serving("TCP", 8080);
+    let _b = node.pod("b", 3).serving("TCP", 8080);
+    let sticky = json!({"sessionAffinity": "ClientIP"});
+    node.service("web", with(node_port(cluster_ip(1, "TCP", 80), 30080), sticky));
+    node.ready("web", "TCP", 8080, &[2, 3]);
+    node.apply();
+    for (vip, port) in
+        [("10.96.0.1:80", format!("{NODE4}:30080")), ("[fd96::1]:80", format!("[{NODE6}]:30080"))]
+    {
+        let first: Vec<String> =
+            clients.iter().map(|client| client.namespace.tcp(vip).unwrap().server).collect();
+        // Round robin.
+        assert!(first[0] != first[1] && first[1] != first[2] && first[2] != first[3], "{first:?}");
+        for (client, first) in clients.iter().zip(&first) {
+            assert_eq!(servers(&client.namespace, vip, 4), [first.clone()]);
+            assert_eq!(servers(&client.namespace, &port, 4), [first.clone()]);
+        }
+    }
 }
 
 fn no_program_of_the_node_answers_at_a_services_address(mode: Mode) {

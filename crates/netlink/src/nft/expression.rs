@@ -99,6 +99,17 @@ pub enum Conntrack {
     Mark = 3,
 }
 
+/// Facts about the first packet of a tracked connection, before any translation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Original {
+    /// Destination port, network byte order; two bytes.
+    DestinationPort = 12,
+    /// IPv4 destination address.
+    Ipv4Destination = 20,
+    /// IPv6 destination address.
+    Ipv6Destination = 22,
+}
+
 /// `ct state invalid`.
 pub const CT_INVALID: u32 = 1;
 /// `ct state established`.
@@ -232,6 +243,17 @@ impl Rule {
         self.push("ct", |e| {
             e.u32(2, key as u32);
             e.u32(1, to.number());
+        })
+    }
+
+    /// Loads a fact about the connection's first packet.
+    #[must_use]
+    pub fn conntrack_original(self, key: Original, to: Register) -> Self {
+        const ORIGINAL: u8 = 0;
+        self.push("ct", |e| {
+            e.u32(2, key as u32);
+            e.u32(1, to.number());
+            e.bytes(3, &[ORIGINAL]);
         })
     }
 

@@ -169,14 +169,16 @@ impl Observed {
 
 fn read_val(map: Map, element: &ElementFound<'_>) -> Val {
     match map {
-        Map::Pools(..) | Map::Places => {
+        Map::Pools(..) | Map::Places | Map::PlacesOf => {
             number_at(element.value, 0).map_or(Val::Foreign, Val::Number)
         }
-        Map::Frontends(_) | Map::Inside(_) | Map::Outside(_) => match element.verdict {
-            Some(Verdict::Drop) => Val::Drop,
-            Some(Verdict::Goto(name)) => Chain::parse(name).map_or(Val::Foreign, Val::Goto),
-            _ => Val::Foreign,
-        },
+        Map::Frontends(_) | Map::Inside(_) | Map::Outside(_) | Map::Remembering(_) => {
+            match element.verdict {
+                Some(Verdict::Drop) => Val::Drop,
+                Some(Verdict::Goto(name)) => Chain::parse(name).map_or(Val::Foreign, Val::Goto),
+                _ => Val::Foreign,
+            }
+        }
         _ => Val::None,
     }
 }
@@ -210,6 +212,7 @@ pub(super) fn was_sticky(observed: &Observed, port: &PortPlan, map: Map, key: Ke
     candidates.iter().find_map(|verdicts| {
         match observed.elements.get(&(port.family, *verdicts, key, None)) {
             Some(Val::Goto(Chain::Forward(forward))) => forward.sticky_secs,
+            Some(Val::Goto(Chain::StickOrToIpvs(sticky))) => Some(sticky.secs),
             _ => None,
         }
     })

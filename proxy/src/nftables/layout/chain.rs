@@ -38,6 +38,13 @@ pub(crate) enum Chain {
     Forward(Forward),
     /// Lets the packet go on to IPVS, which chooses.
     ToIpvs(Family, Masquerade),
+    /// Forwards a client to the endpoint that is remembered for it, or lets the packet go on to IPVS.
+    StickOrToIpvs(Sticky),
+    /// Hooks of packets for which IPVS has chosen, on their way out and in.
+    ChosenOutside,
+    ChosenHere,
+    /// Remembers what IPVS has chosen for a client that sticks.
+    Remember(Sticky),
     /// Packets of connections that IPVS has.
     Flow(Flow),
 }
@@ -53,6 +60,16 @@ pub(crate) enum Flow {
     Unwanted,
     /// The node's own packets that IPVS sent to the node itself: routes them anew.
     Turning,
+}
+
+/// What distinguishes two chains for clients that stick to what IPVS has chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct Sticky {
+    pub(crate) family: Family,
+    pub(crate) kind: Kind,
+    /// Means nothing to those that remember.
+    pub(crate) masquerade: Masquerade,
+    pub(crate) secs: u32,
 }
 
 /// What distinguishes two chains that forward.
@@ -95,10 +112,39 @@ impl fmt::Display for Chain {
             Chain::Flow(Flow::Arrived) => write!(f, "before-ipvs"),
             Chain::Flow(Flow::Unwanted) => write!(f, "after-ipvs"),
             Chain::Flow(Flow::Turning) => write!(f, "to-this-node"),
+            Chain::ChosenOutside => write!(f, "chosen-outside"),
+            Chain::ChosenHere => write!(f, "chosen-here"),
+            Chain::StickOrToIpvs(sticky) => {
+                write!(f, "ipvs{sticky}{}", masquerade_suffix(sticky.masquerade))
+            }
+            Chain::Remember(sticky) => write!(f, "remember{sticky}"),
             Chain::ToIpvs(family, masquerade) => {
                 write!(f, "ipvs{}{}", number(family), masquerade_suffix(*masquerade))
             }
         }
+    }
+}
+
+impl fmt::Display for Sticky {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let number = if self.family == Family::V4 { 4 } else { 6 };
+        write!(f, "{number}-{}-sticky{}", self.kind.word(), self.secs)
+    }
+}
+
+impl Sticky {
+    /// From what is behind the first word of a chain's name.
+    fn parse(text: &str) -> Option<Sticky> {
+        let (text, masquerade) = parse_masquerade(text);
+        let (text, secs) = text.rsplit_once("-sticky")?;
+        let (family, kind) = match text {
+            "4-service" => (Family::V4, Kind::Address),
+            "6-service" => (Family::V6, Kind::Address),
+            "4-node-port" => (Family::V4, Kind::NodePort),
+            "6-node-port" => (Family::V6, Kind::NodePort),
+            _ => return None,
+        };
+        Some(Sticky { family, kind, masquerade, secs: secs.parse().ok()? })
     }
 }
 
@@ -153,7 +199,9 @@ impl Chain {
             Chain::PassThrough,
         ]);
         let services = services.filter(move |_| role != Role::IpvsFlows);
-        std::iter::once(Chain::Reject).chain(services).chain(flows)
+        let chosen = [Chain::ChosenOutside, Chain::ChosenHere].into_iter();
+        let chosen = chosen.filter(move |_| role == Role::BesideIpvs);
+        std::iter::once(Chain::Reject).chain(services).chain(chosen).chain(flows)
     }
 
     /// The forwarding chains that most Services need: made along with the table, since a rule that is
@@ -197,7 +245,7 @@ impl Chain {
 
     /// The chain of that name, if it is one of ours.
     pub(crate) fn parse(name: &str) -> Option<Chain> {
-        let mut fixed = [Role::Whole, Role::IpvsFlows].into_iter().flat_map(Chain::fixed);
+        let mut fixed = [Role::BesideIpvs, Role::IpvsFlows].into_iter().flat_map(Chain::fixed);
         if let Some(fixed) = fixed.find(|chain| chain.to_string() == name) {
             return Some(fixed);
         }
@@ -205,6 +253,13 @@ impl Chain {
             ("ipvs4", masquerade) => return Some(Chain::ToIpvs(Family::V4, masquerade)),
             ("ipvs6", masquerade) => return Some(Chain::ToIpvs(Family::V6, masquerade)),
             _ => {}
+        }
+        let sticky = |word| name.strip_prefix(word).and_then(Sticky::parse);
+        if let Some(sticky) = sticky("ipvs") {
+            return Some(Chain::StickOrToIpvs(sticky));
+        }
+        if let Some(sticky) = sticky("remember") {
+            return Some(Chain::Remember(sticky));
         }
         let (rest, size) = name.rsplit_once("-of-")?;
         let size = size.parse().ok()?;
@@ -236,6 +291,8 @@ impl Chain {
             Chain::Postrouting => (ChainKind::Nat, Hook::Postrouting, PRIORITY_SNAT),
             Chain::Input => (ChainKind::Filter, Hook::Input, PRIORITY_FILTER),
             Chain::PassThrough => (ChainKind::Filter, Hook::Forward, PRIORITY_FILTER),
+            Chain::ChosenOutside => (ChainKind::Filter, Hook::Postrouting, PRIORITY_SNAT - 10),
+            Chain::ChosenHere => (ChainKind::Filter, Hook::Input, PRIORITY_AFTER_IPVS),
             Chain::Flow(flow) => match flow {
                 Flow::Arriving => (ChainKind::Filter, Hook::Prerouting, PRIORITY_DNAT_DONE),
                 Flow::Arrived => (ChainKind::Filter, Hook::Input, PRIORITY_BEFORE_IPVS),

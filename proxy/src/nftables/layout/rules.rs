@@ -15,7 +15,7 @@ use super::{Chain, Kind, Map, Role, Setup};
 use crate::backend::{BackendConfig, PodSources};
 use crate::model::Family;
 use forwarding::forward_rules;
-use ipvs::{flow_rules, to_ipvs_rules};
+use ipvs::{chosen_rules, flow_rules, remember_rules, stick_or_to_ipvs_rules, to_ipvs_rules};
 
 impl Chain {
     /// The rules of the chain.
@@ -33,6 +33,9 @@ impl Chain {
             Chain::Reject => reject_rules(),
             Chain::Forward(forward) => forward_rules(forward, config),
             Chain::ToIpvs(family, masquerade) => to_ipvs_rules(family, masquerade, config),
+            Chain::StickOrToIpvs(sticky) => stick_or_to_ipvs_rules(sticky, config),
+            Chain::ChosenOutside | Chain::ChosenHere => chosen_rules(config.ipvs_mark()),
+            Chain::Remember(sticky) => remember_rules(sticky),
             Chain::Flow(flow) => flow_rules(flow, config),
         };
         rules.into_iter().map(stamped).collect()

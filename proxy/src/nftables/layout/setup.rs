@@ -36,11 +36,15 @@ pub(crate) struct Setup {
 }
 
 impl Setup {
-    /// Whether IPVS chooses for new connections to this port, 127.0.0.1 and short cuts excepted. It forgets a
-    /// client that sticks only minutes after its last connection, and for each address of the Service on
-    /// its own, so these are left to the table, which does it exactly.
-    pub(crate) fn leaves_to_ipvs(&self, port: &PortPlan) -> bool {
-        self.role == Role::BesideIpvs && port.affinity_secs.is_none()
+    /// Whether IPVS chooses for new connections, 127.0.0.1 and short cuts excepted.
+    pub(crate) fn leaves_to_ipvs(&self) -> bool {
+        self.role == Role::BesideIpvs
+    }
+
+    /// Whether the table remembers what IPVS has chosen. IPVS forgets a client only minutes after its last
+    /// connection, and for each address of a Service on its own; the table does it exactly.
+    pub(crate) fn remembers_for_ipvs(&self, port: &PortPlan) -> bool {
+        self.leaves_to_ipvs() && port.affinity_secs.is_some()
     }
 
     /// Whether node ports on 127.0.0.1 are served apart from the others.

@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use keelson_netlink::nft::{Dynamic, Meta, Nat, Register, Rule};
+use keelson_netlink::nft::{DESTINATION_PORT, Dynamic, Header, Meta, Nat, Register, Rule};
 
-use super::{address_registers, frontend, hide_others_rules, only, set_mark, source};
+use super::{address_registers, destination, frontend, hide_others_rules, only, set_mark, source};
 use crate::backend::BackendConfig;
 use crate::model::{Family, Masquerade};
-use crate::nftables::layout::{Forward, Kind, Map};
+use crate::nftables::layout::{Forward, Kind, Map, Sticky, View};
 
 pub(super) fn forward_rules(forward: Forward, config: &BackendConfig) -> Vec<Rule> {
     let mut rules = match forward.masquerade {
@@ -26,6 +26,37 @@ pub(super) fn forward_rules(forward: Forward, config: &BackendConfig) -> Vec<Rul
         rules.push(registers.choose(forward));
     }
     rules
+}
+
+/// Forwards to the endpoint that is remembered for the client, if it is still there.
+pub(super) fn stick_rule(sticky: Sticky) -> Rule {
+    let forward = forward_of(sticky);
+    Registers::new(forward).stick(forward, Duration::from_secs(sticky.secs.into()))
+}
+
+/// Remembers the endpoint that the packet is on its way to. `key` has loaded the frontend that it was for.
+pub(super) fn remember_rule(sticky: Sticky, key: Rule) -> Rule {
+    let (family, forward) = (sticky.family, forward_of(sticky));
+    let registers = Registers::new(forward);
+    let (pool, next) = (Register(registers.pool), registers.next);
+    let port = Register(next + address_registers(family));
+    let chosen = destination(registers.pool_of(key, forward), family, next)
+        .payload(Header::Transport, DESTINATION_PORT, 2, port)
+        .lookup_value(Map::PlacesOf.name(family), pool, PLACE);
+    let placed = source(through_mark(chosen, PLACE, &[PLACE]), family, next);
+    registers.remember(placed, forward, Duration::from_secs(sticky.secs.into()))
+}
+
+/// For the registers and maps: IPVS, not the number of endpoints, decides.
+fn forward_of(sticky: Sticky) -> Forward {
+    Forward {
+        family: sticky.family,
+        kind: sticky.kind,
+        view: View::Direct,
+        masquerade: sticky.masquerade,
+        sticky_secs: Some(sticky.secs),
+        size: 1,
+    }
 }
 
 /// Where a forwarding rule keeps what: all sixteen registers are needed with IPv6 and affinity.
@@ -57,7 +88,11 @@ impl Registers {
     }
 
     fn load_pool(&self, forward: Forward) -> Rule {
-        let (key, _) = frontend(only(forward.family), forward.family, forward.kind);
+        self.pool_of(frontend(only(forward.family), forward.family, forward.kind).0, forward)
+    }
+
+    /// Loads the pool of the frontend whose key is loaded.
+    fn pool_of(&self, key: Rule, forward: Forward) -> Rule {
         let map = Map::Pools(forward.kind, forward.view).name(forward.family);
         let pool = Register(self.pool);
         let found = key.lookup_value(map, Register(0), pool).meta(Meta::Mark, SAVED_MARK);
@@ -106,12 +141,21 @@ impl Registers {
 
     /// An element's value cannot be overwritten by a rule: so remove the old one first.
     fn choose_and_remember(&self, forward: Forward, timeout: Duration) -> Rule {
+        let chosen = source(self.choose_place(forward), forward.family, self.next);
+        self.remember(chosen, forward, timeout).nat(self.translation(forward))
+    }
+
+    /// Remembers the place for the client, both of which are loaded.
+    fn remember(&self, rule: Rule, forward: Forward, timeout: Duration) -> Rule {
         let affinity = Map::Affinity.name(forward.family);
         let pool = Register(self.pool);
-        source(self.choose_place(forward), forward.family, self.next)
-            .dynamic_set(affinity, Dynamic::Delete, pool, Some(PLACE), Some(timeout))
-            .dynamic_set(affinity, Dynamic::Add, pool, Some(PLACE), Some(timeout))
-            .nat(self.translation(forward))
+        rule.dynamic_set(affinity, Dynamic::Delete, pool, Some(PLACE), Some(timeout)).dynamic_set(
+            affinity,
+            Dynamic::Add,
+            pool,
+            Some(PLACE),
+            Some(timeout),
+        )
     }
 
     fn translation(&self, forward: Forward) -> Nat {

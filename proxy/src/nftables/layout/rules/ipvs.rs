@@ -1,13 +1,15 @@
 //! The rules around IPVS: what leads packets there, and what is behind it.
 
 use keelson_netlink::nft::{
-    CT_STATUS_DNAT, Compare, Conntrack, FIB_LOCAL, FibAddress, Meta, Register, Rule, Verdict,
+    CT_NEW, CT_STATUS_DNAT, Compare, Conntrack, FIB_LOCAL, FibAddress, Meta, Original, Register,
+    Rule, Verdict,
 };
 
-use super::{conntrack_has, hide_others_rules, only, set_mark};
+use super::forwarding::{remember_rule, stick_rule};
+use super::{address_registers, conntrack_has, hide_others_rules, only, set_mark};
 use crate::backend::BackendConfig;
 use crate::model::{Family, Masquerade};
-use crate::nftables::layout::Flow;
+use crate::nftables::layout::{Flow, Kind, Map, Sticky};
 
 /// The connection's mark tells later packets, which see none of these chains, where to go.
 pub(super) fn to_ipvs_rules(
@@ -15,18 +17,66 @@ pub(super) fn to_ipvs_rules(
     masquerade: Masquerade,
     config: &BackendConfig,
 ) -> Vec<Rule> {
-    let mut rules = match masquerade {
+    let mut rules = hide_rules(family, masquerade, config);
+    rules.push(mark_connection(config));
+    rules
+}
+
+/// As [`to_ipvs_rules`] unless an endpoint is remembered for the client, and still there.
+pub(super) fn stick_or_to_ipvs_rules(sticky: Sticky, config: &BackendConfig) -> Vec<Rule> {
+    let mut rules = hide_rules(sticky.family, sticky.masquerade, config);
+    rules.push(stick_rule(sticky));
+    rules.push(mark_connection(config));
+    rules
+}
+
+fn hide_rules(family: Family, masquerade: Masquerade, config: &BackendConfig) -> Vec<Rule> {
+    match masquerade {
         Masquerade::Never => Vec::new(),
         Masquerade::Always => vec![set_mark(only(family), config.mark())],
         Masquerade::UnlessPod => hide_others_rules(family, config),
-    };
+    }
+}
+
+fn mark_connection(config: &BackendConfig) -> Rule {
     let (register, bit) = (Register(0), config.ipvs_mark());
-    let remember = Rule::new()
+    Rule::new()
         .conntrack(Conntrack::Mark, register)
         .bitwise(register, register, &(!bit).to_ne_bytes(), &bit.to_ne_bytes())
-        .set_conntrack(Conntrack::Mark, register);
-    rules.push(remember);
+        .set_conntrack(Conntrack::Mark, register)
+}
+
+/// First packets of connections for which IPVS has chosen: do their clients stick?
+pub(super) fn chosen_rules(bit: u32) -> Vec<Rule> {
+    let mut rules = Vec::new();
+    for family in Family::BOTH {
+        for kind in [Kind::Address, Kind::NodePort] {
+            let new = conntrack_has(only(family), Conntrack::State, CT_NEW, Compare::NotEqual);
+            let ours = conntrack_has(new, Conntrack::Mark, bit, Compare::NotEqual);
+            let map = Map::Remembering(kind).name(family);
+            rules.push(original_frontend(ours, family, kind).lookup_verdict(map, Register(0)));
+        }
+    }
     rules
+}
+
+pub(super) fn remember_rules(sticky: Sticky) -> Vec<Rule> {
+    let key = original_frontend(only(sticky.family), sticky.family, sticky.kind);
+    vec![remember_rule(sticky, key)]
+}
+
+/// Loads the key of the frontend that the connection was for into the registers from 0 on.
+fn original_frontend(rule: Rule, family: Family, kind: Kind) -> Rule {
+    let address = match family {
+        Family::V4 => Original::Ipv4Destination,
+        Family::V6 => Original::Ipv6Destination,
+    };
+    let (rule, next) = match kind {
+        Kind::Address => (rule.conntrack_original(address, Register(0)), address_registers(family)),
+        Kind::NodePort | Kind::Loopback => (rule, 0),
+    };
+    rule.meta(Meta::TransportProtocol, Register(next))
+        .conntrack_original(Original::DestinationPort, Register(next + 1))
 }
 
 pub(super) fn flow_rules(flow: Flow, config: &BackendConfig) -> Vec<Rule> {
