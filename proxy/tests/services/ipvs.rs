@@ -162,8 +162,8 @@ fn for_clients_that_stick_the_scheduler_chooses_too(mode: Mode) {
         // Round robin.
         assert!(first[0] != first[1] && first[1] != first[2] && first[2] != first[3], "{first:?}");
         for (client, first) in clients.iter().zip(&first) {
-            assert_eq!(servers(&client.namespace, vip, 4), [first.clone()]);
-            assert_eq!(servers(&client.namespace, &port, 4), [first.clone()]);
+            assert_eq!(servers(&client.namespace, vip, 4), std::slice::from_ref(first));
+            assert_eq!(servers(&client.namespace, &port, 4), std::slice::from_ref(first));
         }
     }
 }
