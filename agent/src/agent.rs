@@ -32,6 +32,7 @@ use crate::server::{self, tls};
 
 mod bootstrap;
 mod containers;
+mod image_gc;
 mod start;
 
 /// What the node's API and status show of the machinery that runs pods.
@@ -66,6 +67,8 @@ pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> anyhow::Re
         containers: Arc::new(containers),
         shared: shared.clone(),
     };
+    let images = image_gc::ImageCollector::new(&config, runtime.clone(), pods.events.clone()).run();
+    tokio::spawn(stop.clone().run_until_cancelled_owned(images));
     let tidy = crate::memory::give_back_after_bursts(runtime.events());
     tokio::spawn(stop.clone().run_until_cancelled_owned(tidy));
     let wake = start::wake_on_resync(runtime, shared.wake);
@@ -231,6 +234,10 @@ fn configz(config: &AgentConfig) -> serde_json::Value {
         "containerLogMaxFiles": config.pods.log_max_files,
         "containerLogMaxSize": config.pods.log_max_size.to_string(),
         "containerRuntimeEndpoint": format!("unix://{}", config.runtime.socket.display()),
+        "imageGCHighThresholdPercent": config.image_gc.high_threshold_percent,
+        "imageGCLowThresholdPercent": config.image_gc.low_threshold_percent,
+        "imageMaximumGCAge": seconds(config.image_gc.maximum_age.unwrap_or_default()),
+        "imageMinimumGCAge": seconds(config.image_gc.minimum_age),
         "maxPods": config.node.max_pods,
         "nodeLeaseDurationSeconds": config.node.lease_duration.as_secs(),
         "nodeStatusReportFrequency": seconds(config.node.status_report_frequency),

@@ -2,5 +2,6 @@
 
 pub mod agent;
 pub mod image;
+mod image_gc;
 pub mod logd;
 pub mod up;

@@ -10,9 +10,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 pub mod duration;
+mod image_gc;
 pub mod kubelet;
 pub mod labels;
 pub mod quantity;
+
+pub use image_gc::ImageGc;
 
 /// Everything that one agent needs to know about its node, its control plane and its runtime.
 #[derive(Debug, Clone, PartialEq)]
@@ -39,6 +42,7 @@ pub struct AgentConfig {
     pub node: NodeConfig,
     pub server: ServerConfig,
     pub pods: PodDefaults,
+    pub image_gc: ImageGc,
     /// Where `/healthz` answers without TLS; `None` switches it off.
     pub healthz: Option<SocketAddr>,
 }
@@ -105,6 +109,8 @@ pub struct NodeConfig {
     /// How long the node counts as alive after its last sign of life.
     pub lease_duration: Duration,
     pub provider_id: Option<String>,
+    /// How many images the Node lists; `None` is all.
+    pub status_max_images: Option<usize>,
 }
 
 /// An amount below which a resource counts as scarce.
@@ -199,6 +205,7 @@ impl Default for AgentConfig {
             node: NodeConfig::default(),
             server: ServerConfig::default(),
             pods: PodDefaults::default(),
+            image_gc: ImageGc::default(),
             healthz: Some(SocketAddr::from((Ipv4Addr::LOCALHOST, 10248))),
         }
     }
@@ -251,6 +258,7 @@ impl Default for NodeConfig {
             status_report_frequency: Duration::from_secs(300),
             lease_duration: Duration::from_secs(40),
             provider_id: None,
+            status_max_images: Some(50),
         }
     }
 }

@@ -4,12 +4,15 @@
 //! diff service, all under a lease until an image name holds them.
 
 mod content;
+pub mod garbage;
 mod import;
 mod pull;
 mod reference;
+mod remove;
 mod unpack;
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -77,14 +80,20 @@ fn null_as_default<'de, D: serde::Deserializer<'de>, T: Deserialize<'de> + Defau
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
+/// containerd's label for images that shall stay.
+const PINNED: &str = "io.cri-containerd.pinned";
+
 /// One image in a list.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ListedImage {
+    /// `sha256:…` of its configuration. Two manifests may share it.
+    pub id: String,
     /// All names of it.
     pub names: Vec<String>,
     pub digest: String,
     /// Bytes of its manifest's configuration and layers.
     pub size: u64,
+    pub pinned: bool,
 }
 
 impl ImageStore {
@@ -128,15 +137,19 @@ impl ImageStore {
         let mut by_digest: HashMap<String, ListedImage> = HashMap::new();
         for image in images {
             let Some(target) = image.target else { continue };
-            let size = match by_digest.get(&target.digest) {
-                Some(known) => known.size,
-                None => content::size_of(&self.connection, &target).await.unwrap_or(0),
+            let entry = match by_digest.entry(target.digest.clone()) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(place) => {
+                    // One whose manifest is gone is listed all the same, so that it can be removed.
+                    let (id, size) = content::id_and_size(&self.connection, &target)
+                        .await
+                        .unwrap_or_else(|_| (target.digest.clone(), 0));
+                    let digest = target.digest;
+                    let names = Vec::new();
+                    place.insert(ListedImage { id, names, digest, size, pinned: false })
+                }
             };
-            let entry = by_digest.entry(target.digest.clone()).or_insert_with(|| ListedImage {
-                names: Vec::new(),
-                digest: target.digest,
-                size,
-            });
+            entry.pinned |= image.labels.get(PINNED).is_some_and(|value| value == "pinned");
             if !image.name.starts_with("sha256:") {
                 entry.names.push(image.name);
             }

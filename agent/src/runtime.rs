@@ -12,6 +12,7 @@ mod error;
 mod events;
 mod exec;
 mod exit_record;
+mod images;
 pub(crate) mod lease;
 mod observe;
 mod orphan_shims;
@@ -40,6 +41,7 @@ pub use sandbox::{HostsText, SandboxFiles};
 pub(crate) use sandbox::{blocking, chain};
 
 use crate::config::CgroupDriver;
+use crate::image::garbage::{Disk, Present};
 use crate::image::{ImageStore, RegistryCredentials};
 use crate::logd;
 use connection::Connection;
@@ -284,6 +286,43 @@ impl Runtime {
     /// When containerd does not answer.
     pub async fn list_images(&self) -> Result<Vec<crate::image::ListedImage>, RuntimeError> {
         self.inner.images.list().await
+    }
+
+    /// All images, with what speaks for keeping them.
+    ///
+    /// # Errors
+    /// When containerd does not answer.
+    pub async fn present_images(&self) -> Result<Vec<Present>, RuntimeError> {
+        images::present(&self.inner).await
+    }
+
+    /// Removes an image with all of its names, and returns these. When this returns, its space is free.
+    ///
+    /// # Errors
+    /// When containerd does not answer.
+    pub async fn remove_image(&self, id: &str) -> Result<Vec<String>, RuntimeError> {
+        self.inner.images.remove(id).await
+    }
+
+    /// Removes one name of an image, and the image with its last tag; `reference` may also be its id. Returns the names
+    /// that were removed.
+    ///
+    /// # Errors
+    /// [`RuntimeError::NotFound`], or [`RuntimeError::Image`] when a container uses it and `force` is not given.
+    pub async fn remove_reference(
+        &self,
+        reference: &str,
+        force: bool,
+    ) -> Result<Vec<String>, RuntimeError> {
+        images::remove_reference(&self.inner, reference, force).await
+    }
+
+    /// The file system that images and containers are on.
+    ///
+    /// # Errors
+    /// When containerd does not say where that is, or the kernel not how full.
+    pub async fn image_disk(&self) -> Result<Disk, RuntimeError> {
+        images::disk(&self.inner).await
     }
 
     /// containerd's version, as `1.6.20`.

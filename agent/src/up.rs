@@ -10,4 +10,4 @@ mod run;
 
 pub use down::run as down;
 pub use layout::Layout;
-pub use run::{UpConfig, run};
+pub use run::{UpConfig, image_gc, run};

@@ -4,6 +4,7 @@
 mod attach;
 mod bad_input;
 mod cri;
+mod image_gc;
 mod images;
 mod kills;
 mod kubectl;

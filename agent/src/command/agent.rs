@@ -8,6 +8,7 @@ use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
+use super::image_gc::ImageGcArgs;
 use crate::config::{AgentConfig, BadValue, kubelet, labels};
 
 /// Run the node agent: pods of one node, through containerd.
@@ -128,6 +129,11 @@ pub struct AgentArgs {
     /// How the cloud provider names this machine (spec.providerID)
     #[arg(long, value_name = "ID")]
     provider_id: Option<String>,
+    /// How many images the Node lists; -1 is all [default: 50]
+    #[arg(long, value_name = "COUNT", allow_negative_numbers = true)]
+    node_status_max_images: Option<i32>,
+    #[command(flatten)]
+    image_gc: ImageGcArgs,
     /// How much to log: 0-1 is info, 2-4 debug, from 5 on everything; RUST_LOG beats it
     #[arg(short, long, value_name = "LEVEL")]
     v: Option<u8>,
@@ -202,6 +208,7 @@ impl AgentArgs {
         set(&mut config.pod_logs_dir, self.pod_logs_dir.clone());
         self.apply_node(config)?;
         self.apply_runtime(config)?;
+        self.image_gc.apply(&mut config.image_gc)?;
         self.apply_server(config)
     }
 
@@ -220,6 +227,9 @@ impl AgentArgs {
         let node = &mut config.node;
         set(&mut node.register, self.register_node);
         set(&mut node.max_pods, self.max_pods);
+        if let Some(count) = self.node_status_max_images {
+            node.status_max_images = kubelet::parse_max_images("--node-status-max-images", count)?;
+        }
         node.provider_id = self.provider_id.clone().or(node.provider_id.take());
         if let Some(text) = &self.node_labels {
             node.labels = labels::parse_labels("--node-labels", text)?;
@@ -389,6 +399,9 @@ mod tests {
             (&["--tls-cert-file=a"], "--tls-private-key-file: nothing is not a file"),
             (&["--hostname-override=a_b"], "--hostname-override"),
             (&["--container-runtime-endpoint=tcp://x"], "is not a Unix socket"),
+            (&["--image-gc-low-threshold=85"], "85 is not less than imageGCHigh"),
+            (&["--minimum-image-ttl-duration=2"], "--minimum-image-ttl-duration: \"2\" is not a d"),
+            (&["--node-status-max-images=-2"], "--node-status-max-images: -2 is not a number"),
             (&["--config=/nowhere/kubelet.yaml"], "/nowhere/kubelet.yaml"),
         ] {
             let error = config(flags).unwrap_err();

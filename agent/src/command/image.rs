@@ -2,10 +2,11 @@
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
 
 use crate::config::CgroupDriver;
+use crate::image::garbage::format_size;
 use crate::runtime::{Runtime, RuntimeOptions};
 use crate::up::Layout;
 
@@ -37,6 +38,18 @@ enum Verb {
         /// Its name
         image: String,
     },
+    /// Remove names of images, and with its last tag an image
+    #[command(visible_alias = "remove")]
+    Rm {
+        /// Names or ids (sha256:…)
+        #[arg(required = true, value_name = "REF")]
+        images: Vec<String>,
+        /// Also those that containers use; these run on, but cannot be made anew
+        #[arg(long)]
+        force: bool,
+    },
+    /// Remove every image that no container uses and nobody pinned
+    Prune,
     /// List the images
     #[command(visible_alias = "ls")]
     List,
@@ -58,6 +71,30 @@ impl ImageArgs {
             }
             Verb::Pull { image } => {
                 println!("{}", runtime.pull_image(&image, &[]).await?.repo_digest)
+            }
+            Verb::Rm { images, force } => {
+                let mut failed = Vec::new();
+                for image in images {
+                    match runtime.remove_reference(&image, force).await {
+                        Ok(names) => names.iter().for_each(|name| println!("{name}")),
+                        Err(error) => failed.push(error.to_string()),
+                    }
+                }
+                if !failed.is_empty() {
+                    bail!("{}", failed.join("\n"));
+                }
+            }
+            Verb::Prune => {
+                let mut freed = 0;
+                for image in runtime.present_images().await? {
+                    if !image.in_use && !image.pinned {
+                        for name in runtime.remove_image(&image.id).await? {
+                            println!("{name}");
+                        }
+                        freed += image.size;
+                    }
+                }
+                println!("{} freed", format_size(freed));
             }
             Verb::List => {
                 for image in runtime.list_images().await? {

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use ipnetwork::IpNetwork;
 
+use super::image_gc::ImageGcArgs;
 use crate::up::{self, Layout, UpConfig};
 
 /// Run a whole node with an embedded control plane.
@@ -47,6 +48,8 @@ pub struct UpArgs {
     /// Only the control plane, containerd and the network: agent and proxy are run by somebody else
     #[arg(long, hide = true)]
     control_plane_only: bool,
+    #[command(flatten)]
+    image_gc: ImageGcArgs,
     /// How much to log: 0 to 4 (info to trace of everything)
     #[arg(short = 'v', long = "v", default_value_t = 0, value_name = "LEVEL")]
     verbosity: u8,
@@ -63,7 +66,10 @@ impl UpArgs {
     /// # Errors
     /// When the machine lacks something that a node needs; the error says what to do about it.
     pub fn run(self) -> anyhow::Result<()> {
+        let mut image_gc = up::image_gc();
+        self.image_gc.apply(&mut image_gc)?;
         up::run(UpConfig {
+            image_gc,
             layout: Layout::named(&self.name),
             host_network: self.host_network,
             api_port: self.api_port,

@@ -91,6 +91,7 @@ fn read_fields(config: &mut AgentConfig, file: &mut Section, base: &Path) -> Res
     read_server(config, file, base)?;
     read_access(config, file, base)?;
     read_pods(config, file)?;
+    read_images(config, file)?;
     if let Some(path) = file.path("staticPodPath", base)? {
         config.static_pod_path = Some(path);
     }
@@ -241,6 +242,39 @@ fn read_pods(config: &mut AgentConfig, file: &mut Section) -> Result<(), BadValu
         pods.max_parallel_image_pulls = 1;
     }
     file.set(&mut pods.max_parallel_image_pulls, Section::number::<u32>, "maxParallelImagePulls")
+}
+
+fn read_images(config: &mut AgentConfig, file: &mut Section) -> Result<(), BadValue> {
+    let rules = &mut config.image_gc;
+    file.set(
+        &mut rules.high_threshold_percent,
+        Section::number::<u8>,
+        "imageGCHighThresholdPercent",
+    )?;
+    file.set(
+        &mut rules.low_threshold_percent,
+        Section::number::<u8>,
+        "imageGCLowThresholdPercent",
+    )?;
+    file.set(&mut rules.minimum_age, Section::duration, "imageMinimumGCAge")?;
+    rules.maximum_age = file.duration("imageMaximumGCAge")?.or(rules.maximum_age);
+    if let Some(count) = file.number::<i32>("nodeStatusMaxImages")? {
+        config.node.status_max_images = parse_max_images(&file.name("nodeStatusMaxImages"), count)?;
+    }
+    Ok(())
+}
+
+/// How many images the Node shall list: -1 is all of them.
+///
+/// # Errors
+/// When it is less.
+pub fn parse_max_images(field: &str, count: i32) -> Result<Option<usize>, BadValue> {
+    match count {
+        -1 => Ok(None),
+        _ => usize::try_from(count)
+            .map(Some)
+            .map_err(|_| BadValue::new(field, count, "a number of images, or -1 for all")),
+    }
 }
 
 fn read_taint(field: &str, value: &Value) -> Result<labels::NodeTaint, BadValue> {

@@ -197,13 +197,14 @@ pub(super) async fn label(
         .map_err(RuntimeError::call("label blob", digest))
 }
 
-/// Bytes of an image's configuration and layers.
-pub(super) async fn size_of(
+/// An image's id, and the bytes of its configuration and layers.
+pub(super) async fn id_and_size(
     connection: &Connection,
     target: &Descriptor,
-) -> Result<u64, RuntimeError> {
+) -> Result<(String, u64), RuntimeError> {
     let text = read(connection, &target.digest).await?;
     let manifest: Manifest = parse("manifest", &target.digest, &text)?;
     let blobs = manifest.config.iter().chain(&manifest.layers);
-    Ok(blobs.map(|blob| u64::try_from(blob.size).unwrap_or(0)).sum())
+    let size = blobs.map(|blob| u64::try_from(blob.size).unwrap_or(0)).sum();
+    Ok((manifest.config.map_or_else(|| target.digest.clone(), |config| config.digest), size))
 }

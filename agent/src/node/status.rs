@@ -24,9 +24,6 @@ pub const KUBELET_VERSION: &str = concat!("v1.36.0-keelson.", env!("CARGO_PKG_VE
 /// The API server sends WebSockets straight to nodes that name this feature.
 pub const WEBSOCKET_FEATURE: &str = "ExtendWebSocketsToKubelet";
 
-/// How many images a node lists, as in the kubelet.
-const MAX_IMAGES: usize = 50;
-
 /// All that the status is made of, apart from the status that is there already.
 #[derive(Debug, Clone, Default)]
 pub struct Observation {
@@ -97,7 +94,7 @@ pub fn status(
             kubelet_endpoint: Some(DaemonEndpoint { port: i32::from(config.server.port) }),
         }),
         declared_features: Some(declared_features(previous)),
-        images: Some(images(&seen.images)),
+        images: Some(images(&seen.images, config.node.status_max_images)),
         node_info: Some(node_info(seen)),
         ..previous.clone()
     }
@@ -274,10 +271,10 @@ fn declared_features(previous: &NodeStatus) -> Vec<String> {
 }
 
 /// The largest images first, as the scheduler wants to know them.
-fn images(images: &[NodeImage]) -> Vec<ContainerImage> {
+fn images(images: &[NodeImage], at_most: Option<usize>) -> Vec<ContainerImage> {
     let mut images: Vec<&NodeImage> = images.iter().filter(|i| !i.names.is_empty()).collect();
     images.sort_by(|a, b| b.size_bytes.cmp(&a.size_bytes).then_with(|| a.names.cmp(&b.names)));
-    images.truncate(MAX_IMAGES);
+    images.truncate(at_most.unwrap_or(usize::MAX));
     let image = |image: &NodeImage| ContainerImage {
         names: Some(image.names.iter().take(5).cloned().collect()),
         size_bytes: i64::try_from(image.size_bytes).ok(),

@@ -7,6 +7,7 @@ use containerd_client::services::v1::content_client::ContentClient;
 use containerd_client::services::v1::diff_client::DiffClient;
 use containerd_client::services::v1::events_client::EventsClient;
 use containerd_client::services::v1::images_client::ImagesClient;
+use containerd_client::services::v1::introspection_client::IntrospectionClient;
 use containerd_client::services::v1::leases_client::LeasesClient;
 use containerd_client::services::v1::namespaces_client::NamespacesClient;
 use containerd_client::services::v1::snapshots::snapshots_client::SnapshotsClient;
@@ -82,6 +83,7 @@ impl Connection {
     service!(diff, DiffClient);
     service!(events, EventsClient);
     service!(images, ImagesClient);
+    service!(introspection, IntrospectionClient);
     service!(leases, LeasesClient);
     service!(namespaces, NamespacesClient);
     service!(snapshots, SnapshotsClient);

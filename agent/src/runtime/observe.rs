@@ -73,7 +73,10 @@ pub(crate) async fn pod(
     Ok(finish(pods).into_iter().next())
 }
 
-async fn list(inner: &Inner, filters: Vec<String>) -> Result<Vec<Container>, RuntimeError> {
+pub(super) async fn list(
+    inner: &Inner,
+    filters: Vec<String>,
+) -> Result<Vec<Container>, RuntimeError> {
     let reply = inner.connection.containers().list(ListContainersRequest { filters }).await;
     Ok(reply.map_err(RuntimeError::call("list", "containers"))?.into_inner().containers)
 }

@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use super::layout::Layout;
 use super::{containerd, lock, network};
 use crate::agent;
-use crate::config::{AgentConfig, Threshold};
+use crate::config::{AgentConfig, ImageGc, Threshold};
 use crate::node::addresses::node_addresses;
 
 /// What `keelson up` was asked for.
@@ -35,6 +35,7 @@ pub struct UpConfig {
     pub service_cidrs: Vec<IpNetwork>,
     /// A containerd to use instead of starting one.
     pub containerd: Option<PathBuf>,
+    pub image_gc: ImageGc,
     /// Agent and proxy are run by somebody else.
     pub control_plane_only: bool,
 }
@@ -142,13 +143,14 @@ async fn serve(config: &UpConfig, ground: Ground) -> Result<()> {
         sd_notify::notify(&[NotifyState::Ready]).ok();
     } else {
         report("Agent and proxy");
-        let agent = agent_config(
+        let mut agent = agent_config(
             layout,
             &node_name,
             &ground.addresses,
             ground.pull_netns,
             ground.containerd,
         );
+        agent.image_gc = config.image_gc;
         let proxy = proxy_config(layout, &node_name, &ground.addresses, &config.pod_cidrs);
         let stop = shutdown.clone();
         parts.spawn(async move { agent::run(agent, stop).await.context("the agent failed") });
@@ -217,6 +219,11 @@ fn agent_config(
     agent.runtime.pull_netns = pull_netns;
     agent.server.client_ca_file = Some(layout.control_plane_dir().join("pki/ca.crt"));
     agent
+}
+
+/// As with pods: a disk that is nearly full by the kubelet's measure may have room enough.
+pub fn image_gc() -> ImageGc {
+    ImageGc { high_threshold_percent: 95, low_threshold_percent: 90, ..ImageGc::default() }
 }
 
 fn proxy_config(

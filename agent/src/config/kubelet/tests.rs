@@ -2,6 +2,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::*;
+use crate::config::ImageGc;
 
 const HEAD: &str = "apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\n";
 
@@ -107,6 +108,28 @@ fn reservations_thresholds_and_taints() {
     assert_eq!(config.node.eviction_disk, Threshold::Amount(1 << 30));
     assert_eq!(config.node.taints[0].effect, "NoSchedule");
     assert!(warnings[0].contains("evictionHard.imagefs.available is not supported"));
+}
+
+#[test]
+fn how_long_images_stay_and_how_many_the_node_lists() {
+    let (config, warnings) = read(
+        "imageGCHighThresholdPercent: 70\nimageGCLowThresholdPercent: 60\nimageMinimumGCAge: 1m\n\
+         imageMaximumGCAge: 48h\nnodeStatusMaxImages: -1\n",
+    )
+    .unwrap();
+    assert_eq!(warnings, [""; 0]);
+    let rules = ImageGc {
+        high_threshold_percent: 70,
+        low_threshold_percent: 60,
+        minimum_age: Duration::from_secs(60),
+        maximum_age: Some(Duration::from_secs(48 * 3600)),
+    };
+    assert_eq!((config.image_gc, config.node.status_max_images), (rules, None));
+    let (config, _) = read("imageMinimumGCAge: 0s\nimageMaximumGCAge: 0s\n").unwrap();
+    assert_eq!((config.image_gc, config.node.status_max_images), (ImageGc::default(), Some(50)));
+    for text in ["nodeStatusMaxImages: -2", "imageGCHighThresholdPercent: 300"] {
+        assert!(read(text).unwrap_err().contains(text.split(':').next().unwrap()));
+    }
 }
 
 #[test]
