@@ -1,7 +1,7 @@
 //! Corners of the reference that need a stage of their own.
 
 use std::io::ErrorKind;
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 
 use serde_json::json;
 
@@ -15,6 +15,8 @@ rows![
     source_ranges_of_the_node_let_the_node_in,
     a_service_of_every_kind_at_once_on_one_number,
     a_restart_in_the_middle_of_connections_loses_none,
+    an_endpoint_learns_that_its_packets_are_too_long,
+    strict_checks_of_the_way_back_do_no_harm,
 ];
 
 /// Row 21, cases 8, 9 and 15.
@@ -179,5 +181,50 @@ fn a_restart_in_the_middle_of_connections_loses_none(mode: Mode) {
     for to in &to {
         let stream = client.namespace.run(|| TcpStream::connect(to));
         assert!(stream.is_ok(), "{to}");
+    }
+}
+
+/// Path MTU discovery: a router near the client knows the Service's address only.
+fn an_endpoint_learns_that_its_packets_are_too_long(mode: Mode) {
+    let mut node = Node::new(mode);
+    let (client, server) = (node.pod("client", 10), node.pod("server", 2));
+    let listener = server.namespace.run(|| TcpListener::bind("0.0.0.0:8080").unwrap());
+    node.service("web", node_port(cluster_ip(1, "TCP", 80), 30080));
+    node.ready("web", "TCP", 8080, &[2]);
+    node.apply();
+    for to in ["10.96.0.1:80".to_owned(), format!("{NODE4}:30080")] {
+        let stream = client.namespace.run(|| TcpStream::connect(&to).unwrap());
+        let _accepted = listener.accept().unwrap();
+        let (SocketAddr::V4(near), SocketAddr::V4(far)) =
+            (stream.local_addr().unwrap(), stream.peer_addr().unwrap())
+        else {
+            panic!("not IPv4")
+        };
+        let wire = server.namespace.icmp_wire();
+        client.namespace.send_too_long(far, near);
+        let source = if to.starts_with("10.") { [10, 66, 0, 10] } else { [10, 66, 0, 1] };
+        let packet = wire.next_from(source).unwrap_or_else(|| panic!("{to}: nothing arrives"));
+        // Behind the headers of IP and ICMP: the segment as the server has sent it.
+        assert_eq!(packet[20..22], [3, 4], "{to}");
+        assert_eq!(packet[40..44], [10, 66, 0, 2], "{to}");
+        assert_eq!(u16::from_be_bytes([packet[48], packet[49]]), 8080, "{to}");
+    }
+}
+
+/// `rp_filter` 1, and packet marks count when the way back is looked up, as WireGuard's tools want it.
+fn strict_checks_of_the_way_back_do_no_harm(mode: Mode) {
+    let mut node = Node::new(mode);
+    let client = node.pod("client", 10);
+    let _one = node.pod("one", 2).serving("TCP", 8080);
+    for setting in ["rp_filter", "src_valid_mark"] {
+        node.namespace.set(&format!("ipv4/conf/all/{setting}"), "1");
+    }
+    node.service("web", node_port(cluster_ip(1, "TCP", 80), 30080));
+    node.ready("web", "TCP", 8080, &[2]);
+    node.apply();
+    for to in ["10.96.0.1:80", &format!("{NODE4}:30080")] {
+        for from in [&client.namespace, &node.namespace, &node.outside] {
+            assert_eq!(from.tcp(to).map(|answer| answer.server), Ok("one".to_owned()), "{to}");
+        }
     }
 }

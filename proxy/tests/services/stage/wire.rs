@@ -1,4 +1,4 @@
-//! TCP segments and SCTP packets by hand, and what arrives of them.
+//! TCP segments, SCTP and ICMP packets by hand, and what arrives of them.
 
 use std::net::SocketAddrV4;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -38,6 +38,33 @@ fn raw_socket(protocol: SockProtocol) -> OwnedFd {
 impl Namespace {
     pub(crate) fn tcp_wire(&self) -> Wire {
         Wire(self.run(|| raw_socket(SockProtocol::Tcp)))
+    }
+
+    pub(crate) fn icmp_wire(&self) -> Wire {
+        Wire(self.run(|| raw_socket(SockProtocol::Icmp)))
+    }
+
+    /// Tells `from` that a TCP segment that it has sent to `to` was too long.
+    pub(crate) fn send_too_long(&self, from: SocketAddrV4, to: SocketAddrV4) {
+        // The segment's header as it came: version, length, ..., time to live, protocol, checksum, addresses.
+        let mut header = vec![0x45, 0, 5, 220, 0, 1, 0x40, 0, 60, 6, 0, 0];
+        header.extend(from.ip().octets());
+        header.extend(to.ip().octets());
+        let sum = internet_checksum(&header);
+        header[10..12].copy_from_slice(&sum.to_be_bytes());
+        header.extend(from.port().to_be_bytes());
+        header.extend(to.port().to_be_bytes());
+        header.extend([0; 4]);
+        // Destination unreachable, fragmentation needed, next hop takes 1400.
+        let mut packet = vec![3, 4, 0, 0, 0, 0, 0x05, 0x78];
+        packet.extend(header);
+        let sum = internet_checksum(&packet);
+        packet[2..4].copy_from_slice(&sum.to_be_bytes());
+        self.run(|| {
+            let raw = raw_socket(SockProtocol::Icmp);
+            let to = SockaddrIn::from(SocketAddrV4::new(*from.ip(), 0));
+            sendto(raw.as_raw_fd(), &packet, &to, MsgFlags::empty()).unwrap();
+        });
     }
 
     pub(crate) fn sctp_wire(&self) -> Wire {
@@ -88,6 +115,10 @@ fn checksum(from: SocketAddrV4, to: SocketAddrV4, segment: &[u8]) -> u16 {
     bytes.extend([0, 6]);
     bytes.extend(u16::try_from(segment.len()).unwrap().to_be_bytes());
     bytes.extend(segment);
+    internet_checksum(&bytes)
+}
+
+fn internet_checksum(bytes: &[u8]) -> u16 {
     let words = bytes.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])));
     let mut sum: u32 = words.sum();
     while sum > 0xffff {
