@@ -196,6 +196,23 @@ fn a_terminal_is_resized_left_and_taken_up_again() {
     leak::no_pods_left(&node);
 }
 
+#[test]
+fn debug_brings_a_shell_beside_a_container_that_has_none() {
+    let node = Node::start().unwrap();
+    start(&node, "web", &[], "exec sleep 1000");
+    let debug = ["debug", "-it", "web", "--image", BUSYBOX, "--target=main", "-c", "aside", "--"];
+    let mut session = Kubectl::usual().talk_on_terminal(&node, &[&debug[..], &["sh"]].concat());
+    session.hear("/ # ");
+    session.say("ps\n");
+    session.hear("sleep 1000\r\n");
+    session.say("exit 6\n");
+    session.end();
+    let code = "{.status.ephemeralContainerStatuses[0].state.terminated.exitCode}";
+    node.wait_for("pod/web", &format!("jsonpath={code}=6")).unwrap();
+    node.kubectl(&["delete", "pod", "web"]).unwrap();
+    leak::no_pods_left(&node);
+}
+
 fn ticks(log: &str) -> Vec<usize> {
     let ticks = log.lines().filter_map(|line| line.strip_prefix("tick "));
     ticks.map(|tick| tick.parse().unwrap()).collect()

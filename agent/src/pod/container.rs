@@ -5,15 +5,16 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use k8s_openapi::api::core::v1::{
-    Capabilities, Container, Pod, PodSecurityContext, SeccompProfile, SecurityContext, VolumeMount,
+    Capabilities, Container, EphemeralContainer, Pod, PodSecurityContext, SeccompProfile,
+    SecurityContext, VolumeMount,
 };
 
 use super::spec::{self, ContainerKind};
 use crate::cgroup::resources;
 use crate::env::expand;
 use crate::runtime::types::{
-    ContainerConfig, ContainerSecurity, HostPort, ImageRef, Mount, PodNetwork, Propagation,
-    SandboxConfig,
+    ContainerConfig, ContainerSecurity, HostPort, ImageRef, Mount, ObservedPod, PodNetwork,
+    Propagation, SandboxConfig,
 };
 use crate::volume::{Mounted, subpath};
 
@@ -32,6 +33,7 @@ pub(super) struct Ingredients<'a> {
     /// The pod's log folder.
     pub log_dir: &'a Path,
     pub memory_capacity: i64,
+    pub observed: Option<&'a ObservedPod>,
 }
 
 /// Builds the configuration. The error is `CreateContainerConfigError`'s message.
@@ -74,8 +76,25 @@ pub(super) fn config(from: &Ingredients) -> Result<ContainerConfig, String> {
             == Some("FallbackToLogsOnError"),
         grace_period_secs: spec::grace_secs(from.pod),
         annotations: BTreeMap::new(),
-        target_container_id: None,
+        target_container_id: target_id(from)?,
     })
+}
+
+/// The container whose processes an ephemeral one shall see.
+fn target_id(from: &Ingredients) -> Result<Option<String>, String> {
+    if from.kind != ContainerKind::Ephemeral {
+        return Ok(None);
+    }
+    let named = |c: &&EphemeralContainer| c.name == from.container.name;
+    let ephemeral = spec::ephemeral_containers(from.pod).iter().find(named);
+    let target = ephemeral.and_then(|c| c.target_container_name.as_deref()).unwrap_or_default();
+    if target.is_empty() {
+        return Ok(None);
+    }
+    // The newest comes first.
+    let seen = from.observed.and_then(|pod| pod.containers.iter().find(|c| c.name == target));
+    let id = seen.map(|container| container.id.clone());
+    id.map(Some).ok_or_else(|| format!("unable to find target container {target}"))
 }
 
 fn mounts(

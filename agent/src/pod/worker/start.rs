@@ -270,6 +270,7 @@ impl Worker {
             pod_dir: &self.pod_volumes(pod).pod_dir,
             log_dir: &log_dir,
             memory_capacity: self.node.memory_capacity(),
+            observed: self.observed.as_ref(),
         })?;
         if let Some(folder) = config.log_path.parent() {
             std::fs::create_dir_all(folder)
