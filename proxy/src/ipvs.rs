@@ -78,7 +78,10 @@ pub struct Ipvs {
     /// Where the last look ended, and where among those that drain.
     looked_at: Option<Key>,
     drained_at: Option<Key>,
+    /// The kernel had something else than was thought.
     suspicious: bool,
+    /// What the kernel refused since everything was compared: to look at it again and again is of no use.
+    refused: BTreeSet<Key>,
 }
 
 impl Ipvs {
@@ -113,11 +116,12 @@ impl Ipvs {
             looked_at: None,
             drained_at: None,
             suspicious: false,
+            refused: BTreeSet::new(),
         })
     }
 
     fn adopt_all(&mut self, plans: &Plans) -> Result<Applied, BackendError> {
-        self.suspicious = false;
+        self.refused.clear();
         self.alarm.acknowledge()?;
         self.alarm.routing_changed()?;
         self.config.ipvs.apply(&self.netns);
@@ -134,6 +138,7 @@ impl Ipvs {
         let keys = self.servers.keys().collect();
         let mut applied = self.take_steps(steps, keys, |backend| backend.table.adopt(plans))?;
         applied.operations += gaps.len() + flows.operations;
+        self.suspicious = false;
         Ok(applied)
     }
 
@@ -194,6 +199,7 @@ impl Ipvs {
         applied.operations += operations;
         self.draining.append(&mut steps.draining);
         if let Err(error) = done {
+            self.suspicious |= error.is_out_of_step();
             let error = crate::switch::with_sources(&error);
             tracing::warn!(%error, "Reading virtual servers again after a refused change");
             self.mend(&keys, &mut applied)?;
@@ -215,6 +221,7 @@ impl Ipvs {
                     // Somebody else is at work, too.
                     Err(error) if error.is_out_of_step() && left > 0 => {}
                     Err(error) => {
+                        self.refused.insert(*key);
                         let owner = self.servers.owner(*key).cloned();
                         let known = |service: &ServiceKey| {
                             applied.refused.iter().any(|(refused, _)| refused == service)
@@ -309,7 +316,10 @@ impl Ipvs {
         let applied = self.take_steps(steps, keys, |_| Ok(Applied::default()))?;
         let operations = applied.operations;
         tracing::debug!(operations, "The node's addresses changed");
-        Ok(())
+        match applied.refused.into_iter().next() {
+            Some((_, error)) => Err(error),
+            None => Ok(()),
+        }
     }
 
     fn look_around(&mut self) -> Result<Ground, IpvsError> {
@@ -330,12 +340,23 @@ impl Ipvs {
         // All are read, also when the first one says so already.
         disturbed |= self.table.disturbed()?;
         disturbed |= self.flows.disturbed()?;
-        if self.alarm.routing_changed()? {
+        let routing_changed = self.alarm.routing_changed()?;
+        // What cannot be read or mended here is left to a repair of everything, and that may be tried again.
+        let looked = self.look_after(routing_changed).unwrap_or_else(|error| {
+            let error = crate::switch::with_sources(&error);
+            tracing::warn!(%error, "Cannot compare virtual servers");
+            true
+        });
+        Ok(disturbed || looked)
+    }
+
+    /// What is done regularly; true when somebody changed something.
+    fn look_after(&mut self, routing_changed: bool) -> Result<bool, BackendError> {
+        if routing_changed {
             self.follow_addresses()?;
         }
         self.drain_some();
-        disturbed = disturbed || self.gaps()?.len() > 0 || self.look()?;
-        Ok(disturbed)
+        Ok(self.gaps()?.len() > 0 || self.look()?)
     }
 }
 

@@ -33,3 +33,16 @@ pub(crate) fn family(socket: &mut Socket, name: &str) -> Result<Option<u16>, Net
         Err(error) => Err(error),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::socket::Protocol;
+
+    #[test]
+    fn families_are_found_by_name() {
+        let mut socket = Socket::open(Protocol::Generic).unwrap();
+        assert_eq!(family(&mut socket, "nlctrl").unwrap(), Some(CONTROLLER));
+        assert_eq!(family(&mut socket, "no-such-family").unwrap(), None);
+    }
+}

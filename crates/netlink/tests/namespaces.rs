@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use keelson_netlink::netns::{self, Kind, Netns};
 use keelson_netlink::route::{
-    Group, InetSetting, LinkChange, Mac, Route, Rtnl, Scope, VethEnd, VethPair,
+    Group, InetSetting, LinkChange, Mac, Route, RouteKind, RoutingRule, Rtnl, RuleAction, Scope,
+    VethEnd, VethPair,
 };
 use keelson_netlink::sysctl;
 
@@ -48,6 +49,54 @@ fn a_veth_pair_is_born_in_both_namespaces_and_dies_as_one() {
     assert!(!here.delete_link("left").unwrap());
     assert_eq!(there.link("eth0").unwrap(), None);
     assert_eq!(there.links().unwrap().len(), 1, "only lo is left");
+}
+
+#[test]
+fn routing_rules_and_the_routes_of_a_table_come_back_as_they_were_set() {
+    const TABLE: u32 = 4242;
+    let mut rtnl = Rtnl::open_in(&Netns::anonymous().unwrap()).unwrap();
+    rtnl.set_up("lo").unwrap();
+    for (ipv6, all) in [(false, "0.0.0.0/0"), (true, "::/0")] {
+        let before = rtnl.rules().unwrap();
+        let rule = |priority, mark, input: Option<&str>, action| RoutingRule {
+            ipv6,
+            priority,
+            mark,
+            input: input.map(str::to_owned),
+            protocol: 99,
+            action,
+        };
+        let rules = [
+            rule(7, None, None, RuleAction::Nothing),
+            rule(6, Some((0x2000, 0x2000)), None, RuleAction::Table(TABLE)),
+            rule(5, None, Some("lo"), RuleAction::Goto(7)),
+        ];
+        for rule in &rules {
+            assert!(rtnl.add_rule(rule).unwrap());
+            assert!(!rtnl.add_rule(rule).unwrap());
+        }
+        let found = rtnl.rules().unwrap();
+        assert!(rules.iter().all(|rule| found.contains(rule)), "{found:?}");
+        let count = rtnl.routes_of(TABLE).unwrap().len();
+        let route = Route {
+            link: Some(1),
+            kind: RouteKind::Local,
+            table: TABLE,
+            scope: if ipv6 { Scope::Universe } else { Scope::Other(254) },
+            ..Route::to(all.parse().unwrap())
+        };
+        rtnl.ensure_route(&route).unwrap();
+        let routes = rtnl.routes_of(TABLE).unwrap();
+        assert_eq!(routes.len(), count + 1);
+        assert!(routes.iter().any(|found| found.kind == RouteKind::Local
+            && found.destination == route.destination
+            && found.link == Some(1)));
+        for rule in &rules {
+            assert!(rtnl.delete_rule(rule).unwrap());
+            assert!(!rtnl.delete_rule(rule).unwrap());
+        }
+        assert_eq!(rtnl.rules().unwrap(), before);
+    }
 }
 
 #[test]

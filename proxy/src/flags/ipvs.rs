@@ -16,7 +16,7 @@ pub struct IpvsFlags {
     /// Who chooses among endpoints in mode ipvs: rr (default), wrr, lc, wlc, sh, mh, sed, nq, ...
     #[arg(long, value_name = "NAME")]
     pub ipvs_scheduler: Option<String>,
-    /// Ranges of virtual servers that mode ipvs never removes
+    /// Ranges in which mode ipvs does not remove virtual servers that an earlier process left
     #[arg(long, value_name = "CIDRS", value_delimiter = ',')]
     pub ipvs_exclude_cidrs: Vec<String>,
     /// Mode ipvs: answer ARP only for addresses of the interface that was asked

@@ -107,8 +107,9 @@ impl Ipvs {
     /// Compares some virtual servers, each time others.
     pub(super) fn look(&mut self) -> Result<bool, IpvsError> {
         let scheduler = self.scheduler()?;
-        let keys = self.servers.after(self.looked_at, LOOKED_AT);
+        let mut keys = self.servers.after(self.looked_at, LOOKED_AT);
         self.looked_at = keys.last().copied();
+        keys.retain(|key| !self.refused.contains(key));
         for key in keys {
             let known = self.observe(key)?;
             let mut steps = Steps::default();

@@ -16,7 +16,7 @@ pub const SCHEDULERS: [&str; 14] =
 pub struct IpvsConfig {
     /// Who chooses among the endpoints: one of [`SCHEDULERS`].
     pub scheduler: String,
-    /// Virtual servers in these ranges are never removed.
+    /// Virtual servers in these ranges that no Service asks for stay when they are found at a start.
     pub excluded: Vec<IpNetwork>,
     /// Answer ARP only for addresses of the interface that was asked.
     pub strict_arp: bool,
