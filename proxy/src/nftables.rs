@@ -24,6 +24,8 @@
 //! nothing there and choose anew. Pool numbers are never used again while somebody may remember them: a
 //! pool whose affinity changes gets a new number.
 //!
+//! The same machinery keeps the table beside IPVS ([`Role::BesideIpvs`]), where other chains forward.
+//!
 //! Invariant: the kernel's elements are a function of the plans, the pool numbers and the order of
 //! slots; the latter two are read back from the kernel, so a restart changes nothing.
 

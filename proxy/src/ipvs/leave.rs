@@ -36,6 +36,9 @@ impl Ipvs {
 
     /// Removes everything of this mode. Loads no module for that.
     pub(crate) fn remove() -> Result<(), BackendError> {
+        if !was_possible() {
+            return Ok(());
+        }
         if Kernel::is_loaded() {
             return Ipvs::open(BackendConfig::default())?.cleanup();
         }
@@ -50,7 +53,7 @@ impl Ipvs {
 
     /// As [`Ipvs::remove`], for a node that goes on in another mode: connections through IPVS keep their way until they end.
     pub(crate) fn leave() -> Result<(), BackendError> {
-        if !Kernel::is_loaded() {
+        if !was_possible() || !Kernel::is_loaded() {
             return Ipvs::remove();
         }
         let mut backend = Ipvs::open(BackendConfig::default())?;
@@ -91,6 +94,11 @@ impl Ipvs {
             tracing::warn!(%error, "Cannot remove what led to IPVS");
         }
     }
+}
+
+/// Without nf_tables this mode has never been in use.
+fn was_possible() -> bool {
+    Nft::open().and_then(|mut nft| nft.generation()).is_ok()
 }
 
 fn has_table(role: Role) -> Result<bool, IpvsError> {
