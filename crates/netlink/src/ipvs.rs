@@ -6,6 +6,7 @@
 mod error;
 mod wire;
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use crate::socket::{Protocol, Socket};
@@ -107,12 +108,30 @@ impl Ipvs {
 
     /// All virtual servers that are known by address.
     ///
+    /// The kernel goes on from part to part by position, counting those of all namespaces, and says nothing when they
+    /// move meanwhile: so it is asked until two answers are alike. Where others never rest one may still be missed,
+    /// which [`Ipvs::find`] never does.
+    ///
     /// # Errors
     /// When the kernel refuses.
     pub fn virtuals(&mut self) -> Result<Vec<Virtual>, IpvsError> {
+        const ATTEMPTS: usize = 5;
+        let mut found = self.list_once()?;
+        for _ in 1..ATTEMPTS {
+            let again = self.list_once()?;
+            if again == found {
+                break;
+            }
+            found = again;
+        }
+        Ok(found.into_values().collect())
+    }
+
+    fn list_once(&mut self) -> Result<BTreeMap<Key, Virtual>, IpvsError> {
         let refused = |source| IpvsError::refused("list virtual servers".to_owned(), source);
         let replies = self.socket.dump(&wire::list_virtuals(self.family)).map_err(refused)?;
-        Ok(replies.iter().filter_map(wire::read_virtual).collect())
+        let found = replies.iter().filter_map(wire::read_virtual);
+        Ok(found.map(|found| (found.key, found)).collect())
     }
 
     /// One virtual server.

@@ -19,13 +19,29 @@ impl Ipvs {
     pub(super) fn remove_everything(&mut self) -> Result<(), BackendError> {
         self.alarm.set_clock(false);
         self.table.cleanup()?;
-        let own: Vec<Command> =
-            self.own()?.into_iter().map(|own| Command::RemoveVirtual(own.key)).collect();
-        self.kernel.perform(&own).map_err(IpvsError::Apply)?;
+        self.remove_own()?;
         self.remove_ways()?;
         self.servers = Servers::default();
         self.programmed.clear();
         self.draining.clear();
+        Ok(())
+    }
+
+    fn remove_own(&mut self) -> Result<(), IpvsError> {
+        const ATTEMPTS: u32 = 5;
+        for _ in 0..ATTEMPTS {
+            let own = self.own()?;
+            if own.is_empty() {
+                break;
+            }
+            let commands: Vec<Command> =
+                own.into_iter().map(|own| Command::RemoveVirtual(own.key)).collect();
+            match self.kernel.perform(&commands) {
+                // The last connection of one has ended meanwhile.
+                Err(error) if !error.is_out_of_step() => return Err(IpvsError::Apply(error)),
+                _ => {}
+            }
+        }
         Ok(())
     }
 

@@ -96,6 +96,14 @@ impl Ipvs {
                 known.insert(key, found);
             }
         }
+        // A list may lack one that is there.
+        for key in servers.keys() {
+            if !known.contains_key(&key)
+                && let Some(found) = self.observe(key)?
+            {
+                known.insert(key, found);
+            }
+        }
         let keys: BTreeSet<Key> = servers.keys().chain(known.keys().copied()).collect();
         let mut steps = Steps::default();
         for key in keys {
