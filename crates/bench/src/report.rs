@@ -55,6 +55,8 @@ pub(crate) enum Unit {
     Mebibytes,
     #[serde(rename = "% of a core")]
     PercentOfCore,
+    #[serde(rename = "ratio")]
+    Ratio,
 }
 
 impl Unit {
@@ -66,6 +68,7 @@ impl Unit {
             Unit::CpuSeconds => format!("{figure:.2} CPU s"),
             Unit::Mebibytes => format!("{figure:.1} MiB"),
             Unit::PercentOfCore => format!("{figure:.2} %"),
+            Unit::Ratio => format!("{figure:.3}"),
         }
     }
 }
@@ -93,6 +96,12 @@ impl Report {
             self.measures.len() - 1
         });
         self.measures[index].values.insert(subject.to_owned(), value);
+    }
+
+    /// What was entered.
+    pub(crate) fn figure(&self, subject: &str, row: &str) -> Option<f64> {
+        let measure = self.measures.iter().find(|m| m.name == row)?;
+        Some(measure.values.get(subject)?.figure)
     }
 
     /// Enters p50, p90 and maximum of `samples`; `goal` is that of the p50.

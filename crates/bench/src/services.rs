@@ -11,6 +11,7 @@ use clap::Args;
 use keelson_tests::node::program;
 use kube::Client;
 
+use crate::api;
 use crate::cluster::{Cluster, Ground, ServerOptions};
 use crate::output::OutputOptions;
 use crate::report::Report;
@@ -101,8 +102,9 @@ async fn measure(
     let mut sizes = options.services.clone();
     sizes.sort_unstable();
     let backend = probe::Backend::listen(ground)?;
+    api::create(client, &objects::node()).await?;
     let mut there = 0;
-    for size in sizes {
+    for &size in &sizes {
         eprintln!("Writing Services {there} to {size}");
         objects::add(client, there..size, options.endpoints).await?;
         there = size;
@@ -119,6 +121,9 @@ async fn measure(
                 other => other?,
             }
         }
+    }
+    for subject in subjects {
+        work::compare_lookups(report, &subject.label, &sizes, options.endpoints);
     }
     Ok(())
 }

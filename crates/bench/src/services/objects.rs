@@ -8,6 +8,8 @@ use kube::Client;
 use serde_json::json;
 
 use crate::api::{self, NewObject};
+use crate::cluster::NODE_ADDRESS;
+use crate::subject::node::NODE_NAME;
 
 const SERVICES: &str = "/api/v1/namespaces/default/services";
 const SLICES: &str = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices";
@@ -34,6 +36,16 @@ pub(super) fn marker_ip(index: u32) -> IpAddr {
 fn endpoint_ip(index: u32, number: u32) -> IpAddr {
     let [_, high, middle, low] = (index * 101 + number + 1).to_be_bytes();
     Ipv4Addr::new(11, high, middle, low).into()
+}
+
+/// The node that a proxy looks for; kube-proxy waits half a minute for one.
+pub(super) fn node() -> NewObject {
+    let body = json!({
+        "apiVersion": "v1", "kind": "Node",
+        "metadata": { "name": NODE_NAME },
+        "status": { "addresses": [{ "type": "InternalIP", "address": NODE_ADDRESS }] },
+    });
+    NewObject { collection: "/api/v1/nodes", body }
 }
 
 /// Creates the Services of `range` with their endpoints.

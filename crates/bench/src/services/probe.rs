@@ -11,14 +11,25 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use keelson_tests::node::read;
+use nix::libc;
+use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::cluster::{Ground, OUTSIDE_ADDRESS, enter};
+use crate::stats::Samples;
 
 /// Between two attempts. A fraction of the shortest time that is worth reporting.
 const PAUSE: Duration = Duration::from_micros(500);
 
-/// An attempt that is neither accepted nor refused is lost; it may not hold up the next for long.
-const ATTEMPT: Duration = Duration::from_millis(200);
+/// An attempt that is neither accepted nor refused is lost: a proxy that knows the range of service addresses drops what
+/// goes to one that nobody has yet. It may not hold up the next for long.
+const ATTEMPT: Duration = Duration::from_millis(2);
+
+/// A connection that is measured for its own sake.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Of the comparison of connections.
+const ROUNDS: u32 = 30;
+const CONNECTIONS: u32 = 200;
 
 /// What is outside answers everything for the service addresses with a reset.
 ///
@@ -62,10 +73,11 @@ fn inside(netns: &std::path::Path, program: &str) -> Command {
     crate::process::in_netns(netns, program.as_ref())
 }
 
-/// A listener outside: what the measured Services lead to.
+/// Listeners outside: what the measured Services lead to, and one for direct connections. Those need a port of their own:
+/// the two kinds would get into each other's way in connection tracking.
 pub(super) struct Backend {
     address: SocketAddr,
-    _listener: TcpListener,
+    direct: SocketAddr,
 }
 
 impl Backend {
@@ -73,23 +85,69 @@ impl Backend {
     /// When the namespace is not there.
     pub(super) fn listen(ground: &Ground<'_>) -> Result<Backend> {
         let netns = ground.outside_netns();
-        let listener = std::thread::scope(|scope| {
-            let thread = scope.spawn(move || -> Result<TcpListener> {
+        let [service, direct] = std::thread::scope(|scope| {
+            let thread = scope.spawn(move || -> Result<[TcpListener; 2]> {
                 enter(&netns)?;
-                TcpListener::bind((OUTSIDE_ADDRESS, 0)).context("cannot listen outside")
+                let bind = || TcpListener::bind((OUTSIDE_ADDRESS, 0));
+                Ok([bind().context("cannot listen outside")?, bind()?])
             });
             thread.join().unwrap_or_else(|_| bail!("the listener's thread panicked"))
         })?;
-        let address = listener.local_addr()?;
-        // Accepted and closed at once: only the connection counts.
-        let accepting = listener.try_clone()?;
-        std::thread::spawn(move || accepting.incoming().for_each(drop));
-        Ok(Backend { address, _listener: listener })
+        let backend = Backend { address: service.local_addr()?, direct: direct.local_addr()? };
+        for listener in [service, direct] {
+            std::thread::spawn(move || listener.incoming().flatten().for_each(hold));
+        }
+        Ok(backend)
+    }
+
+    /// Where the one for direct connections listens.
+    pub(super) fn direct(&self) -> SocketAddr {
+        self.direct
     }
 
     pub(super) fn endpoint(&self) -> (IpAddr, u16) {
         (self.address.ip(), self.address.port())
     }
+}
+
+/// Waits for the client to end an accepted connection: it is the client's to choose how.
+fn hold(mut connection: TcpStream) {
+    if connection.set_read_timeout(Some(PATIENCE)).is_ok() {
+        // Its end or a reset, both are one.
+        std::io::copy(&mut connection, &mut std::io::sink()).ok();
+    }
+}
+
+/// How many times as long connections to `service` take as those to `direct`, which it leads to: a sample per round, in
+/// which the two take turns.
+///
+/// # Errors
+/// When a connection is not accepted.
+pub(super) async fn lookups(service: SocketAddr, direct: SocketAddr) -> Result<Samples> {
+    let rounds = move || {
+        let mut samples = Samples::default();
+        for _ in 0..ROUNDS {
+            let (mut through, mut straight) = (Duration::ZERO, Duration::ZERO);
+            for _ in 0..CONNECTIONS {
+                through += connect(service)?;
+                straight += connect(direct)?;
+            }
+            samples.push(through.as_secs_f64() / straight.as_secs_f64());
+        }
+        Ok(samples)
+    };
+    tokio::task::spawn_blocking(rounds).await?
+}
+
+fn connect(address: SocketAddr) -> Result<Duration> {
+    let began = Instant::now();
+    let connection = TcpStream::connect_timeout(&address, PATIENCE)
+        .with_context(|| format!("cannot connect to {address}"))?;
+    let took = began.elapsed();
+    // By a reset: no end of a connection may wait for packets that come late, thousands of times.
+    let at_once = libc::linger { l_onoff: 1, l_linger: 0 };
+    setsockopt(&connection, sockopt::Linger, &at_once)?;
+    Ok(took)
 }
 
 /// Waits until a connection to `address` is accepted (`wanted`), or no longer is; the moment before the attempt that

@@ -68,6 +68,10 @@ impl Work<'_> {
         let mut row = Row::new(self.row("one new Service effective"), Unit::Millis);
         row.goal = goal;
         report.enter_spread(&self.subject.label, &row, &changes);
+        let lookups = probe::lookups(self.address(0), backend.direct()).await?;
+        let row = Row::new(lookup_row(self.size, self.endpoints), Unit::Ratio);
+        let median = lookups.median().context("no connection was measured")?;
+        report.enter(&self.subject.label, &row, median, lookups.as_slice());
         // What the changes left behind still has to settle.
         tokio::time::sleep(Duration::from_secs(3)).await;
         let (before, began) = (proxy.cpu(), Instant::now());
@@ -124,6 +128,8 @@ impl Work<'_> {
             format!("--bind-address={NODE_ADDRESS}"),
             format!("--proxy-mode={}", self.subject.mode),
             "--cluster-cidr=10.244.0.0/16".into(),
+            // Not this namespace's to set, and kube-proxy gives up where it cannot.
+            "--conntrack-max-per-core=0".into(),
         ]);
         if self.subject.label == "keelson" {
             // Its last known Services are none of the machine's.
@@ -135,13 +141,34 @@ impl Work<'_> {
     }
 
     fn row(&self, what: &str) -> String {
-        format!("{}: {what}", scale(self.size, self.endpoints))
+        row(self.size, self.endpoints, what)
     }
 
     fn enter(&self, report: &mut Report, what: &str, unit: Unit, figure: f64, goal: Option<f64>) {
         let mut row = Row::new(self.row(what), unit);
         row.goal = goal;
         report.enter(&self.subject.label, &row, figure, &[]);
+    }
+}
+
+fn row(size: u32, endpoints: u32, what: &str) -> String {
+    format!("{}: {what}", scale(size, endpoints))
+}
+
+fn lookup_row(size: u32, endpoints: u32) -> String {
+    row(size, endpoints, "connection through a ClusterIP, over a direct one")
+}
+
+/// What more Services do to the time that a connection takes, by the rows that are there already.
+pub(super) fn compare_lookups(report: &mut Report, subject: &str, sizes: &[u32], endpoints: u32) {
+    let Some((&few, more)) = sizes.split_first() else { return };
+    let of = |report: &Report, size| report.figure(subject, &lookup_row(size, endpoints));
+    for &size in more {
+        if let (Some(base), Some(this)) = (of(report, few), of(report, size)) {
+            let what = format!("that, over the same with {}", scale(few, endpoints));
+            let row = Row::new(row(size, endpoints, &what), Unit::Ratio).goal(1.05);
+            report.enter(subject, &row, this / base, &[]);
+        }
     }
 }
 
