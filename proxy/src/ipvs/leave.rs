@@ -36,13 +36,17 @@ impl Ipvs {
             }
             let commands: Vec<Command> =
                 own.into_iter().map(|own| Command::RemoveVirtual(own.key)).collect();
-            match self.kernel.perform(&commands) {
-                // The last connection of one has ended meanwhile.
-                Err(error) if !error.is_out_of_step() => return Err(IpvsError::Apply(error)),
-                _ => {}
-            }
+            self.perform_where_there(&commands)?;
         }
         Ok(())
+    }
+
+    /// The last connection of some may have ended meanwhile, and they are gone.
+    fn perform_where_there(&mut self, commands: &[Command]) -> Result<(), IpvsError> {
+        match self.kernel.perform(commands) {
+            Err(error) if !error.is_out_of_step() => Err(IpvsError::Apply(error)),
+            _ => Ok(()),
+        }
     }
 
     fn remove_ways(&mut self) -> Result<(), BackendError> {
@@ -77,7 +81,7 @@ impl Ipvs {
         // It makes nothing any more.
         backend.scheduler = Some(backend.config.ipvs.scheduler.clone());
         let mut steps = backend.steps()?;
-        backend.kernel.perform(&steps.last).map_err(IpvsError::Apply)?;
+        backend.perform_where_there(&steps.last)?;
         backend.draining.append(&mut steps.draining);
         let draining: Vec<Key> = backend.draining.keys().copied().collect();
         backend.drain(draining.into_iter());
