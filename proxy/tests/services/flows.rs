@@ -212,6 +212,7 @@ fn two_services_with_the_same_external_address_take_turns(mode: Mode) {
     assert_eq!(servers(&node.outside, "198.51.100.1:80", 5), ["b"]);
 }
 
+/// Case 52.
 fn a_restart_changes_nothing_and_damage_is_mended(mode: Mode) {
     let mut node = Node::new(mode);
     let client = node.pod("client", 10);
@@ -276,6 +277,7 @@ fn many_kinds(node: &mut Node) {
     node.ready("web1", "TCP", 8080, &[2]);
 }
 
+/// Case 53.
 fn nft_lists_the_table_and_other_tables_do_not_matter(mode: Mode) {
     let (table, chains) = match mode {
         Mode::Nftables => (

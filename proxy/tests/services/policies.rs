@@ -86,6 +86,7 @@ fn endpoints_that_terminate_serve_when_no_other_is_left(mode: Mode) {
     assert_eq!(servers(&client.namespace, "10.96.0.1:80", 5), ["b"]);
 }
 
+/// Case 37.
 fn external_and_load_balancer_addresses_answer_and_source_ranges_hold(mode: Mode) {
     let mut node = Node::new(mode);
     let client = node.pod("client", 10);
@@ -108,6 +109,7 @@ fn external_and_load_balancer_addresses_answer_and_source_ranges_hold(mode: Mode
     node.ready("web", "TCP", 8080, &[2]);
     node.apply();
     assert!(node.outside.tcp("198.51.100.1:80").is_ok());
+    assert!(client.namespace.tcp("198.51.100.1:80").is_ok());
     // Row 26: outside is in no range, the pod is.
     assert_eq!(node.outside.tcp("198.51.100.2:80"), Err(ErrorKind::TimedOut));
     assert!(client.namespace.tcp("198.51.100.2:80").is_ok());

@@ -99,8 +99,8 @@ impl Observed {
                 Some(Val::Number(place)) => *place,
                 _ => break,
             };
-            let Some(at) = found.iter().find(|found| found.place == place) else { break };
-            slots.push(at.endpoint);
+            let Ok(at) = found.binary_search_by_key(&place, |slot| slot.place) else { break };
+            slots.push(found[at].endpoint);
             of_slots.push(place);
         }
         let places = Some(Places { of_slots: of_slots.into(), next });
