@@ -48,7 +48,7 @@ use crate::backend::{Applied, Backend, BackendConfig, BackendError, Difference};
 use crate::diff::{Change, Plans};
 use crate::model::{PortPlan, Scope, ServiceKey, ServicePlan};
 pub use error::NftablesError;
-use error::{error_chain, is_out_of_step};
+use error::is_out_of_step;
 use item::{Item, Pool, Pools, guard_item, hairpin_item, items_of, wanted_pool};
 pub(crate) use layout::Role;
 use layout::{Chain, Setup};
@@ -357,7 +357,10 @@ impl Backend for Nftables {
         match self.apply_known(changes) {
             Ok(applied) => Ok(applied),
             Err(error) => {
-                tracing::warn!(error = %error_chain(&error), "Reading the table again after a refused change");
+                tracing::warn!(
+                    error = crate::switch::with_sources(&error),
+                    "Reading the table again after a refused change"
+                );
                 self.adopt(plans)
             }
         }

@@ -112,7 +112,8 @@ pub(crate) fn clean(mode: Mode) -> Result<(), Refused> {
 }
 
 /// The error with its sources, for a log line.
-pub(crate) fn with_sources(error: &dyn std::error::Error) -> String {
+#[must_use]
+pub fn with_sources(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {

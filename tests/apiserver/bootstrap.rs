@@ -50,7 +50,8 @@ fn wait_for_request(cluster: &Cluster) -> String {
 /// What an administrator and the signing controller of a cluster do.
 fn approve(cluster: &Cluster, name: &str) {
     let server = &cluster.server;
-    server.kubectl(&["certificate", "approve", name.rsplit('/').next().unwrap()]).unwrap();
+    let id = name.rsplit('/').next().unwrap();
+    server.kubectl(&["certificate", "approve", id]).unwrap();
     let pem = "go-template={{.spec.request | base64decode}}";
     let request = server.kubectl(&["get", name, "-o", pem]).unwrap();
     let certificate = cluster.node.scratch().join("signed.crt");
@@ -61,7 +62,6 @@ fn approve(cluster: &Cluster, name: &str) {
     object["status"]["certificate"] = base64.into();
     let file = cluster.node.scratch().join("csr.json");
     std::fs::write(&file, object.to_string()).unwrap();
-    let path = name.split('.').next().map(|_| name.rsplit('/').next().unwrap()).unwrap();
-    let path = format!("/apis/certificates.k8s.io/v1/certificatesigningrequests/{path}/status");
+    let path = format!("/apis/certificates.k8s.io/v1/certificatesigningrequests/{id}/status");
     server.kubectl(&["replace", "--raw", &path, "-f", &file.display().to_string()]).unwrap();
 }

@@ -6,7 +6,7 @@ use std::process::Child;
 use anyhow::{Context, Result};
 use keelson_tests::apiserver::{ApiServer, Assets, NODE_ADDRESS, inside, spawn};
 use keelson_tests::leak::no_pods_left;
-use keelson_tests::node::{Node, program, until};
+use keelson_tests::node::{Node, program, tail, until};
 
 /// Dropped from the top: first the programs that use what is below.
 pub(crate) struct Cluster {
@@ -33,11 +33,15 @@ impl Cluster {
     /// A cluster with a node that has its certificate already.
     pub(crate) fn with_node() -> Option<Cluster> {
         let mut cluster = Cluster::start()?;
-        let kubeconfig =
-            cluster.server.kubeconfig_for("system:node:node", Some("system:nodes")).unwrap();
+        let kubeconfig = cluster.node_kubeconfig();
         cluster.run_agent(&[&flag("kubeconfig", &kubeconfig)]).unwrap();
         cluster.wait_for_node();
         Some(cluster)
+    }
+
+    /// The credentials that a node gets.
+    pub(crate) fn node_kubeconfig(&self) -> PathBuf {
+        self.server.kubeconfig_for("system:node:node", Some("system:nodes")).unwrap()
     }
 
     /// What the controllers of a cluster would have made.
@@ -141,9 +145,7 @@ impl Cluster {
     }
 
     pub(crate) fn log_of(&self, program: &str) -> String {
-        let text = std::fs::read_to_string(self.log(program)).unwrap_or_default();
-        let lines: Vec<&str> = text.lines().collect();
-        lines[lines.len().saturating_sub(40)..].join("\n")
+        tail(&self.log(program))
     }
 }
 

@@ -76,8 +76,7 @@ spec:
         ),
     )
     .unwrap();
-    let kubeconfig =
-        cluster.server.kubeconfig_for("system:node:node", Some("system:nodes")).unwrap();
+    let kubeconfig = cluster.node_kubeconfig();
     cluster
         .run_agent(&[&flag("kubeconfig", &kubeconfig), &flag("pod-manifest-path", &manifests)])
         .unwrap();

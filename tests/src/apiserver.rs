@@ -17,7 +17,7 @@ use rcgen::{
 };
 use serde_json::json;
 
-use crate::node::{PATIENCE, read};
+use crate::node::{PATIENCE, read, tail};
 
 /// Where it answers in the namespace of a node: the address that `keelson up` gives it.
 pub const NODE_ADDRESS: &str = "198.18.0.2";
@@ -279,9 +279,7 @@ impl ApiServer {
     }
 
     fn log(&self) -> String {
-        let text = fs::read_to_string(self.log_path()).unwrap_or_default();
-        let lines: Vec<&str> = text.lines().collect();
-        lines[lines.len().saturating_sub(40)..].join("\n")
+        tail(&self.log_path())
     }
 }
 

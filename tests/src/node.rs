@@ -260,9 +260,7 @@ impl Node {
 
     /// The end of keelson's log.
     pub fn log(&self) -> String {
-        let text = fs::read_to_string(self.log_path()).unwrap_or_default();
-        let lines: Vec<&str> = text.lines().collect();
-        lines[lines.len().saturating_sub(60)..].join("\n")
+        tail(&self.log_path())
     }
 
     fn log_path(&self) -> PathBuf {
@@ -354,6 +352,13 @@ pub fn read(command: &mut Command) -> Result<String> {
         bail!("{command:?} ended with {}:\n{}{}", output.status, stdout, stderr.trim());
     }
     Ok(stdout)
+}
+
+/// The last lines of a log.
+pub fn tail(log: &Path) -> String {
+    let text = fs::read_to_string(log).unwrap_or_default();
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(60)..].join("\n")
 }
 
 /// Asks until it holds: for what has no watch.

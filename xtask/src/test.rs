@@ -114,14 +114,10 @@ fn unit() -> Outcome {
 }
 
 fn node() -> Outcome {
-    if !nix::unistd::geteuid().is_root() {
-        return Outcome::Skipped("it needs root: namespaces, cgroups, containerd".into());
-    }
-    let bin = match build::node_programs(Profile::Dev) {
-        Ok(bin) => bin,
-        Err(error) => return Outcome::Failed(format!("{error:#}")),
+    let mut tests = match tests_of_nodes() {
+        Ok(tests) => tests,
+        Err(outcome) => return outcome,
     };
-    let mut tests = build::cargo("test", Profile::Dev);
     match install::debian_kubectl() {
         Ok(kubectl) => {
             tests.env("KEELSON_KUBECTL_120", &kubectl).env("KEELSON_TEST_KUBECTL", &kubectl);
@@ -130,15 +126,7 @@ fn node() -> Outcome {
     }
     // Its own lane has the tests that need these.
     tests.env_remove(ASSETS);
-    // Two at a time: each test runs a whole node.
-    tests.env("KEELSON_BIN_DIR", bin).args([
-        "--workspace",
-        "--test",
-        "*",
-        "--no-fail-fast",
-        "--",
-        "--test-threads=2",
-    ]);
+    tests.args(["--workspace", "--test", "*"]).args(TWO_AT_A_TIME);
     all_of(&mut [tests])
 }
 
@@ -146,17 +134,28 @@ fn apiserver() -> Outcome {
     if std::env::var_os(ASSETS).is_none() {
         return Outcome::Skipped(format!("{ASSETS} names no folder with kube-apiserver and etcd"));
     }
-    if !nix::unistd::geteuid().is_root() {
-        return Outcome::Skipped("it needs root: namespaces, cgroups, containerd".into());
+    match tests_of_nodes() {
+        Ok(mut tests) => {
+            tests.args(["-p", "keelson-tests", "--test", "apiserver"]).args(TWO_AT_A_TIME);
+            all_of(&mut [tests])
+        }
+        Err(outcome) => outcome,
     }
-    let bin = match build::node_programs(Profile::Dev) {
-        Ok(bin) => bin,
-        Err(error) => return Outcome::Failed(format!("{error:#}")),
-    };
+}
+
+/// Each of these tests runs a whole node.
+const TWO_AT_A_TIME: [&str; 3] = ["--no-fail-fast", "--", "--test-threads=2"];
+
+/// `cargo test` with the programs that nodes run, which are built; or why there can be none.
+fn tests_of_nodes() -> Result<Command, Outcome> {
+    if !nix::unistd::geteuid().is_root() {
+        return Err(Outcome::Skipped("it needs root: namespaces, cgroups, containerd".into()));
+    }
+    let bin = build::node_programs(Profile::Dev)
+        .map_err(|error| Outcome::Failed(format!("{error:#}")))?;
     let mut tests = build::cargo("test", Profile::Dev);
-    tests.env("KEELSON_BIN_DIR", bin).args(["-p", "keelson-tests", "--test", "apiserver"]);
-    tests.args(["--no-fail-fast", "--", "--test-threads=2"]);
-    all_of(&mut [tests])
+    tests.env("KEELSON_BIN_DIR", bin);
+    Ok(tests)
 }
 
 fn in_machine(tests: impl FnOnce(&vm::Kernel) -> Result<()>) -> Outcome {

@@ -25,11 +25,9 @@ const BOUND: Duration = Duration::from_secs(600);
 const END: &str = "keelson-vm: exit code ";
 /// What is shown of the console when the machine hangs.
 const TAIL: usize = 40;
-const MODULES: &[&str] = &[
+/// What every node needs.
+const NODE_MODULES: &[&str] = &[
     "veth",
-    "bridge",
-    "dummy",
-    "sctp",
     "nf_tables",
     "nft_chain_nat",
     "nft_ct",
@@ -40,6 +38,15 @@ const MODULES: &[&str] = &[
     "nft_numgen",
     "nft_redir",
     "nft_reject_inet",
+    "nf_conntrack_netlink",
+    "inet_diag",
+    "tcp_diag",
+];
+/// What the rows of the suite need beside that.
+const MODULES: &[&str] = &[
+    "bridge",
+    "dummy",
+    "sctp",
     "nft_compat",
     "ip_vs",
     "ip_vs_rr",
@@ -50,9 +57,6 @@ const MODULES: &[&str] = &[
     "ip_vs_mh",
     "ip_vs_sed",
     "ip_vs_nq",
-    "nf_conntrack_netlink",
-    "inet_diag",
-    "tcp_diag",
     "udp_diag",
 ];
 
@@ -157,37 +161,58 @@ fn initramfs(kernel: &Kernel, suite: &Suite, arguments: &[String]) -> Result<Vec
     for folder in ["bin", "dev", "proc", "sys", "run", "tmp", "var", "lib", "lib64"] {
         archive.folder(folder);
     }
-    archive.program("bin/busybox", &read(&program("busybox")?)?);
-    let nft = program("nft")?;
-    archive.program("bin/nft", &read(&nft)?);
-    archive.program("bin/suite", &read(&suite.suite)?);
+    let programs = [
+        ("bin/busybox".to_owned(), program("busybox")?),
+        ("bin/nft".to_owned(), program("nft")?),
+        ("bin/suite".to_owned(), suite.suite.clone()),
+    ];
+    add_programs(&mut archive, &programs)?;
     archive.with_folders(&suite.proxy, &read(&suite.proxy)?);
-    let certificates = Path::new("/etc/ssl/certs/ca-certificates.crt");
-    if certificates.is_file() {
-        // The proxy's client wants the system's, whether its server has one of them or not.
-        archive.with_folders(certificates, &read(certificates)?);
-    }
-    let mut known = BTreeSet::new();
-    for program in [&suite.suite, &suite.proxy, &nft] {
-        for library in libraries(program)? {
-            let name = library.file_name().context("a library without a name")?.to_string_lossy();
-            // The loader is where the program says; it finds the others in /lib.
-            let folder = if name.starts_with("ld-linux") { "lib64" } else { "lib" };
-            if known.insert(name.clone().into_owned()) {
-                archive.program(&format!("{folder}/{name}"), &read(&library)?);
-            }
-        }
-    }
+    add_libraries(&mut archive, [&suite.proxy])?;
+    add_certificates(&mut archive)?;
     add_modules(&mut archive, kernel, MODULES)?;
     archive.program("init", init(arguments).as_bytes());
     Ok(archive.finish())
 }
 
-/// Adds modules so that their names are in the order in which they can be loaded.
+/// Adds programs under the names that they have there, and the libraries that they need.
+fn add_programs(archive: &mut Archive, programs: &[(String, PathBuf)]) -> Result<()> {
+    for (inside, path) in programs {
+        archive.program(inside, &read(path)?);
+    }
+    add_libraries(archive, programs.iter().map(|(_, path)| path))
+}
+
+/// Adds libraries where they are here, as the loader finds them.
+fn add_libraries<'p>(
+    archive: &mut Archive,
+    programs: impl IntoIterator<Item = &'p PathBuf>,
+) -> Result<()> {
+    let mut all = BTreeSet::new();
+    for program in programs {
+        all.extend(libraries(program)?);
+    }
+    for library in all {
+        archive.with_folders(&library, &read(&library)?);
+    }
+    Ok(())
+}
+
+/// The clients of an API server want the system's, whether their server has one of them or not.
+fn add_certificates(archive: &mut Archive) -> Result<()> {
+    let certificates = Path::new("/etc/ssl/certs/ca-certificates.crt");
+    if certificates.is_file() {
+        archive.with_folders(certificates, &read(certificates)?);
+    }
+    Ok(())
+}
+
+/// Adds these modules and those of every node so that their names are in the order in which they can be loaded.
 fn add_modules(archive: &mut Archive, kernel: &Kernel, wanted: &[&str]) -> Result<()> {
     let folder = kernel.folder.join("root/lib/modules").join(&kernel.release);
     archive.folder("modules");
-    for (number, file) in modules::in_order(&modules_dep(&folder)?, wanted).iter().enumerate() {
+    let wanted = [NODE_MODULES, wanted].concat();
+    for (number, file) in modules::in_order(&modules_dep(&folder)?, &wanted).iter().enumerate() {
         archive.program(&format!("modules/{number:03}.ko"), &read(&folder.join(file))?);
     }
     Ok(())

@@ -20,17 +20,6 @@ pub enum NftablesError {
     Probe(#[source] NftError),
 }
 
-/// The error with its sources, for a log line.
-pub(crate) fn error_chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
-}
-
 /// True when the kernel has something else than we think: absent what we change, or present already.
 pub(crate) fn is_out_of_step(error: &NftablesError) -> bool {
     let NftablesError::Apply(source) = error else { return false };

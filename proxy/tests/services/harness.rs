@@ -42,7 +42,7 @@ pub(crate) fn backends() -> (Vec<Mode>, Vec<(Mode, String)>) {
     for mode in Mode::ALL {
         match Netns::anonymous().unwrap().run(|| mode.probe()).unwrap() {
             Ok(()) => able.push(mode),
-            Err(error) => unable.push((mode, crate::stage::chain(&error))),
+            Err(error) => unable.push((mode, keelson_proxy::switch::with_sources(&error))),
         }
     }
     (able, unable)

@@ -17,14 +17,3 @@ pub(crate) use namespace::Namespace;
 pub(crate) use node::{NODE4, NODE6, Node, OUTSIDE4, OUTSIDE6};
 pub(crate) use objects::{cluster_ip, node_port, servers, slice, with};
 pub(crate) use pod::{Outcome, Pod, Server, udp_exchange};
-
-/// An error with its sources.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
-}

@@ -1,7 +1,6 @@
 //! Whole nodes in the emulated machine: tests of the node lane where cgroup v2 is all there is, as on Debian 12 and newer.
 
-use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::Result;
@@ -13,24 +12,6 @@ use crate::{install, shell};
 
 /// The tests that run here, by parts of their names: the others do not depend on the kernel, or take long under emulation.
 const USUAL: [&str; 3] = ["pods::a_pod_runs", "restart::", "services::"];
-
-const MODULES: &[&str] = &[
-    "overlay",
-    "veth",
-    "nf_tables",
-    "nft_chain_nat",
-    "nft_ct",
-    "nft_fib_inet",
-    "nft_hash",
-    "nft_masq",
-    "nft_nat",
-    "nft_numgen",
-    "nft_redir",
-    "nft_reject_inet",
-    "nf_conntrack_netlink",
-    "inet_diag",
-    "tcp_diag",
-];
 
 /// What nodes and tests call, beside keelson's own programs.
 const PROGRAMS: &[&str] = &[
@@ -61,9 +42,7 @@ const MEMORY: u32 = 3072;
 
 fn initramfs(kernel: &Kernel, tests: &[String]) -> Result<Vec<u8>> {
     let mut archive = Archive::default();
-    for folder in
-        ["bin", "keelson", "node", "dev", "proc", "sys", "run", "tmp", "var", "lib", "lib64"]
-    {
+    for folder in ["bin", "keelson", "dev", "proc", "sys", "run", "tmp", "var", "lib", "lib64"] {
         archive.folder(folder);
     }
     let mut programs: Vec<(String, PathBuf)> = Vec::new();
@@ -74,20 +53,9 @@ fn initramfs(kernel: &Kernel, tests: &[String]) -> Result<Vec<u8>> {
     for (name, path) in own_programs()? {
         programs.push((format!("keelson/{name}"), path));
     }
-    let mut known = BTreeSet::new();
-    for (inside, path) in &programs {
-        archive.program(inside, &super::read(path)?);
-        for library in super::libraries(path)? {
-            if known.insert(library.clone()) {
-                archive.with_folders(&library, &super::read(&library)?);
-            }
-        }
-    }
-    super::add_modules(&mut archive, kernel, MODULES)?;
-    let certificates = Path::new("/etc/ssl/certs/ca-certificates.crt");
-    if certificates.is_file() {
-        archive.with_folders(certificates, &super::read(certificates)?);
-    }
+    super::add_programs(&mut archive, &programs)?;
+    super::add_modules(&mut archive, kernel, &["overlay"])?;
+    super::add_certificates(&mut archive)?;
     archive.program("init", INIT.as_bytes());
     archive.program("machine", machine(tests).as_bytes());
     Ok(archive.finish())
