@@ -45,6 +45,16 @@ const TEST: &[Need] = &[
 /// For the machine that is emulated.
 const VM: &[Need] = &[need("qemu-system-x86_64", "qemu-system-x86"), need("depmod", "kmod")];
 
+/// For the BPF programs: a compiler with the library for their target, and what bpf-linker is made of.
+const EBPF: &[Need] = &[
+    need("/usr/bin/rustc", "rustc-web"),
+    need("/usr/lib/rustlib/bpfel-unknown-none", "libstd-rust-web-dev-bpf"),
+    need("/usr/lib/llvm-22/bin/llvm-config", "llvm-22-dev"),
+    need("/usr/lib/llvm-22/lib/libPolly.a", "libpolly-22-dev"),
+    need("/usr/include/zlib.h", "zlib1g-dev"),
+    need("/usr/include/zstd.h", "libzstd-dev"),
+];
+
 /// What `cargo xtask up` calls.
 pub(crate) fn for_up() -> Result<()> {
     install(&[BUILD, NODE].concat())
@@ -58,6 +68,11 @@ pub(crate) fn for_test() -> Result<()> {
 /// What the lane in a virtual machine needs. Without it that lane is skipped, and nothing else.
 pub(crate) fn for_vm() -> Result<()> {
     install(VM)
+}
+
+/// What `cargo xtask ebpf` calls.
+pub(crate) fn for_ebpf() -> Result<()> {
+    install(EBPF)
 }
 
 fn install(needs: &[Need]) -> Result<()> {

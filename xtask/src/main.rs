@@ -3,6 +3,7 @@
 mod bench;
 mod build;
 mod down;
+mod ebpf;
 mod install;
 mod shell;
 mod test;
@@ -29,6 +30,8 @@ enum Task {
     Test(test::TestArgs),
     /// Measure keelson, and its peers beside it in the same run
     Bench(bench::BenchArgs),
+    /// Build the BPF programs again, whose objects are part of the repository
+    Ebpf(ebpf::EbpfArgs),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -37,5 +40,6 @@ fn main() -> anyhow::Result<()> {
         Task::Down(args) => down::run(&args),
         Task::Test(args) => test::run(&args),
         Task::Bench(args) => bench::run(&args),
+        Task::Ebpf(args) => ebpf::run(&args),
     }
 }

@@ -46,9 +46,9 @@ pub(crate) fn line(command: &Command) -> String {
     words.map(|w| w.to_string_lossy()).collect::<Vec<_>>().join(" ")
 }
 
-/// Whether a program of this name is on the PATH or in the system's administration folders.
+/// Whether a program of this name is on the PATH or in the system's administration folders; of a path, whether it exists.
 pub(crate) fn has(program: &str) -> bool {
     let path = std::env::var("PATH").unwrap_or_default();
     let admin = ["/usr/sbin", "/sbin", "/usr/local/sbin"];
-    path.split(':').chain(admin).any(|dir| PathBuf::from(dir).join(program).is_file())
+    path.split(':').chain(admin).any(|dir| PathBuf::from(dir).join(program).exists())
 }

@@ -1,0 +1,36 @@
+//! Layouts of the BPF maps that keelson's programs and its user space share.
+//!
+//! Rules: `#[repr(C)]`, integers and byte arrays only, every hole an explicit field, sizes checked when
+//! compiled. What is in network byte order ends in `_be`; all else is in the machine's own. A change of
+//! any layout needs another [`VERSION`].
+#![no_std]
+
+mod address;
+mod service;
+mod settings;
+
+pub use address::Address;
+pub use service::{
+    Affinity, AffinityKey, ENDPOINT_HERE, Endpoint, FRONTEND_HAS_SOURCES, Frontend, FrontendKey,
+    MASQUERADE_ALWAYS, MASQUERADE_NEVER, MASQUERADE_UNLESS_POD, MEMBER_DRAINING, MEMBER_SERVING,
+    MemberKey, Pool, Route, SlotKey, SourceKey, VERDICT_DROP, VERDICT_FORWARD, VERDICT_REJECT,
+};
+pub use settings::{
+    ADDRESS_CLUSTER_IP, ADDRESS_NODE, ADDRESS_NODE_PORTS, INTERFACE_NO_LINK_HEADER, INTERFACE_PODS,
+    Interface, RangeKey, SETTING_KNOWS_PODS, SETTING_PODS_BY_INTERFACE, Settings,
+};
+
+/// Part of the folder's name that maps, programs and links are pinned in.
+pub const VERSION: u32 = 1;
+
+/// Says that a type may be copied in and out of maps, and fails to compile when it has a hole or another size.
+macro_rules! layout {
+    ($($name:ident: $size:literal,)*) => {$(
+        const _: () = assert!(core::mem::size_of::<$name>() == $size);
+        #[cfg(feature = "user")]
+        #[expect(unsafe_code, reason = "aya's mark of plain data")]
+        // SAFETY: `repr(C)`, integers and arrays of them only, no padding: any bytes are a value.
+        unsafe impl aya::Pod for $name {}
+    )*};
+}
+use layout;

@@ -1,0 +1,56 @@
+//! What the programs must know of the node.
+
+use crate::{Address, layout};
+
+/// The only element of `settings`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Settings {
+    /// Cookie of the node's own network namespace: sockets elsewhere are pods'.
+    pub host_cookie: u64,
+    /// `SETTING_*`.
+    pub flags: u32,
+    pub zero: u32,
+}
+
+/// Pods can be told from other sources.
+pub const SETTING_KNOWS_PODS: u32 = 1;
+/// They are told by the interface ([`INTERFACE_PODS`]), not by their address (`pod_ranges`).
+pub const SETTING_PODS_BY_INTERFACE: u32 = 2;
+
+/// In `addresses`: one of the node's own.
+pub const ADDRESS_NODE: u32 = 1;
+/// Node ports answer there.
+pub const ADDRESS_NODE_PORTS: u32 = 2;
+/// A ClusterIP: connections to a port that is no frontend are refused.
+pub const ADDRESS_CLUSTER_IP: u32 = 4;
+
+/// Key of the longest prefix matches `pod_ranges` and `service_ranges`. Prefixes of IPv4 ranges count
+/// the 96 bits before the address.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RangeKey {
+    pub address: Address,
+}
+
+/// What packets are masqueraded with when they leave through an interface. Keyed by its index.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Interface {
+    /// Zero when it has no address of that family and the node has none either.
+    pub address4: Address,
+    pub address6: Address,
+    /// `INTERFACE_*`.
+    pub flags: u32,
+}
+
+/// Pods' packets come in here.
+pub const INTERFACE_PODS: u32 = 1;
+/// Packets begin with the IP header (tunnels, WireGuard).
+pub const INTERFACE_NO_LINK_HEADER: u32 = 2;
+
+layout! {
+    Settings: 16,
+    RangeKey: 16,
+    Interface: 36,
+}

@@ -1,0 +1,68 @@
+//! From a pool to one of its endpoints.
+
+use aya_ebpf::bindings::BPF_ANY;
+use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_ns};
+use keelson_ebpf_abi::{
+    Address, Affinity, AffinityKey, Endpoint, MEMBER_SERVING, MemberKey, Pool, SlotKey,
+};
+
+use crate::maps::{AFFINITY, MEMBERS, POOLS, SLOTS};
+
+const NS_PER_SEC: u64 = 1_000_000_000;
+/// A pool can become smaller between the two lookups; then it is looked at again.
+const ATTEMPTS: u32 = 4;
+
+/// Chooses an endpoint for a new connection of `client`: the one that it sticks to, or any.
+#[inline(always)]
+pub fn choose(pool: u32, client: &Address) -> Option<Endpoint> {
+    // SAFETY: the map is not preallocated, so an element is freed only after a grace period.
+    let Pool { count, affinity_secs } = *unsafe { POOLS.get(pool) }?;
+    if affinity_secs == 0 {
+        return any_of(pool, count);
+    }
+    // SAFETY: the helper has no preconditions.
+    let now = unsafe { bpf_ktime_get_ns() };
+    let key = AffinityKey { pool, client: *client };
+    let endpoint = match stuck_to(&key, now, affinity_secs) {
+        Some(endpoint) => endpoint,
+        None => any_of(pool, count)?,
+    };
+    let value = Affinity { endpoint, zero: 0, last_used_ns: now };
+    // A full LRU map makes room; when it cannot, this client is not remembered.
+    let _ = AFFINITY.insert(key, value, u64::from(BPF_ANY));
+    Some(endpoint)
+}
+
+/// The endpoint that a client was sent to before, if that was not too long ago and it is still there.
+#[inline(always)]
+fn stuck_to(key: &AffinityKey, now: u64, secs: u32) -> Option<Endpoint> {
+    // SAFETY: a torn read is possible when another CPU writes; the endpoint is checked below.
+    let Affinity { endpoint, last_used_ns, .. } = *unsafe { AFFINITY.get(key) }?;
+    let fresh = now.saturating_sub(last_used_ns) < u64::from(secs) * NS_PER_SEC;
+    (fresh && membership(key.pool, &endpoint) & MEMBER_SERVING != 0).then_some(endpoint)
+}
+
+/// `MEMBER_*` of an endpoint in a pool whose members are kept (UDP, affinity); 0 when it is none.
+#[inline(always)]
+pub fn membership(pool: u32, endpoint: &Endpoint) -> u32 {
+    let key = MemberKey { pool, endpoint: Endpoint { flags: 0, ..*endpoint } };
+    // SAFETY: as in `choose`.
+    unsafe { MEMBERS.get(key) }.copied().unwrap_or(0)
+}
+
+#[inline(always)]
+fn any_of(pool: u32, count: u32) -> Option<Endpoint> {
+    let mut count = count;
+    for _ in 0..ATTEMPTS {
+        // SAFETY: the helper has no preconditions.
+        let random = unsafe { bpf_get_prandom_u32() };
+        let slot = u32::try_from((u64::from(random) * u64::from(count)) >> 32).unwrap_or(0);
+        // SAFETY: as in `choose`.
+        if let Some(endpoint) = unsafe { SLOTS.get(SlotKey { pool, slot }) } {
+            return Some(*endpoint);
+        }
+        // SAFETY: as in `choose`.
+        count = unsafe { POOLS.get(pool) }?.count;
+    }
+    None
+}

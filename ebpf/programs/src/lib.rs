@@ -1,0 +1,8 @@
+//! What keelson's BPF programs share: the maps, and the way from a destination to an endpoint.
+#![no_std]
+// Every helper reads or writes kernel memory through pointers, which the verifier checks when a program is loaded.
+#![expect(unsafe_code, reason = "BPF helpers")]
+
+pub mod endpoint;
+pub mod frontend;
+pub mod maps;

@@ -1,0 +1,48 @@
+//! The maps that tell the programs what Services there are. User space writes them, programs read them,
+//! except for `affinity`.
+//!
+//! `max_entries` here is what the loader takes when it is told nothing else. Maps without preallocation
+//! cost memory for what is in them, and a little for each possible entry.
+
+use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap};
+use aya_ebpf::macros::btf_map;
+use keelson_ebpf_abi::{
+    Address, Affinity, AffinityKey, Endpoint, Frontend, FrontendKey, Interface, MemberKey, Pool,
+    RangeKey, Settings, SlotKey, SourceKey,
+};
+
+const GROWING: usize = BPF_F_NO_PREALLOC as usize;
+
+#[btf_map(name = "settings")]
+pub static SETTINGS: Array<Settings, 1> = Array::new();
+
+#[btf_map(name = "frontends")]
+pub static FRONTENDS: HashMap<FrontendKey, Frontend, 262_144, GROWING> = HashMap::new();
+
+#[btf_map(name = "pools")]
+pub static POOLS: HashMap<u32, Pool, 131_072, GROWING> = HashMap::new();
+
+#[btf_map(name = "slots")]
+pub static SLOTS: HashMap<SlotKey, Endpoint, 1_048_576, GROWING> = HashMap::new();
+
+#[btf_map(name = "members")]
+pub static MEMBERS: HashMap<MemberKey, u32, 262_144, GROWING> = HashMap::new();
+
+#[btf_map(name = "sources")]
+pub static SOURCES: LpmTrie<SourceKey, u32, 65_536> = LpmTrie::new();
+
+#[btf_map(name = "addresses")]
+pub static ADDRESSES: HashMap<Address, u32, 131_072, GROWING> = HashMap::new();
+
+#[btf_map(name = "pod_ranges")]
+pub static POD_RANGES: LpmTrie<RangeKey, u32, 1_024> = LpmTrie::new();
+
+#[btf_map(name = "service_ranges")]
+pub static SERVICE_RANGES: LpmTrie<RangeKey, u32, 64> = LpmTrie::new();
+
+#[btf_map(name = "interfaces")]
+pub static INTERFACES: HashMap<u32, Interface, 8_192, GROWING> = HashMap::new();
+
+#[btf_map(name = "affinity")]
+pub static AFFINITY: LruHashMap<AffinityKey, Affinity, 131_072> = LruHashMap::new();
