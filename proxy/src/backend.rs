@@ -1,6 +1,8 @@
 //! The seam between the model and the kernel: what a backend is, and the only place that knows how
 //! many there are. A new one is a value of [`Mode`], its arms here, and a variant of [`BackendError`].
 
+mod figures;
+
 use std::os::fd::BorrowedFd;
 
 use ipnetwork::IpNetwork;
@@ -11,6 +13,7 @@ use crate::iptables::{Iptables, IptablesError, Variant};
 use crate::ipvs::{Ipvs, IpvsConfig, IpvsError};
 use crate::model::ServiceKey;
 use crate::nftables::{Nftables, NftablesError};
+pub use figures::{FamilyFigures, Figures, TableRules};
 
 /// A kernel interface that Services can be programmed into.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -112,6 +115,11 @@ pub trait Backend: Send {
 
     /// Reads the alarm: true when what we programmed may have been changed by others.
     fn disturbed(&mut self) -> Result<bool, BackendError>;
+
+    /// What was counted since the last call.
+    fn take_figures(&mut self) -> Figures {
+        Figures::default()
+    }
 
     /// Removes everything that the backend ever made, also by an earlier process.
     fn cleanup(&mut self) -> Result<(), BackendError>;

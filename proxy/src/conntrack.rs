@@ -5,20 +5,20 @@
 //! is never translated at all. Exactly those two kinds of entries are removed; TCP is left to itself,
 //! and endpoints that terminate keep their flows as long as they serve.
 
+mod cleaner;
 mod limits;
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::mpsc::{Receiver, Sender, channel};
 
 use keelson_netlink::conntrack::{Conntrack, ConntrackError, Flow};
-use prometheus_client::metrics::counter::Counter;
 
 use crate::diff::{Change, Plans};
 use crate::model::{
     At, Endpoint, Family, FrontendKey, PortPlan, Protocol, Route, ServicePlan, Target,
 };
 
+pub(crate) use cleaner::Cleaner;
 pub use limits::ConntrackLimits;
 
 /// What to look for: frontends whose flows may be stale.
@@ -76,10 +76,9 @@ impl Checks {
         checks
     }
 
-    /// True when no flow can be stale.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        !self.frontends.values().any(|check| check.suspect)
+    /// True when some flow of a family may be stale.
+    fn suspects(&self, family: Family) -> bool {
+        self.frontends.iter().any(|(key, check)| check.suspect && key.at.family() == family)
     }
 
     fn merge(&mut self, later: Checks) {
@@ -141,20 +140,32 @@ fn forwards(route: Route) -> bool {
     }
 }
 
+/// What a walk through the connection table did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Cleaned {
+    deleted: u64,
+    /// False when the kernel cut the walk short: there may be more.
+    whole: bool,
+}
+
 /// Removes the stale flows; how many those were.
 pub fn clean(checks: &Checks) -> Result<u64, ConntrackError> {
-    if checks.is_empty() {
-        return Ok(0);
-    }
+    let families = Family::BOTH.into_iter().filter(|family| checks.suspects(*family));
+    families.map(|family| Ok(clean_family(checks, family)?.deleted)).sum()
+}
+
+fn clean_family(checks: &Checks, family: Family) -> Result<Cleaned, ConntrackError> {
     let own_addresses = own_addresses();
     let mut conntrack = Conntrack::open()?;
-    let stale =
-        conntrack.select(Protocol::Udp as u8, |flow| checks.is_stale(flow, &own_addresses))?;
+    let number = if family == Family::V4 { libc::AF_INET } else { libc::AF_INET6 };
+    let number = u8::try_from(number).unwrap_or_default();
+    let stale = |flow: &Flow| checks.is_stale(flow, &own_addresses);
+    let found = conntrack.select(number, Protocol::Udp as u8, stale)?;
     let mut deleted = 0;
-    for flow in stale {
-        deleted += u64::from(conntrack.delete(&flow)?);
+    for flow in &found.flows {
+        deleted += u64::from(conntrack.delete(flow)?);
     }
-    Ok(deleted)
+    Ok(Cleaned { deleted, whole: found.whole })
 }
 
 fn own_addresses() -> Vec<IpAddr> {
@@ -171,41 +182,4 @@ fn own_addresses() -> Vec<IpAddr> {
         v4.or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
     });
     addresses.collect()
-}
-
-/// Walks the connection table on a thread of its own, since it may hold millions of entries and rules
-/// must not wait for it.
-pub(crate) struct Cleaner {
-    jobs: Sender<Checks>,
-}
-
-impl Cleaner {
-    /// Works in the network namespace of the calling thread, until dropped.
-    pub(crate) fn start(deleted: Counter) -> std::io::Result<Self> {
-        let (jobs, inbox) = channel();
-        std::thread::Builder::new()
-            .name("proxy-conntrack".to_owned())
-            .spawn(move || work(&inbox, &deleted))?;
-        Ok(Cleaner { jobs })
-    }
-
-    pub(crate) fn check(&self, checks: Checks) {
-        if !checks.frontends.is_empty() && self.jobs.send(checks).is_err() {
-            tracing::error!("The connection tracking thread is gone, stale UDP flows stay");
-        }
-    }
-}
-
-fn work(inbox: &Receiver<Checks>, deleted: &Counter) {
-    while let Ok(mut checks) = inbox.recv() {
-        while let Ok(later) = inbox.try_recv() {
-            checks.merge(later);
-        }
-        match clean(&checks) {
-            Ok(count) => {
-                deleted.inc_by(count);
-            }
-            Err(error) => tracing::warn!(%error, "Cannot remove stale UDP flows"),
-        }
-    }
 }

@@ -6,17 +6,20 @@
 
 mod intake;
 mod progress;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashSet;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use crate::backend::{Applied, Backend, BackendError, Mode};
+use crate::backend::{Applied, Backend, BackendConfig, BackendError, Mode};
+use crate::clock::Now;
 use crate::config::ProxyConfig;
 use crate::conntrack::{Checks, Cleaner};
 use crate::diff::{Change, Plans, advance};
@@ -69,6 +72,7 @@ pub(crate) struct Engine {
     plans: Plans,
     mode: Mode,
     backend: Box<dyn Backend>,
+    clock: Box<dyn Fn() -> Now + Send>,
     /// What an earlier mode left was looked for.
     alone: bool,
     inbox: Receiver<Wake>,
@@ -89,6 +93,20 @@ impl Engine {
     /// Opens the backend in the network namespace of the calling thread.
     pub(crate) fn open(
         config: ProxyConfig,
+        mode: Mode,
+        listeners: Listeners,
+    ) -> anyhow::Result<(Engine, Mailbox)> {
+        if let Some(limits) = &config.conntrack {
+            limits.apply();
+        }
+        let backend = |config| Ok(mode.open(config)?);
+        Engine::with_backend(config, mode, backend, listeners)
+    }
+
+    fn with_backend(
+        config: ProxyConfig,
+        mode: Mode,
+        backend: impl FnOnce(BackendConfig) -> anyhow::Result<Box<dyn Backend>>,
         listeners: Listeners,
     ) -> anyhow::Result<(Engine, Mailbox)> {
         let (sender, inbox) = channel();
@@ -96,15 +114,12 @@ impl Engine {
         let bell = Arc::new(EventFd::from_value_and_flags(0, flags)?);
         let Listeners { metrics, progress, notices, health_checks, loopback6, on_synced } =
             listeners;
-        if let Some(limits) = &config.conntrack {
-            limits.apply();
-        }
-        let mode = crate::switch::choose(config.modes)?;
         let last_known = LastKnown::new(config.state_file.clone(), &config.node_name);
         let intake = Intake::new(config, Arc::clone(&metrics), Arc::clone(&progress));
         let engine = Engine {
-            backend: mode.open(intake.backend_config())?,
+            backend: backend(intake.backend_config())?,
             mode,
+            clock: Box::new(Now::read),
             alone: false,
             intake,
             plans: Plans::new(),
@@ -112,7 +127,7 @@ impl Engine {
             bell: Arc::clone(&bell),
             started: false,
             retry_at: None,
-            conntrack: Cleaner::start(metrics.conntrack_deleted.clone())?,
+            conntrack: Cleaner::start(Arc::clone(&metrics))?,
             last_known,
             metrics,
             progress,
@@ -133,7 +148,7 @@ impl Engine {
         self.start_from_last_known();
         loop {
             let alarmed = self.wait()?;
-            if !self.take_in() {
+            if !self.take_in((self.clock)()) {
                 self.last_known.write_now(&self.plans, &self.intake.backend_config());
                 return Ok(());
             }
@@ -164,14 +179,7 @@ impl Engine {
 
     /// Sleeps until there is something to do; true when the backend's alarm rang.
     fn wait(&mut self) -> anyhow::Result<bool> {
-        let wake_at = self.retry_at.into_iter().chain(self.last_known.due()).min();
-        let timeout = match wake_at {
-            None => PollTimeout::NONE,
-            Some(at) => {
-                let rest = at.saturating_duration_since(Instant::now());
-                PollTimeout::try_from(rest + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
-            }
-        };
+        let timeout = self.timeout((self.clock)());
         let mut events = [
             PollFd::new(self.bell.as_fd(), PollFlags::POLLIN),
             PollFd::new(self.backend.alarm(), PollFlags::POLLIN),
@@ -188,10 +196,21 @@ impl Engine {
         Ok(alarmed)
     }
 
+    /// How long there is nothing to do unless somebody calls.
+    fn timeout(&self, now: Now) -> PollTimeout {
+        match self.retry_at.into_iter().chain(self.last_known.due()).min() {
+            None => PollTimeout::NONE,
+            Some(at) => {
+                let rest = at.saturating_duration_since(now.steady);
+                PollTimeout::try_from(rest + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
+            }
+        }
+    }
+
     /// Takes in everything that has arrived; false when it is time to stop.
-    fn take_in(&mut self) -> bool {
+    fn take_in(&mut self, now: Now) -> bool {
         while let Ok(wake) = self.inbox.try_recv() {
-            if !self.intake.take(wake) {
+            if !self.intake.take(wake, now) {
                 return false;
             }
         }
@@ -201,12 +220,12 @@ impl Engine {
             self.metrics.left_out.inc();
             self.notices.send(Notice::left_out(problem));
         }
-        self.intake.note_pending();
+        self.intake.note_pending(now);
         true
     }
 
     fn put_in_force(&mut self, disturbed: bool) {
-        let began = Instant::now();
+        let began = (self.clock)().steady;
         let reconfigured = std::mem::take(&mut self.intake.reconfigure)
             && self.backend.configure(self.intake.backend_config());
         let due = self.retry_at.is_some_and(|at| at <= began);
@@ -224,6 +243,7 @@ impl Engine {
             self.backend.apply(&changes, &self.plans)
         };
         self.retry_at = None;
+        self.metrics.take_in(&self.backend.take_figures());
         let whole = match result {
             Ok(applied) => {
                 // An alarm may also mean that somebody changed what is beside ours.
@@ -241,7 +261,7 @@ impl Engine {
         };
         let own = &self.intake.model.node().addresses;
         self.loopback6.update(&changes, &self.intake.backend_config(), own);
-        self.last_known.note_change();
+        self.last_known.note_change((self.clock)());
         self.keep_last_known();
         // Not before the new rules are in force: else the next packet makes the same flow again.
         self.conntrack.check(match std::mem::replace(&mut self.started, true) {
@@ -266,39 +286,41 @@ impl Engine {
     }
 
     fn keep_last_known(&mut self) {
-        self.last_known.write_if_due(&self.plans, &self.intake.backend_config());
+        let now = (self.clock)();
+        self.last_known.write_if_due(now, &self.plans, &self.intake.backend_config());
     }
 
     fn note_idle(&self) {
-        self.metrics.pending.set(0);
+        self.metrics.services_pending.set(0);
+        self.metrics.endpoints_pending.set(0);
         self.progress.update(|state| state.waiting_since = None);
     }
 
     fn note_applied(&mut self, applied: &Applied, changes: &[Change], all: bool, began: Instant) {
+        let now = (self.clock)();
         for (service, error) in &applied.refused {
             tracing::error!(%service, error = %Chain(error), "The kernel refused a Service, retrying");
-            self.metrics.sync_failures.inc();
+            self.metrics.refused.inc();
             self.notices.send(Notice::refused(service, &Chain(error).to_string()));
-            self.retry_at = Some(Instant::now() + RETRY_REFUSED);
+            self.retry_at = Some(now.steady + RETRY_REFUSED);
         }
-        let elapsed = began.elapsed();
+        let elapsed = now.steady.saturating_duration_since(began);
         let families = if all { Family::BOTH.to_vec() } else { touched(changes) };
         for family in families {
-            self.metrics.synced(family, all, elapsed);
+            self.metrics.synced(family, all, elapsed, now);
         }
         self.metrics.operations.inc_by(applied.operations as u64);
         self.metrics.count_without_local(changes);
-        let now = SystemTime::now();
         for trigger in self.intake.triggers.drain(..) {
+            let after = trigger.age(now);
             if trigger.service.is_none_or(|service| self.plans.contains_key(&service)) {
-                let waited = now.duration_since(trigger.at).unwrap_or(Duration::ZERO);
-                self.metrics.programmed(trigger.family, waited);
+                self.metrics.programmed(trigger.family, after);
             }
         }
         self.note_idle();
         self.progress.update(|state| {
             state.synced = true;
-            state.last_update = Some(now);
+            state.last_update = Some(now.wall);
         });
         tracing::debug!(operations = applied.operations, ?elapsed, "Put changes in force");
         if let Some(on_synced) = self.on_synced.take() {
@@ -310,9 +332,8 @@ impl Engine {
 
     fn note_failure(&mut self, error: &BackendError) {
         tracing::error!(error = %Chain(error), "Cannot put changes in force, retrying");
-        self.metrics.sync_failures.inc();
-        self.retry_at = Some(Instant::now() + RETRY);
-        self.metrics.pending.set(1);
+        self.metrics.refused.inc();
+        self.retry_at = Some((self.clock)().steady + RETRY);
     }
 }
 

@@ -15,6 +15,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 
+use crate::clock::Now;
 use crate::engine::Progress;
 use crate::events::{Notice, Notices};
 use crate::model::{HealthCheck, ServiceKey};
@@ -156,7 +157,7 @@ async fn converse(
 ) -> anyhow::Result<()> {
     let asked = stream.local_addr()?.ip().to_canonical();
     let respond = service_fn(|_request| {
-        let healthy = context.progress.get().is_healthy(context.patience);
+        let healthy = context.progress.get().is_healthy(context.patience, Now::read());
         let check = wanted.borrow().get(service).copied();
         async move { response(service, check, asked, healthy) }
     });

@@ -19,6 +19,7 @@
 //! reads them back, compares, and touches only what differs.
 
 mod alarm;
+mod counts;
 mod fixed;
 mod isolate;
 mod leftovers;
@@ -37,10 +38,11 @@ use std::sync::Arc;
 
 use keelson_netlink::nft::NftError;
 
-use crate::backend::{Applied, Backend, BackendConfig, BackendError, Difference};
+use crate::backend::{Applied, Backend, BackendConfig, BackendError, Difference, Figures};
 use crate::diff::{Change, Plans};
 use crate::model::Family;
 use alarm::Alarm;
+use counts::Counts;
 use fixed::HOOKS;
 pub use leftovers::{Leftovers, count as count_leftovers, remove as remove_leftovers};
 use names::Chain;
@@ -74,6 +76,8 @@ pub struct Iptables {
     config: BackendConfig,
     ruleset: Ruleset,
     alarm: Alarm,
+    counts: Counts,
+    figures: Figures,
 }
 
 impl Iptables {
@@ -98,7 +102,8 @@ impl Iptables {
         let families = programs.families();
         let alarm = Alarm::open(&programs)?;
         let ruleset = Ruleset::new(config.clone(), &families);
-        Ok(Iptables { programs, families, config, ruleset, alarm })
+        let (counts, figures) = (Counts::default(), Figures::default());
+        Ok(Iptables { programs, families, config, ruleset, alarm, counts, figures })
     }
 
     /// Removes everything that the backend ever made with a variant of iptables, without opening it.
@@ -112,9 +117,11 @@ impl Iptables {
         }
         self.alarm.acknowledge()?;
         let (ruleset, all) = self.wanted(plans);
+        let counts = Counts::of(&all);
         let (dirty, hooks) = self.compare(all)?;
         let operations = self.write(&dirty, &hooks)?;
-        self.ruleset = ruleset;
+        (self.ruleset, self.counts) = (ruleset, counts);
+        self.counts.tell(&self.families, &dirty, &mut self.figures);
         Ok(Applied { operations, refused: Vec::new() })
     }
 
@@ -165,10 +172,11 @@ impl Iptables {
             .collect();
         let operations = scripts.iter().map(|(_, script)| script.operations).sum();
         let blocks = scripts.iter().map(|(_, script)| script.blocks).sum();
-        let programs = &self.programs;
+        let (programs, figures) = (&self.programs, &mut self.figures);
         self.alarm.during(operations, blocks, |pids| {
             for (family, script) in &scripts {
-                pids.push(programs.restore(*family, script)?);
+                let restored = programs.restore(*family, script);
+                pids.push(restored.inspect_err(|_| figures.of_mut(*family).failures += 1)?);
             }
             Ok::<_, IptablesError>(())
         })??;
@@ -193,9 +201,20 @@ impl Iptables {
         if dirty.is_empty() {
             return Ok(0);
         }
-        self.write(&dirty, &[]).inspect_err(|_| {
+        let operations = self.write(&dirty, &[]).inspect_err(|_| {
             self.ruleset.take(&undo);
-        })
+        })?;
+        self.counts.change(&dirty);
+        self.counts.tell(&self.families, &dirty, &mut self.figures);
+        Ok(operations)
+    }
+
+    /// A change of these families failed since `before`.
+    fn note_partial_failures(&mut self, before: &Figures) {
+        for family in Family::BOTH {
+            let failed = self.figures.of(family).failures > before.of(family).failures;
+            self.figures.of_mut(family).partial_failures += u64::from(failed);
+        }
     }
 }
 
@@ -264,10 +283,12 @@ impl Backend for Iptables {
     }
 
     fn apply(&mut self, changes: &[Change], plans: &Plans) -> Result<Applied, BackendError> {
+        let before = self.figures.clone();
         match self.apply_known(changes) {
             Ok(applied) => Ok(applied),
             Err(error) => {
                 tracing::warn!(%error, "Reading the rules again after a refused change");
+                self.note_partial_failures(&before);
                 self.adopt(plans)
             }
         }
@@ -319,6 +340,11 @@ impl Backend for Iptables {
         // How many transactions that takes does not matter: nothing of ours is left to worry about.
         self.alarm.during(usize::MAX, 0, |_| leftovers::remove_with(programs, &OURS))??;
         self.ruleset = Ruleset::new(self.config.clone(), &self.families);
+        self.counts = Counts::default();
         Ok(())
+    }
+
+    fn take_figures(&mut self) -> Figures {
+        std::mem::take(&mut self.figures)
     }
 }

@@ -44,7 +44,7 @@ use keelson_netlink::ipvs::{Command, Ipvs as Kernel, Key};
 use keelson_netlink::netns::Netns;
 use keelson_netlink::route::Rtnl;
 
-use crate::backend::{Applied, Backend, BackendConfig, BackendError, Difference};
+use crate::backend::{Applied, Backend, BackendConfig, BackendError, Difference, Figures};
 use crate::diff::{Change, Plans};
 use crate::model::{ServiceKey, ServicePlan};
 use crate::nftables::{Nftables, Role};
@@ -358,6 +358,10 @@ impl Backend for Ipvs {
 
     fn disturbed(&mut self) -> Result<bool, BackendError> {
         self.is_disturbed()
+    }
+
+    fn take_figures(&mut self) -> Figures {
+        self.table.take_figures()
     }
 
     fn cleanup(&mut self) -> Result<(), BackendError> {

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use crate::backend::BackendConfig;
+use crate::clock::Now;
 use crate::diff::Plans;
 use crate::model::{ServiceKey, ServicePlan};
 
@@ -74,9 +75,9 @@ impl LastKnown {
         }
     }
 
-    pub(crate) fn note_change(&mut self) {
+    pub(crate) fn note_change(&mut self, now: Now) {
         if self.path.is_some() {
-            self.due.get_or_insert_with(|| Instant::now() + DELAY);
+            self.due.get_or_insert(now.steady + DELAY);
         }
     }
 
@@ -86,12 +87,12 @@ impl LastKnown {
     }
 
     /// Starts to write when it is time. The plans are shared, not copied.
-    pub(crate) fn write_if_due(&mut self, plans: &Plans, config: &BackendConfig) {
-        if self.due.is_none_or(|due| due > Instant::now()) {
+    pub(crate) fn write_if_due(&mut self, now: Now, plans: &Plans, config: &BackendConfig) {
+        if self.due.is_none_or(|due| due > now.steady) {
             return;
         }
         if self.writer.as_ref().is_some_and(|writer| !writer.is_finished()) {
-            self.due = Some(Instant::now() + DELAY);
+            self.due = Some(now.steady + DELAY);
             return;
         }
         self.due = None;
@@ -175,7 +176,7 @@ mod tests {
         assert!(this.read_after_reboot().is_none());
         this.write_now(&plans(), &config);
         assert!(!path.exists(), "nothing has changed");
-        this.note_change();
+        this.note_change(Now::read());
         this.write_now(&plans(), &config);
         assert!(this.read_after_reboot().is_none());
         let next = LastKnown { boot: "next".to_owned(), ..LastKnown::new(Some(path.clone()), "n") };

@@ -5,6 +5,7 @@
 
 pub mod backend;
 pub mod cleanup;
+mod clock;
 pub mod config;
 pub mod conntrack;
 pub mod diff;

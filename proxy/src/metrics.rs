@@ -1,7 +1,7 @@
 //! Counters under kube-proxy's names.
 
 use std::sync::atomic::AtomicU64;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
@@ -11,6 +11,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Metric, Registry};
 
+use crate::backend::{Figures, Mode};
+use crate::clock::Now;
 use crate::diff::Change;
 use crate::model::{Family as IpFamily, Route, ServicePlan, Target};
 
@@ -39,7 +41,14 @@ struct PolicyLabel {
     ip_family: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct TableLabel {
+    table: &'static str,
+    ip_family: &'static str,
+}
+
 type Durations = Family<FamilyLabel, Histogram, fn() -> Histogram>;
+type PerFamily = Family<FamilyLabel, Counter>;
 
 fn durations() -> Durations {
     Family::new_with_constructor(|| Histogram::new(exponential_buckets(0.001, 2.0, 15)))
@@ -53,22 +62,29 @@ pub(crate) struct Metrics {
     partial_duration: Durations,
     programming_duration: Durations,
     last_sync: Family<FamilyLabel, Seconds>,
+    last_queued: Family<FamilyLabel, Seconds>,
     healthz: Family<CodeLabel, Counter>,
     livez: Family<CodeLabel, Counter>,
     without_local: Family<PolicyLabel, Gauge>,
-    pub(crate) last_queued: Seconds,
+    conntrack_duration: Durations,
+    conntrack_deleted: PerFamily,
+    failures: PerFamily,
+    partial_failures: PerFamily,
+    cleanup_failures: PerFamily,
+    rules: Family<TableLabel, Gauge>,
+    rules_last: Family<TableLabel, Gauge>,
     pub(crate) endpoint_changes: Counter,
     pub(crate) service_changes: Counter,
-    pub(crate) pending: Gauge,
-    pub(crate) sync_failures: Counter,
+    pub(crate) endpoints_pending: Gauge,
+    pub(crate) services_pending: Gauge,
     pub(crate) operations: Counter,
     pub(crate) repairs: Counter,
+    pub(crate) refused: Counter,
     pub(crate) left_out: Counter,
-    pub(crate) conntrack_deleted: Counter,
 }
 
 impl Metrics {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(mode: Mode) -> Self {
         let mut metrics = Metrics {
             registry: Registry::default(),
             sync_duration: durations(),
@@ -78,20 +94,29 @@ impl Metrics {
                 Histogram::new(programming_buckets())
             }),
             last_sync: Family::default(),
+            last_queued: Family::default(),
             healthz: Family::default(),
             livez: Family::default(),
             without_local: Family::default(),
-            last_queued: Seconds::default(),
+            conntrack_duration: durations(),
+            conntrack_deleted: Family::default(),
+            failures: Family::default(),
+            partial_failures: Family::default(),
+            cleanup_failures: Family::default(),
+            rules: Family::default(),
+            rules_last: Family::default(),
             endpoint_changes: Counter::default(),
             service_changes: Counter::default(),
-            pending: Gauge::default(),
-            sync_failures: Counter::default(),
+            endpoints_pending: Gauge::default(),
+            services_pending: Gauge::default(),
             operations: Counter::default(),
             repairs: Counter::default(),
+            refused: Counter::default(),
             left_out: Counter::default(),
-            conntrack_deleted: Counter::default(),
         };
         metrics.register();
+        metrics.register_mode(mode);
+        metrics.start_at_zero();
         metrics
     }
 
@@ -111,37 +136,108 @@ impl Metrics {
         add(kube, "sync_proxy_rules_endpoint_changes", help, &self.endpoint_changes);
         let help = "Service changes";
         add(kube, "sync_proxy_rules_service_changes", help, &self.service_changes);
-        let help = "Services that wait to be put in force";
-        add(kube, "sync_proxy_rules_service_changes_pending", help, &self.pending);
-        let help = "Times that the kernel refused a change";
-        add(kube, "sync_proxy_rules_nftables_sync_failures", help, &self.sync_failures);
+        let help = "EndpointSlice changes that wait to be put in force";
+        add(kube, "sync_proxy_rules_endpoint_changes_pending", help, &self.endpoints_pending);
+        let help = "Service changes that wait to be put in force";
+        add(kube, "sync_proxy_rules_service_changes_pending", help, &self.services_pending);
         let help = "Service ports whose traffic policy is Local and that have no endpoint here";
         add(kube, "sync_proxy_rules_no_local_endpoints_total", help, &self.without_local);
         add(kube, "proxy_healthz", "Answers of /healthz", &self.healthz);
         add(kube, "proxy_livez", "Answers of /livez", &self.livez);
+        let help = "Latency of a walk through the connection tracking table";
+        add(kube, "conntrack_reconciler_sync_duration_seconds", help, &self.conntrack_duration);
         let help = "Stale UDP connection tracking entries removed";
         add(kube, "conntrack_reconciler_deleted_entries", help, &self.conntrack_deleted);
         let own = self.registry.sub_registry_with_prefix("keelson_proxy");
         add(own, "kernel_operations", "Kernel objects added or removed", &self.operations);
         let help = "Times that foreign changes to our tables were mended";
         add(own, "repairs", help, &self.repairs);
+        let help = "Times that a single Service, or everything, could not be put in force";
+        add(own, "sync_failures", help, &self.refused);
         let help = "Fields and frontends that were wrong or asked for twice, and so left out";
         add(own, "left_out", help, &self.left_out);
     }
 
+    /// What kube-proxy has in that mode only. In mode ipvs it has failures of iptables-restore, which is not
+    /// used here: a table of nf_tables does what it did.
+    fn register_mode(&mut self, mode: Mode) {
+        let kube = self.registry.sub_registry_with_prefix("kubeproxy_sync_proxy_rules");
+        match mode {
+            Mode::Iptables(_) => {
+                let help = "Runs of iptables-restore that failed";
+                add(kube, "iptables_restore_failures", help, &self.failures);
+                let help = "Changes that failed, so that all rules were compared";
+                add(kube, "iptables_partial_restore_failures", help, &self.partial_failures);
+                add(kube, "iptables_total", "Rules of ours", &self.rules);
+                add(kube, "iptables_last", "Rules written by the last change", &self.rules_last);
+            }
+            Mode::Nftables | Mode::Ipvs => {
+                let help = "Transactions that the kernel refused";
+                add(kube, "nftables_sync_failures", help, &self.failures);
+                let help = "Removals of leftovers that the kernel refused";
+                add(kube, "nftables_cleanup_failures", help, &self.cleanup_failures);
+            }
+        }
+    }
+
+    /// A counter that is not there until something happened is no use to an alert on its growth.
+    fn start_at_zero(&self) {
+        for label in IpFamily::BOTH.map(FamilyLabel::of) {
+            for counters in [
+                &self.failures,
+                &self.partial_failures,
+                &self.cleanup_failures,
+                &self.conntrack_deleted,
+            ] {
+                counters.get_or_create(&label).inc_by(0);
+            }
+            for traffic_policy in ["internal", "external"] {
+                let label = PolicyLabel { traffic_policy, ip_family: label.ip_family };
+                self.without_local.get_or_create(&label).inc_by(0);
+            }
+        }
+    }
+
     /// Changes of a family are in force.
-    pub(crate) fn synced(&self, family: IpFamily, all: bool, took: Duration) {
+    pub(crate) fn synced(&self, family: IpFamily, all: bool, took: Duration, now: Now) {
         let (label, secs) = (FamilyLabel::of(family), took.as_secs_f64());
         self.sync_duration.get_or_create(&label).observe(secs);
         let kind = if all { &self.full_duration } else { &self.partial_duration };
         kind.get_or_create(&label).observe(secs);
-        self.last_sync.get_or_create(&label).set(now_secs());
+        self.last_sync.get_or_create(&label).set(now.unix_secs());
+    }
+
+    /// A change of a family has arrived.
+    pub(crate) fn queued(&self, family: IpFamily, now: Now) {
+        self.last_queued.get_or_create(&FamilyLabel::of(family)).set(now.unix_secs());
     }
 
     /// A change is in force, so long after its cause.
     pub(crate) fn programmed(&self, family: IpFamily, after: Duration) {
         let label = FamilyLabel::of(family);
         self.programming_duration.get_or_create(&label).observe(after.as_secs_f64());
+    }
+
+    /// The connection table was walked through.
+    pub(crate) fn reconciled(&self, family: IpFamily, took: Duration, deleted: u64) {
+        let label = FamilyLabel::of(family);
+        self.conntrack_duration.get_or_create(&label).observe(took.as_secs_f64());
+        self.conntrack_deleted.get_or_create(&label).inc_by(deleted);
+    }
+
+    /// What the backend has counted since the last time.
+    pub(crate) fn take_in(&self, figures: &Figures) {
+        for family in IpFamily::BOTH {
+            let (label, of) = (FamilyLabel::of(family), figures.of(family));
+            self.failures.get_or_create(&label).inc_by(of.failures);
+            self.partial_failures.get_or_create(&label).inc_by(of.partial_failures);
+            self.cleanup_failures.get_or_create(&label).inc_by(of.cleanup_failures);
+            for rules in &of.rules {
+                let label = TableLabel { table: rules.table, ip_family: label.ip_family };
+                self.rules.get_or_create(&label).set(rules.all);
+                self.rules_last.get_or_create(&label).set(rules.written);
+            }
+        }
     }
 
     pub(crate) fn asked_for_health(&self, path: &str, code: u16) {
@@ -204,9 +300,4 @@ fn programming_buckets() -> impl Iterator<Item = f64> {
     let fives = (60..120).step_by(5).map(f64::from);
     let thirties = (120..=300).step_by(30).map(f64::from);
     quarters.into_iter().chain(seconds).chain(fives).chain(thirties)
-}
-
-/// Seconds since the epoch.
-pub(crate) fn now_secs() -> f64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs_f64()
 }

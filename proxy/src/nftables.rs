@@ -44,9 +44,9 @@ use std::sync::Arc;
 use keelson_netlink::netns::Netns;
 use keelson_netlink::nft::{Batch, Monitor, Nft};
 
-use crate::backend::{Applied, Backend, BackendConfig, BackendError, Difference};
+use crate::backend::{Applied, Backend, BackendConfig, BackendError, Difference, Figures};
 use crate::diff::{Change, Plans};
-use crate::model::{PortPlan, Scope, ServiceKey, ServicePlan};
+use crate::model::{Family, PortPlan, Scope, ServiceKey, ServicePlan};
 pub use error::NftablesError;
 use error::is_out_of_step;
 use item::{Item, Pool, Pools, guard_item, hairpin_item, items_of, wanted_pool};
@@ -91,6 +91,7 @@ pub struct Nftables {
     suspicious: bool,
     /// Reading the table again has not helped: look for the Service that is to blame.
     isolating: bool,
+    figures: Figures,
 }
 
 impl Nftables {
@@ -125,6 +126,7 @@ impl Nftables {
             next_pool: 1,
             suspicious: false,
             isolating: false,
+            figures: Figures::default(),
         })
     }
 
@@ -277,7 +279,11 @@ impl Nftables {
         applied: &mut Applied,
     ) -> Result<(), NftablesError> {
         let waiting: Vec<Pending> = std::mem::take(waiting);
-        match self.commit(waiting.iter().map(|pending| &pending.operations)) {
+        let committed = self.commit(waiting.iter().map(|pending| &pending.operations));
+        if committed.is_err() {
+            self.note_failure(&waiting);
+        }
+        match committed {
             Ok(operations) => {
                 applied.operations += operations;
                 waiting.into_iter().for_each(|pending| self.settle(pending.service, pending.after));
@@ -297,6 +303,16 @@ impl Nftables {
             }
         }
         Ok(())
+    }
+
+    /// Counts a refused transaction for the families that it was about.
+    fn note_failure(&mut self, waiting: &[Pending]) {
+        let operations = || waiting.iter().map(|pending| &pending.operations);
+        let items = || operations().flat_map(|o| o.deletes.iter().chain(&o.adds));
+        for family in Family::BOTH {
+            let concerned = items().any(|item| item.family == family);
+            self.figures.of_mut(family).failures += u64::from(concerned);
+        }
     }
 
     fn commit<'o>(
@@ -397,5 +413,9 @@ impl Backend for Nftables {
         self.chains.clear();
         self.hairpin.clear();
         Ok(())
+    }
+
+    fn take_figures(&mut self) -> Figures {
+        std::mem::take(&mut self.figures)
     }
 }

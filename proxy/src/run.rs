@@ -7,6 +7,7 @@ use kube::Client;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use tokio_util::sync::CancellationToken;
 
+use crate::clock::Now;
 use crate::config::ProxyConfig;
 use crate::engine::{Engine, Listeners, Progress};
 use crate::events::{Notices, publish};
@@ -31,7 +32,8 @@ pub async fn run_with(
     on_synced: impl FnOnce() + Send + 'static,
 ) -> anyhow::Result<()> {
     let client = client(&config).await?;
-    let (metrics, progress) = (Arc::new(Metrics::new()), Arc::new(Progress::default()));
+    let mode = crate::switch::choose(config.modes)?;
+    let (metrics, progress) = (Arc::new(Metrics::new(mode)), Arc::new(Progress::default()));
     let (notices, noticed) = Notices::channel();
     let (health_checks, wanted) = HealthChecks::channel();
     let (loopback6, relayed) = Loopback6::channel();
@@ -44,7 +46,7 @@ pub async fn run_with(
         on_synced: Box::new(on_synced),
     };
     let (engine, mailbox) =
-        Engine::open(config.clone(), listeners).context("cannot program Services")?;
+        Engine::open(config.clone(), mode, listeners).context("cannot program Services")?;
     let patience = 2 * config.sync_period;
     let context = health_checks::Context { progress: Arc::clone(&progress), patience, notices };
     let pages = Arc::new(Pages {
@@ -70,7 +72,7 @@ pub async fn run_with(
         () = publish(client, &config.node_name, noticed) => {}
         () = health_checks::serve(wanted, context) => {}
         () = loopback6::serve(relayed) => {}
-        () = serve("healthz", config.healthz_address, move |path| health.health(path)) => {}
+        () = serve("healthz", config.healthz_address, move |path| health.health(path, Now::read())) => {}
         () = serve("metrics", config.metrics_address, move |path| counters.metrics(path)) => {}
     }
     mailbox.send(Wake::Stop);

@@ -14,6 +14,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
 
 use crate::backend::Mode;
+use crate::clock::Now;
 use crate::engine::Progress;
 use crate::metrics::Metrics;
 
@@ -38,9 +39,9 @@ const NOT_FOUND: Answer = (StatusCode::NOT_FOUND, TEXT, String::new());
 
 impl Pages {
     /// /healthz takes the node's eligibility into account, /livez does not.
-    pub(crate) fn health(&self, path: &str) -> Answer {
+    pub(crate) fn health(&self, path: &str, now: Now) -> Answer {
         let state = self.progress.get();
-        let alive = state.is_healthy(2 * self.sync_period);
+        let alive = state.is_healthy(2 * self.sync_period, now);
         let healthy = match path {
             "/healthz" => alive && !state.node_leaving,
             "/livez" => alive || !state.synced,
@@ -53,7 +54,7 @@ impl Pages {
         };
         let text = serde_json::json!({
             "lastUpdated": stamp(state.last_update),
-            "currentTime": stamp(Some(SystemTime::now())),
+            "currentTime": stamp(Some(now.wall)),
             "nodeEligible": !state.node_leaving,
         });
         let status = if healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };

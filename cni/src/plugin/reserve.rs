@@ -146,9 +146,15 @@ pub(super) fn forget_flows(ports: &[HostPort]) -> Result<(), CniError> {
     };
     let mut conntrack = Conntrack::open().map_err(failed)?;
     let wanted = |flow: &Flow| udp.contains(&flow.destination.port());
-    let flows = conntrack.select(Transport::Udp.number(), wanted).map_err(failed)?;
-    for flow in flows {
-        conntrack.delete(&flow).map_err(failed)?;
+    // A walk that was cut short is repeated, but not for ever: the pod waits.
+    for _ in 0..3 {
+        let found = conntrack.select(0, Transport::Udp.number(), wanted).map_err(failed)?;
+        for flow in &found.flows {
+            conntrack.delete(flow).map_err(failed)?;
+        }
+        if found.whole {
+            break;
+        }
     }
     Ok(())
 }

@@ -2,15 +2,16 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use ipnetwork::IpNetwork;
 use kube::runtime::watcher::Event;
 
 use super::progress::Progress;
 use crate::backend::BackendConfig;
+use crate::clock::Now;
 use crate::config::ProxyConfig;
-use crate::metrics::{Metrics, now_secs};
+use crate::metrics::Metrics;
 use crate::model::objects::{EndpointSlice, Node, Service, ServiceCidr};
 use crate::model::{Family, Model, ServiceKey, key_of};
 use crate::node;
@@ -33,7 +34,16 @@ struct Lists {
 pub(crate) struct Trigger {
     pub(crate) service: Option<ServiceKey>,
     pub(crate) family: Family,
-    pub(crate) at: SystemTime,
+    /// How old it was when it arrived, by another machine's clock: the only time that clocks are compared.
+    before: Duration,
+    arrived: Instant,
+}
+
+impl Trigger {
+    /// Time since the cause.
+    pub(crate) fn age(&self, now: Now) -> Duration {
+        self.before + now.steady.saturating_duration_since(self.arrived)
+    }
 }
 
 pub(crate) struct Intake {
@@ -75,10 +85,10 @@ impl Intake {
     }
 
     /// False when it is time to stop.
-    pub(super) fn take(&mut self, wake: Wake) -> bool {
+    pub(super) fn take(&mut self, wake: Wake, now: Now) -> bool {
         match wake {
-            Wake::Service(event) => self.take_service(event),
-            Wake::Slice(event) => self.take_slice(event),
+            Wake::Service(event) => self.take_service(event, now),
+            Wake::Slice(event) => self.take_slice(event, now),
             Wake::Node(event) => self.take_node(event),
             Wake::Cidr(event) => self.take_cidr(event),
             Wake::Stop => return false,
@@ -87,15 +97,20 @@ impl Intake {
     }
 
     /// Takes note that something waits.
-    pub(super) fn note_pending(&self) {
+    pub(super) fn note_pending(&self, now: Now) {
         if self.model.pending() > 0 {
             self.progress.update(|state| {
-                state.waiting_since.get_or_insert_with(Instant::now);
+                state.waiting_since.get_or_insert(now.steady);
             });
         }
     }
 
-    fn take_service(&mut self, event: Event<Service>) {
+    fn take_service(&mut self, event: Event<Service>, now: Now) {
+        if is_change(&event, self.lists.services_done) {
+            Family::BOTH.into_iter().for_each(|family| self.metrics.queued(family, now));
+            self.metrics.service_changes.inc();
+            self.metrics.services_pending.inc();
+        }
         match event {
             Event::Init => self.lists.services = Some(HashSet::new()),
             Event::InitApply(service) => {
@@ -108,19 +123,22 @@ impl Intake {
                 self.lists.services_done = true;
             }
             Event::Apply(service) => {
-                self.note_change();
-                self.metrics.service_changes.inc();
                 self.model.apply_service(&service);
             }
             Event::Delete(service) => {
-                self.note_change();
-                self.metrics.service_changes.inc();
                 self.model.delete_service(&key_of(&service.metadata));
             }
         }
     }
 
-    fn take_slice(&mut self, event: Event<EndpointSlice>) {
+    fn take_slice(&mut self, event: Event<EndpointSlice>, now: Now) {
+        if is_change(&event, self.lists.slices_done) {
+            if let Event::Apply(slice) | Event::InitApply(slice) | Event::Delete(slice) = &event {
+                self.metrics.queued(family_of(slice), now);
+            }
+            self.metrics.endpoint_changes.inc();
+            self.metrics.endpoints_pending.inc();
+        }
         match event {
             Event::Init => self.lists.slices = Some(HashSet::new()),
             Event::InitApply(slice) => {
@@ -133,21 +151,13 @@ impl Intake {
                 self.lists.slices_done = true;
             }
             Event::Apply(slice) => {
-                self.note_change();
-                self.metrics.endpoint_changes.inc();
-                self.triggers.extend(trigger(&slice));
+                self.triggers.extend(trigger(&slice, now));
                 self.model.apply_slice(&slice);
             }
             Event::Delete(slice) => {
-                self.note_change();
-                self.metrics.endpoint_changes.inc();
                 self.model.delete_slice(&key_of(&slice.metadata));
             }
         }
-    }
-
-    fn note_change(&self) {
-        self.metrics.last_queued.set(now_secs());
     }
 
     fn take_node(&mut self, event: Event<Node>) {
@@ -184,12 +194,30 @@ impl Intake {
     }
 }
 
-fn trigger(slice: &EndpointSlice) -> Option<Trigger> {
+/// Whether an object is new or different: as far as that is known without looking. What a first list holds
+/// is new, what a later one repeats is not.
+fn is_change<K>(event: &Event<K>, listed: bool) -> bool {
+    match event {
+        Event::Apply(_) | Event::Delete(_) => true,
+        Event::InitApply(_) => !listed,
+        Event::Init | Event::InitDone => false,
+    }
+}
+
+fn family_of(slice: &EndpointSlice) -> Family {
+    if slice.address_type == "IPv6" { Family::V6 } else { Family::V4 }
+}
+
+fn trigger(slice: &EndpointSlice, now: Now) -> Option<Trigger> {
     let text = slice.metadata.annotations.as_ref()?.get(TRIGGER_ANNOTATION)?;
     let at = text.parse::<jiff::Timestamp>().ok().map(SystemTime::from)?;
-    let family = if slice.address_type == "IPv6" { Family::V6 } else { Family::V4 };
     let labels = slice.metadata.labels.as_ref();
     let service = labels.and_then(|labels| labels.get("kubernetes.io/service-name"));
     let namespace = slice.metadata.namespace.as_deref().unwrap_or("");
-    Some(Trigger { service: service.map(|name| ServiceKey::new(namespace, name)), family, at })
+    Some(Trigger {
+        service: service.map(|name| ServiceKey::new(namespace, name)),
+        family: family_of(slice),
+        before: now.since(at),
+        arrived: now.steady,
+    })
 }

@@ -3,6 +3,8 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use crate::clock::Now;
+
 #[derive(Debug, Default)]
 pub(crate) struct Progress {
     inner: Mutex<ProgressState>,
@@ -21,8 +23,9 @@ pub(crate) struct ProgressState {
 
 impl ProgressState {
     /// Services are in force, and no change waits for longer than `patience`.
-    pub(crate) fn is_healthy(&self, patience: Duration) -> bool {
-        let late = self.waiting_since.is_some_and(|since| since.elapsed() > patience);
+    pub(crate) fn is_healthy(&self, patience: Duration, now: Now) -> bool {
+        let waited = |since| now.steady.saturating_duration_since(since);
+        let late = self.waiting_since.is_some_and(|since| waited(since) > patience);
         self.synced && !late
     }
 }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::counts::Counts;
 use super::names::Chain;
 use super::ruleset::{Dirty, Ruleset, Update};
 use super::saved::Saved;
@@ -36,6 +37,7 @@ impl Iptables {
         self.ruleset = Ruleset::new(self.config.clone(), &self.families);
         let mut known_chains = self.ruleset.take(&known);
         known_chains.extend(self.ruleset.fixed());
+        self.counts = Counts::of(&known_chains);
         let (dirty, hooks) = self.compare(known_chains)?;
         // What is not known yet may still be wanted: leftovers go in the next attempt.
         let dirty: Dirty = dirty.into_iter().filter(|(_, lines)| lines.is_some()).collect();

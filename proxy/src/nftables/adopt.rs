@@ -189,7 +189,12 @@ impl Nftables {
     fn repair_structure(&mut self) -> Result<usize, NftablesError> {
         let (batch, chains) = self.structure()?;
         let operations = batch.operations();
-        self.send(batch)?;
+        let sent = self.send(batch);
+        if sent.is_err() {
+            // The table and its chains are those of both.
+            Family::BOTH.into_iter().for_each(|family| self.figures.of_mut(family).failures += 1);
+        }
+        sent?;
         self.chains = chains;
         Ok(operations)
     }
@@ -319,7 +324,14 @@ impl Nftables {
             let part = Operations { deletes: chunk.to_vec(), adds: Vec::new() };
             let (batch, _) = super::transaction::encode([&part], &self.chains, &self.setup);
             operations += batch.operations();
-            self.send(batch)?;
+            let sent = self.send(batch);
+            if sent.is_err() {
+                let families = Family::BOTH.into_iter();
+                for family in families.filter(|f| chunk.iter().any(|item| item.family == *f)) {
+                    self.figures.of_mut(family).cleanup_failures += 1;
+                }
+            }
+            sent?;
         }
         Ok(operations)
     }

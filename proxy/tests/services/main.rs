@@ -13,6 +13,7 @@ mod flows;
 mod guards;
 mod harness;
 mod ipvs;
+mod metrics;
 mod oracle;
 mod policies;
 mod scale;
@@ -20,6 +21,7 @@ mod sequences;
 mod stage;
 mod switching;
 mod whole;
+mod world;
 
 use std::process::ExitCode;
 
@@ -36,6 +38,7 @@ fn rows() -> Vec<Row> {
         flows::ROWS,
         ipvs::ROWS,
         whole::ROWS,
+        metrics::ROWS,
         switching::ROWS,
         scale::ROWS,
         sequences::ROWS,

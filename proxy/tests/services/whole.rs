@@ -1,19 +1,14 @@
 //! The whole proxy against an API server that only knows lists, watches, and posted Events.
 
 use std::io::ErrorKind;
-use std::path::Path;
-use std::sync::mpsc;
-use std::time::Duration;
 
 use keelson_proxy::explain::{Question, explain};
-use keelson_proxy::{LocalSources, ProxyConfig, run_with};
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
-use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 
-use crate::stage::api::{api_server, kubeconfig};
+use crate::stage::api::kubeconfig;
 use crate::stage::*;
+use crate::world::*;
 
 rows![
     services_of_an_api_server_answer_and_follow_its_events,
@@ -27,111 +22,6 @@ rows![
     after_a_reboot_the_last_known_services_answer_without_an_api_server,
 ];
 
-/// Only kills a row that hangs.
-const DEADLINE: Duration = Duration::from_secs(20);
-
-fn service(name: &str, spec: Value) -> Value {
-    json!({"metadata": {"namespace": "default", "name": name, "resourceVersion": "2"}, "spec": spec})
-}
-
-fn slice(service: &str, address: &str) -> Value {
-    json!({
-        "metadata": {
-            "namespace": "default", "name": format!("{service}-x"), "resourceVersion": "2",
-            "labels": {"kubernetes.io/service-name": service},
-            "annotations": {"endpoints.kubernetes.io/last-change-trigger-time": "2026-01-01T00:00:00Z"},
-        },
-        "addressType": "IPv4",
-        "endpoints": [{"addresses": [address], "conditions": {"ready": true}, "nodeName": "here"}],
-        "ports": [{"name": "", "protocol": "TCP", "port": 8080}],
-    })
-}
-
-fn spec(address: &str, node_port: u16) -> Value {
-    json!({
-        "type": "NodePort", "clusterIP": address, "clusterIPs": [address],
-        "ports": [{"port": 80, "nodePort": node_port}],
-    })
-}
-
-fn node_object() -> Value {
-    json!({
-        "metadata": {"name": "here", "resourceVersion": "1"},
-        "status": {"addresses": [{"type": "InternalIP", "address": NODE4}]},
-    })
-}
-
-/// Asks until it is as wanted; refusals come at once, so the number bounds the time.
-#[track_caller]
-fn eventually<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
-    let began = std::time::Instant::now();
-    while began.elapsed() < DEADLINE {
-        if let Some(found) = ask() {
-            return found;
-        }
-        std::thread::yield_now();
-    }
-    panic!("never: {what}");
-}
-
-/// The running proxy, seen from outside.
-struct World {
-    api: broadcast::Sender<(String, Value)>,
-    posted: broadcast::Receiver<(String, Value)>,
-}
-
-impl World {
-    fn tell(&self, kind: &str, what: &str, object: Value) {
-        self.api.send((kind.to_owned(), json!({"type": what, "object": object}))).unwrap();
-    }
-}
-
-/// Runs the proxy on the node while `work` runs; `folder` is for its files.
-fn with_proxy(node: &Node, lists: Value, folder: &Path, work: impl FnOnce(&mut World)) {
-    let (api, posted) = broadcast::channel(64);
-    let shutdown = CancellationToken::new();
-    let (synced, wait_synced) = mpsc::channel();
-    std::thread::scope(|scope| {
-        let (stop_inside, api_inside) = (shutdown.clone(), api.clone());
-        let (namespace, mode) = (&node.namespace, node.mode);
-        scope.spawn(move || {
-            namespace.run(|| {
-                let runtime =
-                    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-                tokio::task::LocalSet::new().block_on(&runtime, async {
-                    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-                    let path = kubeconfig(folder, listener.local_addr().unwrap().port());
-                    tokio::task::spawn_local(api_server(listener, lists, api_inside));
-                    let config = config(mode, &path, folder);
-                    run_with(config, stop_inside, move || synced.send(()).unwrap()).await.unwrap();
-                });
-            });
-        });
-        // Dropped also when an assertion fails, so that the proxy ends.
-        let stop = shutdown.clone().drop_guard();
-        wait_synced.recv_timeout(DEADLINE).unwrap();
-        work(&mut World { api, posted });
-        drop(stop);
-    });
-}
-
-fn config(mode: Mode, kubeconfig: &Path, folder: &Path) -> ProxyConfig {
-    ProxyConfig {
-        kubeconfig: Some(kubeconfig.to_owned()),
-        node_name: "here".to_owned(),
-        modes: Mode::candidates(mode.name()).unwrap(),
-        local_sources: LocalSources::Cidrs(vec!["10.66.0.0/16".parse().unwrap()]),
-        state_file: Some(folder.join("last-known.json")),
-        ..ProxyConfig::default()
-    }
-}
-
-fn bare(mode: Mode) -> Node {
-    let mut node = Node::new(mode);
-    node.backend = None;
-    node
-}
-
 fn services_of_an_api_server_answer_and_follow_its_events(mode: Mode) {
     let node = bare(mode);
     let client = node.pod("client", 10);
@@ -139,7 +29,7 @@ fn services_of_an_api_server_answer_and_follow_its_events(mode: Mode) {
     let folder = tempfile::tempdir().unwrap();
     let lists = json!({
         "services": [service("web", spec("10.96.0.1", 30080))],
-        "endpointslices": [slice("web", "10.66.0.2")],
+        "endpointslices": [endpoint("web", "10.66.0.2")],
         "nodes": [node_object()],
     });
     with_proxy(&node, lists, folder.path(), |world| {
@@ -148,7 +38,7 @@ fn services_of_an_api_server_answer_and_follow_its_events(mode: Mode) {
 
         // A new Service, then its endpoint.
         world.tell("services", "ADDED", service("two", spec("10.96.0.2", 30081)));
-        world.tell("endpointslices", "ADDED", slice("two", "10.66.0.2"));
+        world.tell("endpointslices", "ADDED", endpoint("two", "10.66.0.2"));
         eventually("a new Service", || client.namespace.tcp("10.96.0.2:80").ok());
 
         // Somebody flushes everything.
@@ -189,7 +79,7 @@ fn load_balancers_learn_whether_endpoints_are_here(mode: Mode) {
     );
     let lists = json!({
         "services": [service("web", balanced)],
-        "endpointslices": [slice("web", "10.66.0.2")],
+        "endpointslices": [endpoint("web", "10.66.0.2")],
         "nodes": [node_object()],
     });
     with_proxy(&node, lists, folder.path(), |world| {
@@ -210,7 +100,7 @@ fn load_balancers_learn_whether_endpoints_are_here(mode: Mode) {
         });
         assert_eq!(body, wanted);
         // Traffic is still served, but nothing new shall be sent here.
-        let mut going = slice("web", "10.66.0.2");
+        let mut going = endpoint("web", "10.66.0.2");
         going["endpoints"][0]["conditions"] =
             json!({"ready": false, "serving": true, "terminating": true});
         world.tell("endpointslices", "MODIFIED", going);
@@ -290,7 +180,7 @@ fn what_happened_in_a_gap_of_the_watch_is_not_lost(mode: Mode) {
     let lists = |name: &str, address: &str| {
         json!({
             "services": [service(name, spec(address, 30080)), service("kept", spec("10.96.0.9", 30081))],
-            "endpointslices": [slice(name, "10.66.0.2"), slice("kept", "10.66.0.2")],
+            "endpointslices": [endpoint(name, "10.66.0.2"), endpoint("kept", "10.66.0.2")],
             "nodes": [node_object()],
         })
     };
@@ -317,7 +207,7 @@ fn node_ports_answer_on_both_loopback_addresses(mode: Mode) {
         spec("10.96.0.1", 30080),
         json!({"clusterIPs": ["10.96.0.1", "fd96::1"], "ipFamilies": ["IPv4", "IPv6"]}),
     );
-    let mut six = slice("web", "fd66::2");
+    let mut six = endpoint("web", "fd66::2");
     six["metadata"]["name"] = json!("web-6");
     six["addressType"] = json!("IPv6");
     let mut both = node_object();
@@ -326,7 +216,7 @@ fn node_ports_answer_on_both_loopback_addresses(mode: Mode) {
     ]);
     let lists = json!({
         "services": [service("web", spec)],
-        "endpointslices": [slice("web", "10.66.0.2"), six],
+        "endpointslices": [endpoint("web", "10.66.0.2"), six],
         "nodes": [both],
     });
     with_proxy(&node, lists, folder.path(), |world| {
@@ -344,12 +234,12 @@ fn node_ports_answer_on_both_loopback_addresses(mode: Mode) {
 fn explain_tells_what_is_programmed_and_why(mode: Mode) {
     let node = bare(mode);
     let folder = tempfile::tempdir().unwrap();
-    let mut unready = slice("web", "10.66.0.3");
+    let mut unready = endpoint("web", "10.66.0.3");
     unready["metadata"]["name"] = json!("web-y");
     unready["endpoints"][0]["conditions"] = json!({"ready": false});
     let lists = json!({
         "services": [service("web", spec("10.96.0.1", 30080))],
-        "endpointslices": [slice("web", "10.66.0.2"), unready],
+        "endpointslices": [endpoint("web", "10.66.0.2"), unready],
         "nodes": [node_object()],
     });
     with_proxy(&node, lists, folder.path(), |_| {
@@ -395,7 +285,7 @@ fn a_start_ends_the_mode_that_the_node_was_in(mode: Mode) {
     let folder = tempfile::tempdir().unwrap();
     let lists = json!({
         "services": [service("web", spec("10.96.0.1", 30080))],
-        "endpointslices": [slice("web", "10.66.0.2")],
+        "endpointslices": [endpoint("web", "10.66.0.2")],
         "nodes": [node_object()],
     });
     with_proxy(&node, lists, folder.path(), |_| {
@@ -415,7 +305,7 @@ fn after_a_reboot_the_last_known_services_answer_without_an_api_server(mode: Mod
     let folder = tempfile::tempdir().unwrap();
     let lists = json!({
         "services": [service("web", spec("10.96.0.1", 30080))],
-        "endpointslices": [slice("web", "10.66.0.2")],
+        "endpointslices": [endpoint("web", "10.66.0.2")],
         "nodes": [node_object()],
     });
     with_proxy(&node, lists, folder.path(), |_| {});
