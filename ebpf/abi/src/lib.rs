@@ -6,10 +6,12 @@
 #![no_std]
 
 mod address;
+mod counters;
 mod service;
 mod settings;
 
 pub use address::Address;
+pub use counters::Counters;
 pub use service::{
     Affinity, AffinityKey, ENDPOINT_HERE, Endpoint, FRONTEND_HAS_SOURCES, Frontend, FrontendKey,
     MASQUERADE_ALWAYS, MASQUERADE_NEVER, MASQUERADE_UNLESS_POD, MEMBER_DRAINING, MEMBER_SERVING,

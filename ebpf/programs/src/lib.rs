@@ -3,6 +3,7 @@
 // Every helper reads or writes kernel memory through pointers, which the verifier checks when a program is loaded.
 #![expect(unsafe_code, reason = "BPF helpers")]
 
+pub mod counters;
 pub mod endpoint;
 pub mod frontend;
 pub mod maps;

@@ -1,15 +1,15 @@
 //! The maps that tell the programs what Services there are. User space writes them, programs read them,
-//! except for `affinity`.
+//! except for `affinity` and `counters`.
 //!
 //! `max_entries` here is what the loader takes when it is told nothing else. Maps without preallocation
 //! cost memory for what is in them, and a little for each possible entry.
 
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
-use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuHashMap};
 use aya_ebpf::macros::btf_map;
 use keelson_ebpf_abi::{
-    Address, Affinity, AffinityKey, Endpoint, Frontend, FrontendKey, Interface, MemberKey, Pool,
-    RangeKey, Settings, SlotKey, SourceKey,
+    Address, Affinity, AffinityKey, Counters, Endpoint, Frontend, FrontendKey, Interface,
+    MemberKey, Pool, RangeKey, Settings, SlotKey, SourceKey,
 };
 
 const GROWING: usize = BPF_F_NO_PREALLOC as usize;
@@ -46,3 +46,6 @@ pub static INTERFACES: HashMap<u32, Interface, 8_192, GROWING> = HashMap::new();
 
 #[btf_map(name = "affinity")]
 pub static AFFINITY: LruHashMap<AffinityKey, Affinity, 131_072> = LruHashMap::new();
+
+#[btf_map(name = "counters")]
+pub static COUNTERS: PerCpuHashMap<u32, Counters, 262_144, GROWING> = PerCpuHashMap::new();

@@ -1,0 +1,20 @@
+//! Counters of frontends.
+
+use aya_ebpf::bindings::BPF_NOEXIST;
+use keelson_ebpf_abi::Counters;
+
+use crate::maps::COUNTERS;
+
+/// Changes this CPU's counters of a frontend. Not counted when the map is full.
+#[inline(always)]
+pub fn count(frontend: u32, change: impl FnOnce(&mut Counters)) {
+    let counters = COUNTERS.get_ptr_mut(frontend).or_else(|| {
+        // Another CPU may have been faster.
+        let _ = COUNTERS.insert(frontend, Counters::default(), u64::from(BPF_NOEXIST));
+        COUNTERS.get_ptr_mut(frontend)
+    });
+    if let Some(counters) = counters {
+        // SAFETY: no other program of this kind runs on this CPU meanwhile, and the map is not preallocated.
+        change(unsafe { &mut *counters });
+    }
+}
