@@ -5,7 +5,10 @@
 
 mod kube_proxy;
 
+use keelson_netlink::netns::Netns;
+
 use crate::backend::Mode;
+use crate::localhost::{self, LocalhostError};
 use crate::switch::{Refused, clean, with_sources};
 
 pub use kube_proxy::{clean as kube_proxy, traces as kube_proxy_traces};
@@ -15,9 +18,17 @@ pub use kube_proxy::{clean as kube_proxy, traces as kube_proxy_traces};
 #[error("not everything could be removed: {0}")]
 pub struct CleanupError(String);
 
+fn give_back_localhost() -> Result<(), LocalhostError> {
+    localhost::give_back(&Netns::current()?)
+}
+
 /// Removes everything of keelson-proxy and of kube-proxy from the calling thread's network namespace.
 pub fn everything() -> Result<(), CleanupError> {
     let mut failures = Vec::new();
+    // Before the rules that keep strangers from 127.0.0.1 go.
+    if let Err(error) = give_back_localhost() {
+        failures.push(with_sources(&error));
+    }
     for mode in Mode::ALL {
         match clean(mode) {
             Ok(()) => tracing::info!(%mode, "Removed everything of this mode"),

@@ -169,17 +169,8 @@ fn clean_family(checks: &Checks, family: Family) -> Result<Cleaned, ConntrackErr
 }
 
 fn own_addresses() -> Vec<IpAddr> {
-    let interfaces = match nix::ifaddrs::getifaddrs() {
-        Ok(interfaces) => interfaces,
-        Err(error) => {
-            tracing::warn!(%error, "Cannot list the node's addresses, leaving node port flows alone");
-            return Vec::new();
-        }
-    };
-    let addresses = interfaces.filter_map(|interface| {
-        let address = interface.address?;
-        let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
-        v4.or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
-    });
-    addresses.collect()
+    crate::addresses::own().unwrap_or_else(|error| {
+        tracing::warn!(%error, "Cannot list the node's addresses, leaving node port flows alone");
+        Vec::new()
+    })
 }

@@ -10,6 +10,7 @@ mod progress;
 mod tests;
 
 use std::collections::HashSet;
+use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -18,6 +19,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use crate::addresses::{self, Changes, of_node_ports};
 use crate::backend::{Applied, Backend, BackendConfig, BackendError, Mode};
 use crate::clock::Now;
 use crate::config::ProxyConfig;
@@ -77,6 +79,8 @@ pub(crate) struct Engine {
     alone: bool,
     inbox: Receiver<Wake>,
     bell: Arc<EventFd>,
+    address_changes: Option<Changes>,
+    own_addresses: Vec<IpAddr>,
     started: bool,
     retry_at: Option<Instant>,
     conntrack: Cleaner,
@@ -125,6 +129,8 @@ impl Engine {
             plans: Plans::new(),
             inbox,
             bell: Arc::clone(&bell),
+            address_changes: Changes::follow(),
+            own_addresses: own_addresses(),
             started: false,
             retry_at: None,
             conntrack: Cleaner::start(Arc::clone(&metrics))?,
@@ -180,15 +186,22 @@ impl Engine {
     /// Sleeps until there is something to do; true when the backend's alarm rang.
     fn wait(&mut self) -> anyhow::Result<bool> {
         let timeout = self.timeout((self.clock)());
-        let mut events = [
+        let mut events = vec![
             PollFd::new(self.bell.as_fd(), PollFlags::POLLIN),
             PollFd::new(self.backend.alarm(), PollFlags::POLLIN),
         ];
+        let changes = self.address_changes.as_ref();
+        events.extend(changes.map(|changes| PollFd::new(changes.fd(), PollFlags::POLLIN)));
         match poll(&mut events, timeout) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(error) => return Err(error.into()),
         }
-        let alarmed = events[1].any().unwrap_or(false);
+        let rang = |event: Option<&PollFd<'_>>| event.and_then(PollFd::any).unwrap_or(false);
+        let (alarmed, moved) = (rang(events.get(1)), rang(events.get(2)));
+        if let Some(changes) = self.address_changes.as_mut().filter(|_| moved) {
+            changes.read();
+            self.own_addresses = own_addresses();
+        }
         // Fails only when the bell did not ring.
         if let Err(error) = self.bell.read() {
             tracing::trace!(%error, "Woken without a message");
@@ -231,7 +244,8 @@ impl Engine {
         let due = self.retry_at.is_some_and(|at| at <= began);
         let dirty = self.dirty();
         let model = &self.intake.model;
-        self.health_checks.update(dirty.iter().map(|key| (key, model.health_check(key))));
+        let at = of_node_ports(&self.intake.backend_config().node_port_ranges, &self.own_addresses);
+        self.health_checks.update(dirty.iter().map(|key| (key, model.health_check(key))), at);
         let changes = advance(&mut self.plans, dirty, |key| model.plan(key));
         let all = !self.started || disturbed || reconfigured || due;
         let result = if all {
@@ -335,6 +349,13 @@ impl Engine {
         self.metrics.refused.inc();
         self.retry_at = Some((self.clock)().steady + RETRY);
     }
+}
+
+fn own_addresses() -> Vec<IpAddr> {
+    addresses::own().unwrap_or_else(|error| {
+        tracing::warn!(%error, "Cannot list the node's addresses");
+        Vec::new()
+    })
 }
 
 fn touched(changes: &[Change]) -> Vec<Family> {

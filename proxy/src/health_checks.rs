@@ -1,7 +1,7 @@
 //! Answers load balancers on the healthCheckNodePort of each Service: are there ready endpoints here?
 
-use std::collections::HashMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,7 +11,8 @@ use hyper::body::Bytes;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::net::{TcpListener, TcpStream};
+use nix::sys::socket::{setsockopt, sockopt};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 
@@ -23,37 +24,43 @@ use crate::model::{HealthCheck, ServiceKey};
 /// How long a port that is taken waits for the next attempt.
 const RETRY: Duration = Duration::from_secs(10);
 
-/// What is to be answered, by Service.
-type Wanted = HashMap<ServiceKey, HealthCheck>;
+/// What is to be answered.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Wanted {
+    checks: HashMap<ServiceKey, HealthCheck>,
+    /// The addresses to listen at.
+    at: BTreeSet<IpAddr>,
+}
 
 /// The engine's side: says what is to be answered.
 pub(crate) struct HealthChecks(watch::Sender<Wanted>);
 
 impl HealthChecks {
     pub(crate) fn channel() -> (Self, watch::Receiver<Wanted>) {
-        let (sender, receiver) = watch::channel(Wanted::new());
+        let (sender, receiver) = watch::channel(Wanted::default());
         (HealthChecks(sender), receiver)
     }
 
-    /// Takes over the state of the Services that were looked at.
+    /// Takes over the state of the Services that were looked at, and where to listen.
     pub(crate) fn update<'k>(
         &self,
         checks: impl Iterator<Item = (&'k ServiceKey, Option<HealthCheck>)>,
+        at: BTreeSet<IpAddr>,
     ) {
         let mut differences: Vec<_> = {
             let now = self.0.borrow();
-            checks.filter(|(service, check)| now.get(service) != check.as_ref()).collect()
+            checks.filter(|(service, check)| now.checks.get(service) != check.as_ref()).collect()
         };
-        if differences.is_empty() {
-            return;
-        }
-        self.0.send_modify(|wanted| {
+        self.0.send_if_modified(|wanted| {
+            let changed = !differences.is_empty() || wanted.at != at;
+            wanted.at = at;
             for (service, check) in differences.drain(..) {
                 match check {
-                    Some(check) => wanted.insert(service.clone(), check),
-                    None => wanted.remove(service),
+                    Some(check) => wanted.checks.insert(service.clone(), check),
+                    None => wanted.checks.remove(service),
                 };
             }
+            changed
         });
     }
 }
@@ -67,32 +74,25 @@ pub(crate) struct Context {
     pub(crate) notices: Notices,
 }
 
-/// A server on one port.
-struct Server {
-    port: u16,
-    task: JoinHandle<()>,
-}
+/// A server at one address.
+struct Server(JoinHandle<()>);
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.task.abort();
+        self.0.abort();
     }
 }
 
-/// Keeps one server per Service, for ever.
+/// Keeps the servers of each Service, for ever: where node ports are, also when that changes.
 pub(crate) async fn serve(mut wanted: watch::Receiver<Wanted>, context: Context) {
-    let mut servers: HashMap<ServiceKey, Server> = HashMap::new();
+    let mut servers: HashMap<(ServiceKey, SocketAddr), Server> = HashMap::new();
     loop {
-        let ports: HashMap<ServiceKey, u16> = wanted
-            .borrow_and_update()
-            .iter()
-            .map(|(service, check)| (service.clone(), check.port))
-            .collect();
-        servers.retain(|service, server| ports.get(service) == Some(&server.port));
-        for (service, port) in ports {
-            servers.entry(service.clone()).or_insert_with(|| {
-                let task = answer_on(port, service, wanted.clone(), context.clone());
-                Server { port, task: tokio::spawn(task) }
+        let places = places(&wanted.borrow_and_update());
+        servers.retain(|place, _| places.contains(place));
+        for (service, at) in places {
+            servers.entry((service.clone(), at)).or_insert_with(|| {
+                let task = answer_at(at, service, wanted.clone(), context.clone());
+                Server(tokio::spawn(task))
             });
         }
         if wanted.changed().await.is_err() {
@@ -101,18 +101,30 @@ pub(crate) async fn serve(mut wanted: watch::Receiver<Wanted>, context: Context)
     }
 }
 
-async fn answer_on(
-    port: u16,
+/// Who listens where.
+fn places(wanted: &Wanted) -> HashSet<(ServiceKey, SocketAddr)> {
+    let services = wanted.checks.iter();
+    let places = services.flat_map(|(service, check)| {
+        let at = |address: &IpAddr| (service.clone(), SocketAddr::new(*address, check.port));
+        wanted.at.iter().map(at)
+    });
+    places.collect()
+}
+
+async fn answer_at(
+    at: SocketAddr,
     service: ServiceKey,
     wanted: watch::Receiver<Wanted>,
     context: Context,
 ) {
     let listener = loop {
-        match bind(port).await {
+        match bind(at) {
             Ok(listener) => break listener,
+            // A kernel without IPv6.
+            Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => return,
             Err(error) => {
-                tracing::warn!(%service, port, %error, "Cannot serve the healthCheckNodePort, retrying");
-                let note = format!("cannot listen on healthCheckNodePort {port}: {error}");
+                tracing::warn!(%service, %at, %error, "Cannot serve the healthCheckNodePort, retrying");
+                let note = format!("cannot listen on healthCheckNodePort {at}: {error}");
                 context.notices.send(Notice::about(&service, "HealthCheckPortTaken", note));
                 tokio::time::sleep(RETRY).await;
             }
@@ -123,7 +135,7 @@ async fn answer_on(
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
-                tracing::warn!(%service, port, %error, "Cannot accept a health check");
+                tracing::warn!(%service, %at, %error, "Cannot accept a health check");
                 tokio::time::sleep(RETRY).await;
                 continue;
             }
@@ -139,14 +151,16 @@ async fn answer_on(
     }
 }
 
-/// All addresses of both families, or of IPv4 where there is no IPv6.
-async fn bind(port: u16) -> std::io::Result<TcpListener> {
-    match TcpListener::bind(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port)).await {
-        Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
-            TcpListener::bind(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port)).await
-        }
-        bound => bound,
+fn bind(at: SocketAddr) -> std::io::Result<TcpListener> {
+    const BACKLOG: u32 = 128;
+    let socket = if at.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    socket.set_reuseaddr(true)?;
+    if at.is_ipv6() {
+        // IPv4 has a server of its own.
+        setsockopt(&socket, sockopt::Ipv6V6Only, &true)?;
     }
+    socket.bind(at)?;
+    socket.listen(BACKLOG)
 }
 
 async fn converse(
@@ -158,7 +172,7 @@ async fn converse(
     let asked = stream.local_addr()?.ip().to_canonical();
     let respond = service_fn(|_request| {
         let healthy = context.progress.get().is_healthy(context.patience, Now::read());
-        let check = wanted.borrow().get(service).copied();
+        let check = wanted.borrow().checks.get(service).copied();
         async move { response(service, check, asked, healthy) }
     });
     let connection = http1::Builder::new()

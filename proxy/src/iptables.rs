@@ -112,9 +112,7 @@ impl Iptables {
     }
 
     fn adopt_once(&mut self, plans: &Plans) -> Result<Applied, IptablesError> {
-        if self.config.localhost_node_ports {
-            crate::localhost::open(&self.programs.netns);
-        }
+        crate::localhost::arrange(&self.programs.netns, self.config.localhost_node_ports);
         self.alarm.acknowledge()?;
         let (ruleset, all) = self.wanted(plans);
         let counts = Counts::of(&all);

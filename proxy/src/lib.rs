@@ -3,6 +3,7 @@
 //! [`model`] turns Services and EndpointSlices into plans, [`diff`] finds what changed, a
 //! [`backend`] puts it in force; [`run`] connects them to an API server.
 
+mod addresses;
 pub mod backend;
 pub mod cleanup;
 mod clock;

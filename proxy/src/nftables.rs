@@ -351,9 +351,7 @@ impl Nftables {
 impl Backend for Nftables {
     fn adopt(&mut self, plans: &Plans) -> Result<Applied, BackendError> {
         const ATTEMPTS: u32 = 5;
-        if self.setup.config.localhost_node_ports {
-            crate::localhost::open(&self.netns);
-        }
+        crate::localhost::arrange(&self.netns, self.setup.config.localhost_node_ports);
         self.suspicious = false;
         for attempt in 1.. {
             self.isolating = attempt == ATTEMPTS;

@@ -17,6 +17,7 @@ rows![
     a_node_that_changes_its_mode_loses_nothing,
     what_kube_proxy_left_goes_and_nothing_else,
     the_variant_of_iptables_is_the_one_that_the_node_uses,
+    a_kernel_setting_is_given_back,
 ];
 
 /// A connection that stays.
@@ -246,6 +247,39 @@ fn what_kube_proxy_left_goes_and_nothing_else(mode: Mode) {
     node.namespace.run(|| cleanup::everything().unwrap());
     node.namespace.run(|| cleanup::everything().unwrap());
     assert!(!saved(&node, "iptables").contains("KEELSON-"));
+}
+
+/// `route_localnet`, which node ports on 127.0.0.1 need: as before when nothing needs it, and only if it was us.
+fn a_kernel_setting_is_given_back(mode: Mode) {
+    const SETTING: &str = "net/ipv4/conf/all/route_localnet";
+    let with = |ports| BackendConfig { localhost_node_ports: ports, ..BackendConfig::default() };
+    let read = |node: &Node| node.namespace.run(|| keelson_netlink::sysctl::read(SETTING).unwrap());
+    let reconfigure = |node: &mut Node, ports| {
+        assert!(node.backend.as_mut().unwrap().configure(with(ports)));
+        node.adopt();
+    };
+    let mut node = Node::with(mode, with(false));
+    assert_eq!(read(&node), "0");
+    reconfigure(&mut node, true);
+    assert_ne!(read(&node), "0");
+    reconfigure(&mut node, false);
+    assert_eq!(read(&node), "0");
+    reconfigure(&mut node, true);
+    // Another mode needs it, too: the change from one to the other does not touch it.
+    node.namespace.run(|| switch::leave_others(mode));
+    assert_ne!(read(&node), "0");
+    // By another process than the one that switched it on.
+    node.backend = None;
+    node.namespace.run(|| cleanup::everything().unwrap());
+    assert_eq!(read(&node), "0");
+    // Somebody else's.
+    node.namespace.set("ipv4/conf/all/route_localnet", "1");
+    node.backend = Some(node.namespace.run(|| mode.open(with(true)).unwrap()));
+    node.adopt();
+    reconfigure(&mut node, false);
+    assert_eq!(read(&node), "1");
+    node.namespace.run(|| cleanup::everything().unwrap());
+    assert_eq!(read(&node), "1");
 }
 
 fn the_variant_of_iptables_is_the_one_that_the_node_uses(mode: Mode) {

@@ -3,6 +3,7 @@
 use std::io::ErrorKind;
 
 use keelson_proxy::explain::{Question, explain};
+use keelson_proxy::{NodePortAddresses, ProxyConfig};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
@@ -13,6 +14,7 @@ use crate::world::*;
 rows![
     services_of_an_api_server_answer_and_follow_its_events,
     load_balancers_learn_whether_endpoints_are_here,
+    health_checks_are_answered_where_node_ports_are,
     the_node_object_and_service_ranges_are_followed,
     what_is_wrong_with_an_object_is_told_in_an_event,
     what_happened_in_a_gap_of_the_watch_is_not_lost,
@@ -111,6 +113,45 @@ fn load_balancers_learn_whether_endpoints_are_here(mode: Mode) {
         });
         world.tell("services", "MODIFIED", service("web", spec("10.96.0.1", 30080)));
         eventually("the port is closed", || ask().is_empty().then_some(()));
+    });
+}
+
+/// Rows 18 and 31.
+fn health_checks_are_answered_where_node_ports_are(mode: Mode) {
+    let node = bare(mode);
+    let second = "203.0.113.3";
+    node.namespace.address("eth0", &format!("{second}/24"));
+    let balanced = json!({
+        "type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": 32000,
+    });
+    let lists = json!({
+        "services": [service("web", with(spec("10.96.0.1", 30080), balanced))],
+        "endpointslices": [endpoint("web", "10.66.0.2")],
+        "nodes": [node_object()],
+    });
+    let answers = |at: &str| {
+        node.outside.try_get(&format!("{at}:32000"), "/").is_ok_and(|text| text.contains("200 OK"))
+    };
+    let folder = tempfile::tempdir().unwrap();
+    with_proxy(&node, lists.clone(), folder.path(), |world| {
+        eventually("the node's address answers", || answers(NODE4).then_some(()));
+        assert!(!answers(second));
+        // The Node object tells another address.
+        let mut moved = node_object();
+        moved["status"]["addresses"][0]["address"] = json!(second);
+        world.tell("nodes", "MODIFIED", moved);
+        eventually("the new address answers", || answers(second).then_some(()));
+        eventually("the old one does not", || (!answers(NODE4)).then_some(()));
+    });
+    let ranges = NodePortAddresses::Ranges(vec!["203.0.113.0/28".parse().unwrap()]);
+    let configure = |config| ProxyConfig { node_port_addresses: ranges, ..config };
+    with_configured_proxy(&node, lists, folder.path(), configure, |_| {
+        eventually("both answer", || (answers(NODE4) && answers(second)).then_some(()));
+        assert!(node.namespace.try_get("127.0.0.1:32000", "/").is_err());
+        let late = "203.0.113.4";
+        assert!(!answers(late));
+        node.namespace.address("eth0", &format!("{late}/24"));
+        eventually("an address that comes later answers", || answers(late).then_some(()));
     });
 }
 
