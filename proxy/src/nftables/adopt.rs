@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
-use keelson_netlink::nft::{Batch, ElementFound, NftError, SetFound};
+use keelson_netlink::nft::{Batch, ChainFound, ElementFound, NftError, SetFound};
 
 use super::item::{
     Item, Key, Pool, Pools, guard_item, hairpin_item, items_of, pool_items, wanted_pool,
@@ -282,10 +282,17 @@ impl Nftables {
         let mut found: HashMap<String, Vec<Option<Vec<u8>>>> = HashMap::new();
         if usable {
             for chain in self.nft.chains(table).map_err(NftablesError::Observe)? {
-                found.insert(chain.name, Vec::new());
+                if is_misplaced(&chain) {
+                    // No kernel moves a chain; the maps, and who sticks to what, stay.
+                    batch.delete_chain(table, &chain.name);
+                } else {
+                    found.insert(chain.name, Vec::new());
+                }
             }
             for rule in self.nft.rules(table).map_err(NftablesError::Observe)? {
-                found.entry(rule.chain).or_default().push(rule.stamp);
+                if let Some(rules) = found.get_mut(&rule.chain) {
+                    rules.push(rule.stamp);
+                }
             }
         }
         let mut chains: HashSet<Chain> =
@@ -335,6 +342,13 @@ impl Nftables {
         }
         Ok(operations)
     }
+}
+
+/// A base chain of another version, or a stranger's, that has its name right and its place in the packet path
+/// wrong.
+fn is_misplaced(found: &ChainFound) -> bool {
+    let base = Chain::parse(&found.name).and_then(Chain::base);
+    base.is_some_and(|base| found.hook != Some((base.hook as u32, base.priority)))
 }
 
 fn sorted(plans: &Plans) -> Vec<(&ServiceKey, &Arc<ServicePlan>)> {

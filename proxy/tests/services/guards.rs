@@ -14,6 +14,7 @@ rows![
     a_segment_that_cannot_be_translated_back_does_not_reach_the_client,
     pods_are_told_by_the_name_of_their_interface,
     pods_are_told_by_their_bridge,
+    masquerading_takes_any_free_port,
 ];
 
 /// Row 37.
@@ -152,4 +153,23 @@ fn pods_are_told_by_the_name_of_their_interface(mode: Mode) {
 fn pods_are_told_by_their_bridge(mode: Mode) {
     // To the packet filter, a bridge is an interface like any other.
     check_detection(mode, PodSources::Bridge("pod10".to_owned()));
+}
+
+/// Row 41, case 50: a port that follows from the client's makes two clients want the same one at the same time.
+fn masquerading_takes_any_free_port(mode: Mode) {
+    let mut node = Node::new(mode);
+    let server = node.pod("server", 2);
+    let listener = server.namespace.run(|| TcpListener::bind("0.0.0.0:8080").unwrap());
+    node.service("web", node_port(cluster_ip(1, "TCP", 80), 30080));
+    node.ready("web", "TCP", 8080, &[2]);
+    node.apply();
+    let ports: Vec<(u16, u16)> = (0..3)
+        .map(|_| {
+            let stream = node.outside.run(|| TcpStream::connect((NODE4, 30080)).unwrap());
+            let (_, seen) = listener.accept().unwrap();
+            (stream.local_addr().unwrap().port(), seen.port())
+        })
+        .collect();
+    // By chance one may stay as it was, not all of them.
+    assert!(ports.iter().any(|(own, seen)| own != seen), "{ports:?}");
 }

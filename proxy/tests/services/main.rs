@@ -13,6 +13,7 @@ mod flows;
 mod guards;
 mod harness;
 mod ipvs;
+mod lasting;
 mod metrics;
 mod oracle;
 mod policies;
@@ -39,6 +40,7 @@ fn rows() -> Vec<Row> {
         ipvs::ROWS,
         whole::ROWS,
         metrics::ROWS,
+        lasting::ROWS,
         switching::ROWS,
         scale::ROWS,
         sequences::ROWS,
