@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, reason = "tests")]
 
 mod behaviour;
+mod clock;
 mod corners;
 mod crash;
 mod flows;
@@ -40,6 +41,7 @@ fn rows() -> Vec<Row> {
         ipvs::ROWS,
         whole::ROWS,
         metrics::ROWS,
+        clock::ROWS,
         lasting::ROWS,
         switching::ROWS,
         scale::ROWS,
