@@ -41,6 +41,14 @@ impl Address {
         if self.is_v4() { Address::ANY4 } else { Address::ANY6 }
     }
 
+    /// Equality without a call to `memcmp`, which BPF programs do not have.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is(&self, other: &Self) -> bool {
+        let (a, b) = (&self.words_be, &other.words_be);
+        a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3]
+    }
+
     /// 127.0.0.0/8 or `::1`.
     #[inline(always)]
     #[must_use]

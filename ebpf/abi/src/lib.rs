@@ -7,11 +7,15 @@
 
 mod address;
 mod counters;
+mod drops;
+mod flow;
 mod service;
 mod settings;
 
 pub use address::Address;
 pub use counters::Counters;
+pub use drops::*;
+pub use flow::*;
 pub use service::{
     Affinity, AffinityKey, ENDPOINT_HERE, Endpoint, FRONTEND_HAS_SOURCES, Frontend, FrontendKey,
     MASQUERADE_ALWAYS, MASQUERADE_NEVER, MASQUERADE_UNLESS_POD, MEMBER_DRAINING, MEMBER_SERVING,

@@ -2,3 +2,6 @@
 
 /// Socket load balancing: programs for a cgroup.
 pub static SOCKET: &[u8] = aya::include_bytes_aligned!("../socket.bpf.o");
+
+/// Load balancing of packets: `ingress` and `egress` for tc on each interface of the node.
+pub static PACKET: &[u8] = aya::include_bytes_aligned!("../packet.bpf.o");

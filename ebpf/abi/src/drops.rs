@@ -1,0 +1,22 @@
+//! Why packets are dropped: indices of `drops`.
+
+/// Nobody has that address of a Service range.
+pub const DROP_NO_SUCH_ADDRESS: u32 = 0;
+/// loadBalancerSourceRanges keep the client out.
+pub const DROP_SOURCE: u32 = 1;
+/// The traffic policy is Local and no endpoint is here.
+pub const DROP_POLICY: u32 = 2;
+/// The interface has no address to masquerade with.
+pub const DROP_NO_ADDRESS: u32 = 3;
+/// All ports to masquerade with are taken, or all that a client's port could be replaced with.
+pub const DROP_NO_PORT: u32 = 4;
+/// The kernel refused to change or to remember something.
+pub const DROP_FAILED: u32 = 5;
+/// A later piece of a packet whose first one did not come by.
+pub const DROP_FRAGMENT: u32 = 6;
+/// The node has no route to the endpoint.
+pub const DROP_NO_ROUTE: u32 = 7;
+/// The pool has no endpoint (user space is changing it), or a refusal could not be sent.
+pub const DROP_REFUSED: u32 = 8;
+/// How many there are.
+pub const DROP_REASONS: usize = 9;

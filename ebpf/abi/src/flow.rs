@@ -1,0 +1,262 @@
+//! Connections that packets are translated for.
+//!
+//! Translations come in pairs, one for each direction of a connection, in different maps: `flows_in` for
+//! what arrives at the node, `flows_out` for what leaves it. One leads to the other: the reversed result
+//! of a translation is the key of the opposite one.
+//!
+//! ```text
+//! client C to the Service V, endpoint E
+//!   arrives  C ► V   TO_ENDPOINT     C ► E           leaves   E ► C   FROM_ENDPOINT   V ► C
+//! masqueraded with the node's address N also
+//!   leaves   C ► E   MASQUERADE      N ► E           arrives  E ► N   UNMASQUERADE    E ► C
+//! ```
+//!
+//! Packets that the node itself makes are translated to the endpoint when they leave, and the answers when
+//! they arrive.
+
+use crate::{Address, layout};
+
+/// What a packet of a connection carries, as it is met where the key's map is asked.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Tuple {
+    pub source: Address,
+    pub destination: Address,
+    pub source_port_be: u16,
+    pub destination_port_be: u16,
+    /// IP protocol number.
+    pub protocol: u8,
+    pub zero: [u8; 3],
+}
+
+impl Tuple {
+    /// Equality without a call to `memcmp`, which BPF programs do not have.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is(&self, other: &Self) -> bool {
+        self.source.is(&other.source)
+            && self.destination.is(&other.destination)
+            && self.source_port_be == other.source_port_be
+            && self.destination_port_be == other.destination_port_be
+            && self.protocol == other.protocol
+    }
+
+    /// What an answer carries.
+    #[inline(always)]
+    #[must_use]
+    pub fn reversed(&self) -> Self {
+        Tuple {
+            source: self.destination,
+            destination: self.source,
+            source_port_be: self.destination_port_be,
+            destination_port_be: self.source_port_be,
+            ..*self
+        }
+    }
+}
+
+/// A translation, and what is known of its connection.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Flow {
+    /// What the packet carries afterwards.
+    pub to: Tuple,
+    /// By the monotonic clock, with a second's precision.
+    pub last_seen_ns: u64,
+    pub pool: u32,
+    /// The frontend's number.
+    pub frontend: u32,
+    /// `FLOW_*`.
+    pub role: u8,
+    /// `STATE_*`.
+    pub state: u8,
+    pub zero: u16,
+    /// Where packets that the node makes are sent out instead; 0: they go on.
+    pub interface: u32,
+}
+
+/// From the client: the destination becomes the endpoint.
+pub const FLOW_TO_ENDPOINT: u8 = 1;
+/// From the endpoint: the source becomes the Service's address.
+pub const FLOW_FROM_ENDPOINT: u8 = 2;
+/// From the client: the source becomes the node's address.
+pub const FLOW_MASQUERADE: u8 = 3;
+/// From the endpoint: the destination becomes the client's address.
+pub const FLOW_UNMASQUERADE: u8 = 4;
+/// As [`FLOW_MASQUERADE`], but address and port are chosen when the first packet leaves.
+pub const FLOW_MASQUERADE_SOON: u8 = 5;
+
+/// The endpoint has answered.
+pub const STATE_ANSWERED: u8 = 1;
+/// The client will send nothing more.
+pub const STATE_CLIENT_DONE: u8 = 2;
+/// The endpoint will send nothing more.
+pub const STATE_ENDPOINT_DONE: u8 = 4;
+/// One of them has broken it off.
+pub const STATE_RESET: u8 = 8;
+
+/// A packet that may be the first of a connection.
+pub const SIGN_START: u8 = 1;
+/// The sender sends nothing more.
+pub const SIGN_DONE: u8 = 2;
+/// The sender breaks off.
+pub const SIGN_RESET: u8 = 4;
+/// The answer to the first packet of a connection.
+pub const SIGN_ACCEPT: u8 = 8;
+
+pub const PROTOCOL_ICMP: u8 = 1;
+pub const PROTOCOL_TCP: u8 = 6;
+pub const PROTOCOL_UDP: u8 = 17;
+pub const PROTOCOL_ICMP6: u8 = 58;
+pub const PROTOCOL_SCTP: u8 = 132;
+
+const NS_PER_SEC: u64 = 1_000_000_000;
+/// How often it is noted that a connection lives.
+const NOTED_EVERY_NS: u64 = NS_PER_SEC;
+/// After the last packet of a connection that nobody answered. Connection tracking's for a SYN is 120 s, but
+/// then nobody tries any more for a minute.
+const OPENING_SECS: u64 = 60;
+/// One side is done. Linux keeps such a socket (FIN_WAIT2) for 60 s.
+const CLOSING_SECS: u64 = 60;
+/// As kube-proxy has it for connection tracking.
+const ESTABLISHED_SECS: u64 = 86_400;
+/// As connection tracking has it.
+const UDP_OPENING_SECS: u64 = 30;
+const UDP_SECS: u64 = 120;
+
+/// What TCP flags (the byte with FIN as its lowest bit) tell.
+#[inline(always)]
+#[must_use]
+pub const fn tcp_signs(flags: u8) -> u8 {
+    const FIN: u8 = 1;
+    const SYN: u8 = 2;
+    const RST: u8 = 4;
+    const ACK: u8 = 16;
+    const SYN_ACK: u8 = SYN | ACK;
+    let mut signs = match flags & (SYN | ACK | RST | FIN) {
+        SYN => SIGN_START,
+        SYN_ACK => SIGN_ACCEPT,
+        _ => 0,
+    };
+    if flags & FIN != 0 {
+        signs |= SIGN_DONE;
+    }
+    if flags & RST != 0 {
+        signs |= SIGN_RESET;
+    }
+    signs
+}
+
+/// What the first chunk of an SCTP packet tells.
+#[inline(always)]
+#[must_use]
+pub const fn sctp_signs(chunk: u8) -> u8 {
+    const INIT: u8 = 1;
+    const INIT_ACK: u8 = 2;
+    const ABORT: u8 = 6;
+    const SHUTDOWN: u8 = 7;
+    const SHUTDOWN_COMPLETE: u8 = 14;
+    match chunk {
+        INIT => SIGN_START,
+        INIT_ACK => SIGN_ACCEPT,
+        SHUTDOWN => SIGN_DONE,
+        ABORT | SHUTDOWN_COMPLETE => SIGN_RESET,
+        _ => 0,
+    }
+}
+
+impl Flow {
+    /// Whether the packets are the client's.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_from_client(&self) -> bool {
+        self.role & 1 == 1
+    }
+
+    /// The translation of the other direction, which is found at `to.reversed()`.
+    #[inline(always)]
+    #[must_use]
+    pub fn opposite(&self, key: &Tuple) -> Self {
+        let role = match self.role {
+            FLOW_TO_ENDPOINT => FLOW_FROM_ENDPOINT,
+            FLOW_FROM_ENDPOINT => FLOW_TO_ENDPOINT,
+            FLOW_UNMASQUERADE => FLOW_MASQUERADE,
+            _ => FLOW_UNMASQUERADE,
+        };
+        Flow { to: key.reversed(), role, ..*self }
+    }
+
+    /// The state after another packet.
+    #[inline(always)]
+    #[must_use]
+    pub const fn state_after(&self, signs: u8) -> u8 {
+        let mut state = self.state;
+        let done = if self.is_from_client() {
+            STATE_CLIENT_DONE
+        } else {
+            state |= STATE_ANSWERED;
+            STATE_ENDPOINT_DONE
+        };
+        if signs & SIGN_DONE != 0 {
+            state |= done;
+        }
+        if signs & SIGN_RESET != 0 {
+            state |= STATE_RESET;
+        }
+        state
+    }
+
+    /// Whether a packet, after which the state is `state`, must be noted.
+    #[inline(always)]
+    #[must_use]
+    pub const fn must_note(&self, state: u8, now_ns: u64) -> bool {
+        state != self.state || now_ns.saturating_sub(self.last_seen_ns) >= NOTED_EVERY_NS
+    }
+
+    /// Whether its ports may be used for another connection, and another packet with [`SIGN_START`] begins
+    /// a new one. Packets without it are still translated, for as long as there is room for the flow.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_over(&self, now_ns: u64) -> bool {
+        const BOTH: u8 = STATE_CLIENT_DONE | STATE_ENDPOINT_DONE;
+        if self.state & STATE_RESET != 0 || self.state & BOTH == BOTH {
+            return true;
+        }
+        let answered = self.state & STATE_ANSWERED != 0;
+        let secs = if self.to.protocol == PROTOCOL_UDP {
+            if answered { UDP_SECS } else { UDP_OPENING_SECS }
+        } else if self.state & BOTH != 0 {
+            CLOSING_SECS
+        } else if answered {
+            ESTABLISHED_SECS
+        } else {
+            OPENING_SECS
+        };
+        now_ns.saturating_sub(self.last_seen_ns) >= secs * NS_PER_SEC
+    }
+}
+
+/// The ports of a packet that came in pieces: only the first piece carries them.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FragmentKey {
+    pub source: Address,
+    pub destination: Address,
+    pub id: u32,
+    pub protocol: u8,
+    pub zero: [u8; 3],
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FragmentPorts {
+    pub source_port_be: u16,
+    pub destination_port_be: u16,
+}
+
+layout! {
+    Tuple: 40,
+    Flow: 64,
+    FragmentKey: 40,
+    FragmentPorts: 4,
+}

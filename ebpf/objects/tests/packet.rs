@@ -1,0 +1,11 @@
+//! The packet programs in the kernel, with packets made by hand (`BPF_PROG_TEST_RUN`). Needs root.
+#![allow(clippy::unwrap_used, reason = "a test ends where something that it needs does not hold")]
+
+#[path = "packet/bytes.rs"]
+mod bytes;
+#[path = "packet/kernel.rs"]
+mod kernel;
+#[path = "packet/masquerade.rs"]
+mod masquerade;
+#[path = "packet/translation.rs"]
+mod translation;

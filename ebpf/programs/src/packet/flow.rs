@@ -1,0 +1,78 @@
+//! Translations in the maps: found, kept alive, claimed.
+
+use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
+use aya_ebpf::helpers::bpf_ktime_get_ns;
+use keelson_ebpf_abi::{FLOW_MASQUERADE_SOON, Flow, SIGN_ACCEPT, SIGN_START, Tuple};
+
+use crate::maps::{Flows, Scratch};
+
+#[inline(always)]
+pub fn now() -> u64 {
+    // SAFETY: the helper has no preconditions.
+    unsafe { bpf_ktime_get_ns() }
+}
+
+/// The translation of the packet at hand.
+#[inline(always)]
+pub fn find(flows: &'static Flows, key: &Tuple) -> Option<&'static mut Flow> {
+    let flow = flows.get_ptr_mut(key)?;
+    // SAFETY: elements may be written by other CPUs at the same time, and be evicted and used again. The
+    // fields that such a race can mix are those of one connection, or it hits a connection that is evicted.
+    Some(unsafe { &mut *flow })
+}
+
+/// Whether the packet begins another connection than the one that the flow is of.
+#[inline(always)]
+pub fn begins_another(flow: &Flow, signs: u8, now_ns: u64) -> bool {
+    signs & (SIGN_START | SIGN_ACCEPT) != 0 && flow.is_over(now_ns)
+}
+
+/// Notes that the packet at hand came by, in both translations of the pair. So neither is evicted as long
+/// as the other is used, and one that was is there again.
+#[inline(always)]
+pub fn note(flow: &mut Flow, scratch: &mut Scratch, now_ns: u64, theirs: &'static Flows) {
+    let state = flow.state_after(scratch.packet.signs);
+    if !flow.must_note(state, now_ns) {
+        return;
+    }
+    flow.state = state;
+    flow.last_seen_ns = now_ns;
+    if flow.role == FLOW_MASQUERADE_SOON {
+        return;
+    }
+    scratch.flow = flow.opposite(&scratch.packet.tuple);
+    scratch.opposite = scratch.to.reversed();
+    match find(theirs, &scratch.opposite) {
+        Some(opposite) if opposite.to.is(&scratch.flow.to) => {
+            opposite.state |= state;
+            opposite.last_seen_ns = now_ns;
+        }
+        // Of another connection by now.
+        Some(_) => {}
+        None => {
+            // Another CPU may have been faster; without room it is tried again in a second.
+            let _ = theirs.insert(&scratch.opposite, &scratch.flow, u64::from(BPF_NOEXIST));
+        }
+    }
+}
+
+/// Enters `scratch.flow` at `scratch.opposite`, unless another connection that is not over has that.
+#[inline(always)]
+pub fn claim(flows: &'static Flows, scratch: &Scratch, now_ns: u64) -> bool {
+    let Scratch { opposite, flow, .. } = scratch;
+    if flows.insert(opposite, flow, u64::from(BPF_NOEXIST)).is_ok() {
+        return true;
+    }
+    match find(flows, opposite) {
+        Some(other) if other.to.is(&flow.to) || other.is_over(now_ns) => {
+            enter(flows, opposite, flow)
+        }
+        _ => false,
+    }
+}
+
+/// Enters a flow whatever is there.
+#[inline(always)]
+pub fn enter(flows: &'static Flows, key: &Tuple, flow: &Flow) -> bool {
+    flows.insert(key, flow, u64::from(BPF_ANY)).is_ok()
+}

@@ -1,0 +1,42 @@
+//! Maps that only packets need.
+
+use aya_ebpf::btf_maps::{LruHashMap, PerCpuArray};
+use aya_ebpf::macros::btf_map;
+use keelson_ebpf_abi::{DROP_REASONS, Flow, Tuple};
+
+use crate::parse::Packet;
+
+pub type Flows = LruHashMap<Tuple, Flow, 131_072>;
+
+/// Translations of what arrives.
+#[btf_map(name = "flows_in")]
+pub static FLOWS_IN: Flows = Flows::new();
+
+/// Translations of what leaves.
+#[btf_map(name = "flows_out")]
+pub static FLOWS_OUT: Flows = Flows::new();
+
+#[btf_map(name = "drops")]
+pub static DROPS: PerCpuArray<u64, DROP_REASONS> = PerCpuArray::new();
+
+/// What is too large for the stack. No program is interrupted by another one here.
+#[repr(C)]
+pub struct Scratch {
+    pub packet: Packet,
+    /// What the packet shall carry.
+    pub to: Tuple,
+    /// Key of the opposite translation.
+    pub opposite: Tuple,
+    pub flow: Flow,
+}
+
+#[btf_map(name = "packet_scratch")]
+static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
+
+/// This CPU's room for the packet at hand.
+#[inline(always)]
+pub fn scratch() -> Option<&'static mut Scratch> {
+    let scratch = SCRATCH.get_ptr_mut(0)?;
+    // SAFETY: each program asks once, and none is interrupted by another one on its CPU.
+    Some(unsafe { &mut *scratch })
+}

@@ -1,0 +1,151 @@
+//! The first packet of a connection: where it goes, and what is remembered of that.
+
+use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::btf_maps::lpm_trie::Key;
+use keelson_ebpf::maps::{INTERFACES, POD_RANGES, SETTINGS};
+use keelson_ebpf::{counters, endpoint, frontend};
+use keelson_ebpf_abi::{
+    Address, DROP_FAILED, DROP_NO_PORT, DROP_NO_SUCH_ADDRESS, DROP_POLICY, DROP_SOURCE,
+    ENDPOINT_HERE, Endpoint, FLOW_FROM_ENDPOINT, FLOW_MASQUERADE_SOON, FLOW_TO_ENDPOINT,
+    FRONTEND_HAS_SOURCES, Flow, Frontend, INTERFACE_PODS, MASQUERADE_ALWAYS, MASQUERADE_UNLESS_POD,
+    RangeKey, SETTING_KNOWS_PODS, SETTING_PODS_BY_INTERFACE, SIGN_START, Tuple, VERDICT_DROP,
+    VERDICT_FORWARD,
+};
+
+use crate::flow;
+use crate::maps::{FLOWS_IN, FLOWS_OUT, Scratch};
+use crate::masquerade::random_port;
+
+/// What is to be done with a packet that belongs to no known connection: one of the constants, or a reason
+/// to drop it.
+#[must_use]
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Opened(pub u32);
+
+impl Opened {
+    /// No business of Services.
+    pub const PASS: Opened = Opened(0x100);
+    /// It shall carry `scratch.to`.
+    pub const TRANSLATE: Opened = Opened(0x101);
+    /// The sender is told that nobody is there.
+    pub const REFUSE: Opened = Opened(0x102);
+}
+
+const ATTEMPTS: u32 = 16;
+
+/// Decides on a packet that arrives.
+#[inline(never)]
+pub fn arriving(skb: *mut __sk_buff, scratch: &mut Scratch, now: u64) -> Opened {
+    let tuple = &scratch.packet.tuple;
+    let found = match frontend::find(&tuple.destination, tuple.destination_port_be, tuple.protocol)
+    {
+        frontend::Found::Frontend(found) => found,
+        frontend::Found::NoSuchPort => return Opened::REFUSE,
+        frontend::Found::Nothing if frontend::is_in_service_range(&tuple.destination) => {
+            return Opened(DROP_NO_SUCH_ADDRESS);
+        }
+        frontend::Found::Nothing => return Opened::PASS,
+    };
+    if scratch.packet.signs & SIGN_START == 0 {
+        return Opened::REFUSE;
+    }
+    let is_pod = is_pod(skb, &tuple.source);
+    let opened = follow(scratch, found, is_pod, now);
+    counters::count(found.number, |counters| {
+        if opened == Opened::TRANSLATE {
+            counters.connections += 1;
+        } else {
+            counters.refused += 1;
+        }
+    });
+    opened
+}
+
+/// Whether a source is a pod, as far as the settings allow to tell.
+#[inline(always)]
+fn is_pod(skb: *mut __sk_buff, source: &Address) -> bool {
+    let Some(settings) = SETTINGS.get(0) else { return false };
+    if settings.flags & SETTING_KNOWS_PODS == 0 {
+        return false;
+    }
+    if settings.flags & SETTING_PODS_BY_INTERFACE == 0 {
+        return POD_RANGES.get(&Key::new(128, RangeKey { address: *source })).is_some();
+    }
+    // SAFETY: a field of the context; the map is not preallocated.
+    let interface = unsafe { INTERFACES.get((*skb).ifindex) };
+    interface.is_some_and(|interface| interface.flags & INTERFACE_PODS != 0)
+}
+
+#[inline(always)]
+fn follow(scratch: &mut Scratch, found: &Frontend, is_pod: bool, now: u64) -> Opened {
+    let client = scratch.packet.tuple.source;
+    if found.flags & FRONTEND_HAS_SOURCES != 0 && !frontend::lets_in(found.number, &client) {
+        return Opened(DROP_SOURCE);
+    }
+    let route = if is_pod { &found.inside } else { &found.outside };
+    match route.verdict {
+        VERDICT_FORWARD => {}
+        VERDICT_DROP => return Opened(DROP_POLICY),
+        _ => return Opened::REFUSE,
+    }
+    let Some(endpoint) = endpoint::choose(route.pool, &client) else { return Opened::REFUSE };
+    let meets_itself = endpoint.flags & ENDPOINT_HERE != 0 && endpoint.address.is(&client);
+    let hides = match route.masquerade {
+        MASQUERADE_ALWAYS => true,
+        MASQUERADE_UNLESS_POD => !is_pod,
+        _ => false,
+    };
+    scratch.flow = Flow {
+        to: Tuple::default(),
+        last_seen_ns: now,
+        pool: route.pool,
+        frontend: found.number,
+        role: FLOW_FROM_ENDPOINT,
+        state: 0,
+        zero: 0,
+        interface: 0,
+    };
+    connect(scratch, &endpoint, hides || meets_itself, now)
+}
+
+/// Enters the translations of a connection to `endpoint`.
+#[inline(always)]
+fn connect(scratch: &mut Scratch, endpoint: &Endpoint, hides: bool, now: u64) -> Opened {
+    scratch.to = scratch.packet.tuple;
+    scratch.to.destination = endpoint.address;
+    scratch.to.destination_port_be = endpoint.port_be;
+    scratch.flow.to = scratch.packet.tuple.reversed();
+    if !claim_answers(scratch, now) {
+        return Opened(DROP_NO_PORT);
+    }
+    if hides {
+        scratch.flow.role = FLOW_MASQUERADE_SOON;
+        scratch.flow.to = scratch.to;
+        if !flow::enter(&FLOWS_OUT, &scratch.to, &scratch.flow) {
+            return Opened(DROP_FAILED);
+        }
+    }
+    scratch.flow.role = FLOW_TO_ENDPOINT;
+    scratch.flow.to = scratch.to;
+    if flow::enter(&FLOWS_IN, &scratch.packet.tuple, &scratch.flow) {
+        Opened::TRANSLATE
+    } else {
+        Opened(DROP_FAILED)
+    }
+}
+
+/// Enters the translation of the answers. The endpoint may know the client's port already, by a connection
+/// through another address of the Service: then this connection gets another port.
+#[inline(always)]
+fn claim_answers(scratch: &mut Scratch, now: u64) -> bool {
+    for attempt in 0..ATTEMPTS {
+        if attempt > 0 {
+            scratch.to.source_port_be = random_port().to_be();
+        }
+        scratch.opposite = scratch.to.reversed();
+        if flow::claim(&FLOWS_OUT, scratch, now) {
+            return true;
+        }
+    }
+    false
+}

@@ -1,0 +1,139 @@
+//! Writes other addresses and ports into a packet.
+//!
+//! Checksums are corrected by the difference, so one that was wrong stays wrong, and one that hardware shall
+//! complete is still completed.
+
+use aya_ebpf::bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM};
+use aya_ebpf::helpers::{
+    bpf_csum_diff, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_skb_store_bytes,
+};
+use keelson_ebpf::maps::INTERFACES;
+use keelson_ebpf_abi::{Address, INTERFACE_NO_LINK_HEADER, PROTOCOL_TCP, PROTOCOL_UDP, Tuple};
+
+use crate::parse::Packet;
+
+const ETHERNET: u32 = 14;
+const IPV4_CHECKSUM: u32 = 10;
+const IPV4_SOURCE: u32 = 12;
+const IPV6_SOURCE: u32 = 8;
+const TCP_CHECKSUM: u32 = 16;
+const UDP_CHECKSUM: u32 = 6;
+
+/// A step that the kernel refused, maybe after others that it did not.
+pub struct Refused;
+
+/// Where the IP header is.
+#[inline(always)]
+pub fn network_offset(skb: *mut __sk_buff) -> u32 {
+    // SAFETY: a field of the context; the map is not preallocated.
+    match unsafe { INTERFACES.get((*skb).ifindex) } {
+        Some(interface) if interface.flags & INTERFACE_NO_LINK_HEADER != 0 => 0,
+        _ => ETHERNET,
+    }
+}
+
+/// Makes `packet` carry `to`. `network` is where its IP header is.
+#[inline(always)]
+pub fn rewrite(
+    skb: *mut __sk_buff,
+    network: u32,
+    packet: &Packet,
+    to: &Tuple,
+) -> Result<(), Refused> {
+    let from = &packet.tuple;
+    let transport = network + packet.transport;
+    let checksum = checksum_offset(packet);
+    if from.source != to.source || from.destination != to.destination {
+        // The parts that IPv4 addresses lack here are the same on both sides.
+        let diff = difference(&from.source, &to.source, &from.destination, &to.destination);
+        if let Some(at) = checksum {
+            replace_transport(
+                skb,
+                transport + at,
+                0,
+                diff,
+                flags(from.protocol) | BPF_F_PSEUDO_HDR,
+            )?;
+        }
+        if packet.is_v4 {
+            // SAFETY: the helper checks the offset.
+            done(unsafe { bpf_l3_csum_replace(skb, network + IPV4_CHECKSUM, 0, diff, 0) })?;
+            let addresses = [to.source.words_be[3], to.destination.words_be[3]];
+            store(skb, network + IPV4_SOURCE, &addresses, 0)?;
+        } else {
+            let addresses = [to.source, to.destination];
+            // No checksum of IPv6 makes up for them in a sum that the interface made of the whole packet.
+            store(skb, network + IPV6_SOURCE, &addresses, BPF_F_RECOMPUTE_CSUM)?;
+        }
+    }
+    let ports = [to.source_port_be, to.destination_port_be];
+    let had = [from.source_port_be, from.destination_port_be];
+    if packet.has_ports && ports != had {
+        if let Some(at) = checksum {
+            let word = |[a, b]: [u16; 2]| u64::from(a) | u64::from(b) << 16;
+            replace_transport(
+                skb,
+                transport + at,
+                word(had),
+                word(ports),
+                flags(from.protocol) | 4,
+            )?;
+        }
+        store(skb, transport, &ports, 0)?;
+    }
+    Ok(())
+}
+
+/// Where the transport's checksum is, if there is one that these changes concern.
+#[inline(always)]
+fn checksum_offset(packet: &Packet) -> Option<u32> {
+    if !packet.has_ports {
+        return None;
+    }
+    match packet.tuple.protocol {
+        PROTOCOL_TCP => Some(TCP_CHECKSUM),
+        PROTOCOL_UDP => Some(UDP_CHECKSUM),
+        _ => None,
+    }
+}
+
+#[inline(always)]
+fn flags(protocol: u8) -> u32 {
+    // 0 says that there is none.
+    if protocol == PROTOCOL_UDP { BPF_F_MARK_MANGLED_0 } else { 0 }
+}
+
+/// By how much a checksum changes when two addresses do.
+#[inline(always)]
+fn difference(a: &Address, to_a: &Address, b: &Address, to_b: &Address) -> u64 {
+    let pointer = |address: &Address| address.words_be.as_ptr().cast_mut();
+    // SAFETY: the helper reads 16 bytes from each.
+    unsafe {
+        let diff = bpf_csum_diff(pointer(a), 16, pointer(to_a), 16, 0);
+        bpf_csum_diff(pointer(b), 16, pointer(to_b), 16, diff as u32) as u64
+    }
+}
+
+#[inline(always)]
+fn replace_transport(
+    skb: *mut __sk_buff,
+    at: u32,
+    from: u64,
+    to: u64,
+    flags: u32,
+) -> Result<(), Refused> {
+    // SAFETY: the helper checks the offset.
+    done(unsafe { bpf_l4_csum_replace(skb, at, from, to, u64::from(flags)) })
+}
+
+#[inline(always)]
+pub fn store<T>(skb: *mut __sk_buff, at: u32, value: &T, flags: u32) -> Result<(), Refused> {
+    let from = core::ptr::from_ref(value).cast();
+    // SAFETY: the helper reads as many bytes as `value` has, and checks the offset.
+    done(unsafe { bpf_skb_store_bytes(skb, at, from, size_of::<T>() as u32, flags.into()) })
+}
+
+#[inline(always)]
+fn done(result: i64) -> Result<(), Refused> {
+    if result == 0 { Ok(()) } else { Err(Refused) }
+}
