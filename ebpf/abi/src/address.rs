@@ -21,6 +21,9 @@ impl Address {
     /// `::`, which stands for "the node's own IPv6 addresses" in a key.
     pub const ANY6: Address = Address { words_be: [0; 4] };
 
+    pub const LOOPBACK4: Address = Address::v4(0x7f00_0001_u32.to_be());
+    pub const LOOPBACK6: Address = Address { words_be: [0, 0, 0, 1_u32.to_be()] };
+
     /// From an IPv4 address in network byte order.
     #[inline(always)]
     #[must_use]
@@ -47,6 +50,14 @@ impl Address {
     pub const fn is(&self, other: &Self) -> bool {
         let (a, b) = (&self.words_be, &other.words_be);
         a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3]
+    }
+
+    /// `0.0.0.0` or `::`.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_unspecified(&self) -> bool {
+        let [a, b, c, d] = self.words_be;
+        a | b | d == 0 && (c == 0 || c == MAPPED_BE)
     }
 
     /// 127.0.0.0/8 or `::1`.

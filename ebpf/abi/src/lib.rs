@@ -11,6 +11,7 @@ mod drops;
 mod flow;
 mod service;
 mod settings;
+mod socket;
 
 pub use address::Address;
 pub use counters::Counters;
@@ -23,8 +24,10 @@ pub use service::{
 };
 pub use settings::{
     ADDRESS_CLUSTER_IP, ADDRESS_NODE, ADDRESS_NODE_PORTS, INTERFACE_NO_LINK_HEADER, INTERFACE_PODS,
-    Interface, RangeKey, SETTING_KNOWS_PODS, SETTING_PODS_BY_INTERFACE, Settings,
+    Interface, RangeKey, SETTING_EXEMPTS_NAMESPACES, SETTING_KNOWS_PODS, SETTING_PODS_BY_INTERFACE,
+    Settings,
 };
+pub use socket::{CONVERSATIONS, Conversation, Conversations, Peer, client_of_namespace};
 
 /// Part of the folder's name that maps, programs and links are pinned in.
 pub const VERSION: u32 = 1;

@@ -6,7 +6,7 @@ use crate::{Address, layout};
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Settings {
-    /// Cookie of the node's own network namespace: sockets elsewhere are pods'.
+    /// Cookie of the node's own network namespace: sockets elsewhere are pods'. 0 is the machine's first one.
     pub host_cookie: u64,
     /// `SETTING_*`.
     pub flags: u32,
@@ -17,6 +17,8 @@ pub struct Settings {
 pub const SETTING_KNOWS_PODS: u32 = 1;
 /// They are told by the interface ([`INTERFACE_PODS`]), not by their address (`pod_ranges`).
 pub const SETTING_PODS_BY_INTERFACE: u32 = 2;
+/// There is something in `exempt`.
+pub const SETTING_EXEMPTS_NAMESPACES: u32 = 4;
 
 /// In `addresses`: one of the node's own.
 pub const ADDRESS_NODE: u32 = 1;

@@ -9,8 +9,6 @@ use keelson_ebpf_abi::{
 use crate::maps::{AFFINITY, MEMBERS, POOLS, SLOTS};
 
 const NS_PER_SEC: u64 = 1_000_000_000;
-/// A pool can become smaller between the two lookups; then it is looked at again.
-const ATTEMPTS: u32 = 4;
 
 /// Chooses an endpoint for a new connection of `client`: the one that it sticks to, or any.
 #[inline(always)]
@@ -52,17 +50,11 @@ pub fn membership(pool: u32, endpoint: &Endpoint) -> u32 {
 
 #[inline(always)]
 fn any_of(pool: u32, count: u32) -> Option<Endpoint> {
-    let mut count = count;
-    for _ in 0..ATTEMPTS {
-        // SAFETY: the helper has no preconditions.
-        let random = unsafe { bpf_get_prandom_u32() };
-        let slot = u32::try_from((u64::from(random) * u64::from(count)) >> 32).unwrap_or(0);
-        // SAFETY: as in `choose`.
-        if let Some(endpoint) = unsafe { SLOTS.get(SlotKey { pool, slot }) } {
-            return Some(*endpoint);
-        }
-        // SAFETY: as in `choose`.
-        count = unsafe { POOLS.get(pool) }?.count;
-    }
-    None
+    // SAFETY: the helper has no preconditions.
+    let random = unsafe { bpf_get_prandom_u32() };
+    let slot = u32::try_from((u64::from(random) * u64::from(count)) >> 32).unwrap_or(0);
+    // SAFETY: as in `choose`.
+    let at = |slot| unsafe { SLOTS.get(SlotKey { pool, slot }) };
+    // The pool can become smaller meanwhile; as long as it has any slot, it has the first.
+    at(slot).or_else(|| at(0)).copied()
 }

@@ -20,9 +20,13 @@ pub enum Found<'m> {
 /// Looks a destination up: the address itself, then, if it is the node's, node ports.
 #[inline(always)]
 pub fn find(address: &Address, port_be: u16, protocol: u8) -> Found<'static> {
+    // As a key it means node ports, which is not what somebody who sends there means.
+    if address.is_unspecified() {
+        return Found::Nothing;
+    }
     let mut key = FrontendKey { address: *address, port_be, protocol, zero: 0 };
     // SAFETY: the map is not preallocated, so an element is freed only after a grace period.
-    if let Some(frontend) = unsafe { FRONTENDS.get(key) } {
+    if let Some(frontend) = unsafe { FRONTENDS.get(&key) } {
         return Found::Frontend(frontend);
     }
     // SAFETY: as above.
@@ -35,7 +39,7 @@ pub fn find(address: &Address, port_be: u16, protocol: u8) -> Found<'static> {
     }
     key.address = address.any();
     // SAFETY: as above.
-    match unsafe { FRONTENDS.get(key) } {
+    match unsafe { FRONTENDS.get(&key) } {
         Some(frontend) => Found::Frontend(frontend),
         None => Found::Nothing,
     }

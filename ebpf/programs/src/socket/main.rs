@@ -1,26 +1,77 @@
-//! Socket load balancing.
+//! Socket load balancing: the destination is translated when a socket speaks, so no packet is ever touched.
+//!
+//! | hook | does |
+//! |---|---|
+//! | connect | chooses an endpoint once, remembers it with the socket |
+//! | sendmsg | the same for unconnected UDP, one endpoint for each Service that the socket speaks with |
+//! | recvmsg, getpeername | give the Service's address back |
 #![no_std]
 #![no_main]
 #![expect(unsafe_code, reason = "BPF helpers")]
 
-use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
-use keelson_ebpf::{endpoint, frontend};
-use keelson_ebpf_abi::Address;
+mod conversation;
+mod decision;
+mod maps;
+mod peer;
+mod reverse;
+mod sockaddr;
+mod translate;
 
-const ALLOW: i32 = 1;
+use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
+
+use sockaddr::{V4, V6};
+use translate::Outcome;
 
 #[cgroup_sock_addr(connect4)]
 pub fn connect4(ctx: SockAddrContext) -> i32 {
-    let addr = unsafe { &mut *ctx.sock_addr };
-    let address = Address::v4(addr.user_ip4);
-    let port = addr.user_port as u16;
-    if let frontend::Found::Frontend(found) = frontend::find(&address, port, addr.protocol as u8) {
-        if let Some(endpoint) = endpoint::choose(found.inside.pool, &address) {
-            addr.user_ip4 = endpoint.address.words_be[3];
-            addr.user_port = endpoint.port_be.into();
-        }
+    verdict(translate::connect::<V4>(&ctx))
+}
+
+#[cgroup_sock_addr(connect6)]
+pub fn connect6(ctx: SockAddrContext) -> i32 {
+    verdict(translate::connect::<V6>(&ctx))
+}
+
+#[cgroup_sock_addr(sendmsg4)]
+pub fn sendmsg4(ctx: SockAddrContext) -> i32 {
+    verdict(translate::send::<V4>(&ctx))
+}
+
+#[cgroup_sock_addr(sendmsg6)]
+pub fn sendmsg6(ctx: SockAddrContext) -> i32 {
+    verdict(translate::send::<V6>(&ctx))
+}
+
+#[cgroup_sock_addr(recvmsg4)]
+pub fn recvmsg4(ctx: SockAddrContext) -> i32 {
+    reverse::receive::<V4>(&ctx);
+    verdict(Outcome::GoOn)
+}
+
+#[cgroup_sock_addr(recvmsg6)]
+pub fn recvmsg6(ctx: SockAddrContext) -> i32 {
+    reverse::receive::<V6>(&ctx);
+    verdict(Outcome::GoOn)
+}
+
+#[cgroup_sock_addr(getpeername4)]
+pub fn getpeername4(ctx: SockAddrContext) -> i32 {
+    reverse::peer_name::<V4>(&ctx);
+    verdict(Outcome::GoOn)
+}
+
+#[cgroup_sock_addr(getpeername6)]
+pub fn getpeername6(ctx: SockAddrContext) -> i32 {
+    reverse::peer_name::<V6>(&ctx);
+    verdict(Outcome::GoOn)
+}
+
+#[inline(always)]
+fn verdict(outcome: Outcome) -> i32 {
+    match outcome {
+        Outcome::Fail => 0,
+        Outcome::GoOn => 1,
     }
-    ALLOW
 }
 
 #[panic_handler]

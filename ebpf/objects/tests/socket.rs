@@ -1,0 +1,16 @@
+//! The socket programs in the running kernel: real sockets in network namespaces of their own, and a
+//! cgroup that only the threads of a test are in. Needs root.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+#[path = "socket/cgroup.rs"]
+mod cgroup;
+#[path = "socket/connected.rs"]
+mod connected;
+#[path = "socket/decisions.rs"]
+mod decisions;
+#[path = "socket/families.rs"]
+mod families;
+#[path = "socket/unconnected.rs"]
+mod unconnected;
+#[path = "socket/world.rs"]
+mod world;

@@ -1,0 +1,118 @@
+//! From the Service that a socket speaks to, to an endpoint.
+
+use aya_ebpf::Global;
+use aya_ebpf::helpers::generated::bpf_set_retval;
+use aya_ebpf::programs::SockAddrContext;
+use keelson_ebpf::{counters, endpoint};
+use keelson_ebpf_abi::{Endpoint, Peer, client_of_namespace};
+
+use crate::conversation;
+use crate::decision::{Decision, decide};
+use crate::peer;
+use crate::sockaddr::{self, Family, SocketAddress, field};
+
+/// Whether `bpf_set_retval` is there for these hooks (Linux 6.1). The loader sets it; without, what would
+/// be refused here is left to the packet layer.
+#[unsafe(no_mangle)]
+static HAS_SET_RETVAL: Global<u8> = Global::new(0);
+
+const TCP: u32 = 6;
+const UDP: u32 = 17;
+const ECONNREFUSED: i32 = 111;
+
+/// What the call that the hook belongs to does next.
+#[must_use]
+pub enum Outcome {
+    GoOn,
+    Fail,
+}
+
+/// connect(2): the endpoint is chosen once and for all.
+#[inline(always)]
+pub fn connect<F: Family>(ctx: &SockAddrContext) -> Outcome {
+    let protocol = field!(ctx, protocol);
+    if protocol != TCP && protocol != UDP {
+        return Outcome::GoOn;
+    }
+    let to = F::read(ctx).meant();
+    match decide(ctx, &to, protocol as u8) {
+        Decision::Forward { frontend, pool, cookie } => {
+            let chosen = endpoint::choose(pool, &client_of_namespace(cookie));
+            match chosen.map(|endpoint| peer_of(&to, endpoint, pool, frontend)) {
+                Some(peer) if peer::remember(ctx, &peer) => {
+                    counters::count(frontend, |counters| counters.connections += 1);
+                    write::<F>(ctx, &peer.endpoint);
+                    return Outcome::GoOn;
+                }
+                _ => {}
+            }
+        }
+        Decision::Refuse { frontend } => return refuse(frontend),
+        // Resolvers connect UDP sockets to any port to learn which address they would have.
+        Decision::NoSuchPort if protocol == TCP => return fail(),
+        Decision::NoSuchPort | Decision::Leave => {}
+    }
+    peer::forget(ctx);
+    Outcome::GoOn
+}
+
+/// sendto(2) and sendmsg(2) with an address, on UDP sockets.
+#[inline(always)]
+pub fn send<F: Family>(ctx: &SockAddrContext) -> Outcome {
+    if field!(ctx, protocol) != UDP {
+        return Outcome::GoOn;
+    }
+    let to = F::read(ctx).meant();
+    // The kernel comes by here also for IPv6 sockets that are connected to an IPv4 address, each time.
+    if sockaddr::is_connected(ctx) && peer::get(ctx).is_some_and(|peer| peer::is_at(peer, &to)) {
+        return Outcome::GoOn;
+    }
+    match decide(ctx, &to, UDP as u8) {
+        Decision::Forward { frontend, pool, cookie } => {
+            if let Some(endpoint) = conversation::go_on(ctx, &to, frontend, pool, cookie) {
+                write::<F>(ctx, &endpoint);
+            }
+        }
+        Decision::Refuse { frontend } => return refuse(frontend),
+        Decision::NoSuchPort => return fail(),
+        // Answers from there are its own from now on.
+        Decision::Leave => {
+            peer::forget_at(ctx, &to);
+            conversation::forget_at(ctx, &to);
+        }
+    }
+    Outcome::GoOn
+}
+
+#[inline(always)]
+pub fn peer_of(to: &SocketAddress, endpoint: Endpoint, pool: u32, frontend: u32) -> Peer {
+    Peer {
+        service: to.address,
+        endpoint: Endpoint { flags: 0, ..endpoint },
+        pool,
+        frontend,
+        service_port_be: to.port_be,
+        zero: 0,
+    }
+}
+
+#[inline(always)]
+fn write<F: Family>(ctx: &SockAddrContext, endpoint: &Endpoint) {
+    F::write(ctx, &SocketAddress { address: endpoint.address, port_be: endpoint.port_be });
+}
+
+#[inline(always)]
+fn refuse(frontend: u32) -> Outcome {
+    counters::count(frontend, |counters| counters.refused += 1);
+    fail()
+}
+
+#[inline(always)]
+fn fail() -> Outcome {
+    if HAS_SET_RETVAL.load() == 0 {
+        return Outcome::GoOn;
+    }
+    // SAFETY: the helper has no preconditions. A hook that forbids keeps an error that was set.
+    unsafe { bpf_set_retval(-ECONNREFUSED) };
+    Outcome::Fail
+}
