@@ -16,7 +16,7 @@ pub const DROP_FAILED: u32 = 5;
 pub const DROP_FRAGMENT: u32 = 6;
 /// The node has no route to the endpoint.
 pub const DROP_NO_ROUTE: u32 = 7;
-/// The pool has no endpoint (user space is changing it), or a refusal could not be sent.
-pub const DROP_REFUSED: u32 = 8;
+/// Nobody is there, and the sender must not be told (a TCP reset, or not one host's address).
+pub const DROP_UNANSWERED: u32 = 8;
 /// How many there are.
 pub const DROP_REASONS: usize = 9;

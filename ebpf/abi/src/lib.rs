@@ -24,8 +24,8 @@ pub use service::{
 };
 pub use settings::{
     ADDRESS_CLUSTER_IP, ADDRESS_NODE, ADDRESS_NODE_PORTS, INTERFACE_NO_LINK_HEADER, INTERFACE_PODS,
-    Interface, RangeKey, SETTING_EXEMPTS_NAMESPACES, SETTING_KNOWS_PODS, SETTING_PODS_BY_INTERFACE,
-    Settings,
+    Interface, RangeKey, SETTING_EXEMPTS_NAMESPACES, SETTING_KNOWS_PODS, SETTING_PASSES_UNKNOWN,
+    SETTING_PODS_BY_INTERFACE, Settings,
 };
 pub use socket::{CONVERSATIONS, Conversation, Conversations, Peer, client_of_namespace};
 

@@ -19,6 +19,9 @@ pub const SETTING_KNOWS_PODS: u32 = 1;
 pub const SETTING_PODS_BY_INTERFACE: u32 = 2;
 /// There is something in `exempt`.
 pub const SETTING_EXEMPTS_NAMESPACES: u32 = 4;
+/// Packets of connections that are not known go on instead of being refused: netfilter may know them,
+/// from the time of another mode.
+pub const SETTING_PASSES_UNKNOWN: u32 = 8;
 
 /// In `addresses`: one of the node's own.
 pub const ADDRESS_NODE: u32 = 1;

@@ -7,5 +7,7 @@ mod bytes;
 mod kernel;
 #[path = "packet/masquerade.rs"]
 mod masquerade;
+#[path = "packet/refusal.rs"]
+mod refusal;
 #[path = "packet/translation.rs"]
 mod translation;

@@ -23,7 +23,9 @@ pub(crate) enum Body {
     UdpWithoutChecksum,
 }
 
+pub(crate) const FIN: u8 = 1;
 pub(crate) const SYN: u8 = 2;
+pub(crate) const RST: u8 = 4;
 pub(crate) const ACK: u8 = 16;
 
 pub(crate) fn at(text: &str) -> SocketAddr {
@@ -69,6 +71,11 @@ impl Sent {
             Body::Tcp(_) => 6,
             Body::Udp | Body::UdpWithoutChecksum => 17,
         }
+    }
+
+    /// How long the transport's header is.
+    pub(crate) fn header(&self) -> usize {
+        if self.protocol() == 6 { 20 } else { 8 }
     }
 
     /// Link header and all.

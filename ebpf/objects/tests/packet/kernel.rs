@@ -15,6 +15,7 @@ use crate::bytes::{Sent, at};
 
 pub(crate) const PASS: i32 = -1;
 pub(crate) const DROP: i32 = 2;
+pub(crate) const REDIRECT: i32 = 7;
 
 /// The interface that the kernel runs programs on when it is told nothing else.
 pub(crate) const INTERFACE: u32 = 1;
@@ -199,7 +200,7 @@ pub(crate) fn same((verdict, bytes): &(i32, Vec<u8>), expected: &Sent) {
     assert_eq!(hex(bytes), hex(&expected.bytes()), "it must be {expected:?}");
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     let line = |line: &[u8]| line.iter().map(|b| format!("{b:02x} ")).collect::<String>();
     bytes.chunks(16).map(line).collect::<Vec<_>>().join("\n")
 }

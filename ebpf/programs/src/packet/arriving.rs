@@ -4,6 +4,7 @@ use aya_ebpf::bindings::__sk_buff;
 use keelson_ebpf::{counters, endpoint};
 use keelson_ebpf_abi::{DROP_FAILED, Endpoint, FLOW_TO_ENDPOINT, Flow, PROTOCOL_UDP};
 
+use crate::answer::refuse;
 use crate::flow;
 use crate::maps::{FLOWS_IN, FLOWS_OUT, Scratch, scratch};
 use crate::open::{self, Opened};
@@ -38,7 +39,7 @@ fn with_ports(skb: *mut __sk_buff, scratch: &mut Scratch) -> i32 {
     match open::arriving(skb, scratch, now) {
         Opened::TRANSLATE => translate(skb, scratch, scratch.flow.frontend),
         Opened::PASS => PASS,
-        Opened::REFUSE => dropped(keelson_ebpf_abi::DROP_REFUSED),
+        Opened::REFUSE => refuse(skb, scratch, 0),
         Opened(reason) => dropped(reason),
     }
 }

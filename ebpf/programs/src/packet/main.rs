@@ -6,6 +6,7 @@
 // Every helper reads or writes kernel memory through pointers, which the verifier checks when a program is loaded.
 #![expect(unsafe_code, reason = "BPF helpers")]
 
+mod answer;
 mod arriving;
 mod flow;
 mod leaving;

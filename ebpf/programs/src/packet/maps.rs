@@ -4,6 +4,7 @@ use aya_ebpf::btf_maps::{LruHashMap, PerCpuArray};
 use aya_ebpf::macros::btf_map;
 use keelson_ebpf_abi::{DROP_REASONS, Flow, Tuple};
 
+use crate::answer::Body;
 use crate::parse::Packet;
 
 pub type Flows = LruHashMap<Tuple, Flow, 131_072>;
@@ -28,6 +29,7 @@ pub struct Scratch {
     /// Key of the opposite translation.
     pub opposite: Tuple,
     pub flow: Flow,
+    pub body: Body,
 }
 
 #[btf_map(name = "packet_scratch")]

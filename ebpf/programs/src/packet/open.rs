@@ -8,8 +8,8 @@ use keelson_ebpf_abi::{
     Address, DROP_FAILED, DROP_NO_PORT, DROP_NO_SUCH_ADDRESS, DROP_POLICY, DROP_SOURCE,
     ENDPOINT_HERE, Endpoint, FLOW_FROM_ENDPOINT, FLOW_MASQUERADE_SOON, FLOW_TO_ENDPOINT,
     FRONTEND_HAS_SOURCES, Flow, Frontend, INTERFACE_PODS, MASQUERADE_ALWAYS, MASQUERADE_UNLESS_POD,
-    RangeKey, SETTING_KNOWS_PODS, SETTING_PODS_BY_INTERFACE, SIGN_START, Tuple, VERDICT_DROP,
-    VERDICT_FORWARD,
+    RangeKey, SETTING_KNOWS_PODS, SETTING_PASSES_UNKNOWN, SETTING_PODS_BY_INTERFACE, SIGN_START,
+    Tuple, VERDICT_DROP, VERDICT_FORWARD,
 };
 
 use crate::flow;
@@ -40,14 +40,14 @@ pub fn arriving(skb: *mut __sk_buff, scratch: &mut Scratch, now: u64) -> Opened 
     let found = match frontend::find(&tuple.destination, tuple.destination_port_be, tuple.protocol)
     {
         frontend::Found::Frontend(found) => found,
-        frontend::Found::NoSuchPort => return Opened::REFUSE,
+        frontend::Found::NoSuchPort => return unknown(scratch.packet.signs),
         frontend::Found::Nothing if frontend::is_in_service_range(&tuple.destination) => {
             return Opened(DROP_NO_SUCH_ADDRESS);
         }
         frontend::Found::Nothing => return Opened::PASS,
     };
     if scratch.packet.signs & SIGN_START == 0 {
-        return Opened::REFUSE;
+        return unknown(scratch.packet.signs);
     }
     let is_pod = is_pod(skb, &tuple.source);
     let opened = follow(scratch, found, is_pod, now);
@@ -59,6 +59,14 @@ pub fn arriving(skb: *mut __sk_buff, scratch: &mut Scratch, now: u64) -> Opened 
         }
     });
     opened
+}
+
+/// What becomes of a packet to a Service that goes nowhere. One that begins nothing is of a connection that
+/// was forgotten, unless those that netfilter translates are still to live.
+#[inline(always)]
+fn unknown(signs: u8) -> Opened {
+    let passes = SETTINGS.get(0).is_some_and(|s| s.flags & SETTING_PASSES_UNKNOWN != 0);
+    if passes && signs & SIGN_START == 0 { Opened::PASS } else { Opened::REFUSE }
 }
 
 /// Whether a source is a pod, as far as the settings allow to tell.

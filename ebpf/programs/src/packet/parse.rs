@@ -37,6 +37,8 @@ pub struct Packet {
     pub tuple: Tuple,
     /// Where the header after IP's begins, from IP's on.
     pub transport: u32,
+    /// From IP's header on, as that says.
+    pub length: u32,
     /// Tells the pieces of one packet from those of others.
     pub fragment: u32,
     pub is_v4: bool,
@@ -80,12 +82,13 @@ struct Fragment6 {
 }
 
 #[repr(C)]
-struct Tcp {
+pub struct Tcp {
     source_be: u16,
     destination_be: u16,
-    sequence: [u32; 2],
-    length: u8,
-    flags: u8,
+    pub sequence_be: u32,
+    pub acknowledged_be: u32,
+    pub length: u8,
+    pub flags: u8,
     window: u16,
     checksum: u16,
     urgent: u16,
@@ -172,6 +175,7 @@ fn parse_v4(skb: *mut __sk_buff, packet: &mut Packet) -> Kind {
     }
     packet.is_v4 = true;
     packet.transport = length;
+    packet.length = u32::from(u16::from_be(ip.length_be));
     packet.tuple.source = Address::v4(ip.source_be);
     packet.tuple.destination = Address::v4(ip.destination_be);
     packet.tuple.protocol = ip.protocol;
@@ -197,6 +201,7 @@ fn parse_v6(skb: *mut __sk_buff, packet: &mut Packet) -> Kind {
         return Kind::Other;
     }
     packet.is_v4 = false;
+    packet.length = size_of::<Ipv6>() as u32 + u32::from(u16::from_be(ip.length_be));
     packet.tuple.source = ip.source;
     packet.tuple.destination = ip.destination;
     let mut next = ip.next;
