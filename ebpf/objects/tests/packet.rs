@@ -1,4 +1,5 @@
-//! The packet programs in the kernel, with packets made by hand (`BPF_PROG_TEST_RUN`). Needs root.
+//! The packet programs in the kernel, with packets made by hand (`BPF_PROG_TEST_RUN`) and with those of sockets in
+//! network namespaces of the tests' own. Needs root.
 #![allow(clippy::unwrap_used, reason = "a test ends where something that it needs does not hold")]
 
 #[path = "packet/bytes.rs"]
@@ -7,6 +8,10 @@ mod bytes;
 mod kernel;
 #[path = "packet/masquerade.rs"]
 mod masquerade;
+#[path = "packet/network.rs"]
+mod network;
+#[path = "packet/node.rs"]
+mod node;
 #[path = "packet/refusal.rs"]
 mod refusal;
 #[path = "packet/translation.rs"]

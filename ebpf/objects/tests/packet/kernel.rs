@@ -142,6 +142,10 @@ impl Kernel {
         self.run_from(program, packet, 77)
     }
 
+    pub(crate) fn program_mut(&mut self, name: &str) -> &mut SchedClassifier {
+        self.ebpf.program_mut(name).unwrap().try_into().unwrap()
+    }
+
     /// `from` is the interface that the packet came in by; 0: the node made it.
     pub(crate) fn run_from(&mut self, program: &str, packet: &[u8], from: u32) -> (i32, Vec<u8>) {
         let program: &SchedClassifier = self.ebpf.program(program).unwrap().try_into().unwrap();

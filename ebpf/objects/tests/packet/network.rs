@@ -1,0 +1,148 @@
+//! Real packets of real sockets, with all that interfaces do to them: checksums that are still to be computed,
+//! segments as large as memory allows.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::thread;
+use std::time::Duration;
+
+use keelson_ebpf_abi::{
+    ADDRESS_CLUSTER_IP, Address, ENDPOINT_HERE, MASQUERADE_ALWAYS, MASQUERADE_NEVER,
+    MASQUERADE_UNLESS_POD, MEMBER_SERVING,
+};
+
+use crate::kernel::to_pool;
+use crate::node::{Node, OUTSIDE, POD_A, POD_B, node_at, of};
+
+/// Only a failure takes so long.
+const PATIENCE: Duration = Duration::from_secs(20);
+const BULK: usize = 8 << 20;
+const SERVICES: [&str; 2] = ["10.96.0.10:80", "[fd96::10]:80"];
+
+/// A node on which both families' Service leads to pod A, port 8080, as `masquerade` says, and node port 30080 always
+/// masquerades.
+fn node(masquerade: u8) -> Node {
+    let mut node = Node::new();
+    for (v6, service) in [false, true].into_iter().zip(SERVICES) {
+        let pool = 1 + u32::from(v6);
+        let endpoint = of(POD_A, v6, 8080).to_string();
+        node.kernel.pool(pool, &[(&endpoint, ENDPOINT_HERE, MEMBER_SERVING)]);
+        for protocol in [6, 17] {
+            node.kernel.frontend(service, protocol, to_pool(pool, pool, masquerade));
+            let any = if v6 { Address::ANY6 } else { Address::ANY4 };
+            let frontend = to_pool(10 + pool, pool, MASQUERADE_ALWAYS);
+            node.kernel.frontend_at(any, 30080, protocol, frontend);
+        }
+    }
+    node
+}
+
+/// Sends much in both directions between a client somewhere and pod A; returns whom the pod saw.
+fn transfer(node: &Node, from: usize, to: SocketAddr) -> IpAddr {
+    let listen = of(POD_A, to.is_ipv6(), 8080);
+    let listener = node.inside(POD_A, || TcpListener::bind(listen)).unwrap();
+    let pod = thread::spawn(move || {
+        let (mut stream, peer) = listener.accept().unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut all = Vec::new();
+        stream.read_to_end(&mut all).unwrap();
+        for byte in &mut all {
+            *byte = !*byte;
+        }
+        stream.write_all(&all).unwrap();
+        peer.ip()
+    });
+    let mut client = node.inside(from, || TcpStream::connect_timeout(&to, PATIENCE)).unwrap();
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    let sent: Vec<u8> = (0..BULK).map(|i| (i / 7 % 251) as u8).collect();
+    client.write_all(&sent).unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    let mut back = Vec::new();
+    client.read_to_end(&mut back).unwrap();
+    assert_eq!(back.len(), sent.len());
+    assert!(back.iter().zip(&sent).all(|(a, b)| *a == !*b), "the bytes are others");
+    pod.join().unwrap()
+}
+
+/// Asks pod A by UDP; returns whom it saw. The answer must come from where it was asked.
+fn ask(node: &Node, from: usize, to: SocketAddr, size: usize) -> IpAddr {
+    let listen = of(POD_A, to.is_ipv6(), 8080);
+    let server = node.inside(POD_A, || UdpSocket::bind(listen)).unwrap();
+    server.set_read_timeout(Some(PATIENCE)).unwrap();
+    let client = node.inside(from, || UdpSocket::bind(of(from, to.is_ipv6(), 0))).unwrap();
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    let question: Vec<u8> = (0..size).map(|i| (i % 253) as u8).collect();
+    client.send_to(&question, to).unwrap();
+    let mut buffer = vec![0; 65536];
+    let (length, peer) = server.recv_from(&mut buffer).unwrap();
+    assert!(buffer[..length] == question);
+    server.send_to(&buffer[..length], peer).unwrap();
+    let (length, answerer) = client.recv_from(&mut buffer).unwrap();
+    assert!(buffer[..length] == question);
+    assert_eq!(answerer, to);
+    peer.ip()
+}
+
+#[test]
+fn pods_reach_a_service_as_they_are() {
+    let node = node(MASQUERADE_UNLESS_POD);
+    for (v6, service) in [false, true].into_iter().zip(SERVICES) {
+        let service = service.parse().unwrap();
+        let pod = of(POD_B, v6, 0).ip();
+        assert_eq!(transfer(&node, POD_B, service), pod);
+        assert_eq!(ask(&node, POD_B, service, 100), pod);
+    }
+    assert_eq!(node.kernel.drops().iter().sum::<u64>(), 0);
+}
+
+#[test]
+fn clients_from_outside_reach_a_node_port_behind_the_nodes_address() {
+    let node = node(MASQUERADE_UNLESS_POD);
+    for v6 in [false, true] {
+        let port = SocketAddr::new(node_at(OUTSIDE, v6), 30080);
+        assert_eq!(transfer(&node, OUTSIDE, port), node_at(POD_A, v6));
+        assert_eq!(ask(&node, OUTSIDE, port, 100), node_at(POD_A, v6));
+    }
+    assert_eq!(node.kernel.drops().iter().sum::<u64>(), 0);
+}
+
+#[test]
+fn clients_from_outside_reach_a_service_as_they_are() {
+    let node = node(MASQUERADE_NEVER);
+    for (v6, service) in [false, true].into_iter().zip(SERVICES) {
+        let service = service.parse().unwrap();
+        assert_eq!(transfer(&node, OUTSIDE, service), of(OUTSIDE, v6, 0).ip());
+    }
+}
+
+#[test]
+fn a_pod_reaches_itself() {
+    let node = node(MASQUERADE_UNLESS_POD);
+    for (v6, service) in [false, true].into_iter().zip(SERVICES) {
+        let service = service.parse().unwrap();
+        assert_eq!(transfer(&node, POD_A, service), node_at(POD_A, v6));
+        assert_eq!(ask(&node, POD_A, service, 100), node_at(POD_A, v6));
+    }
+}
+
+#[test]
+fn where_nobody_is_sockets_are_told_so() {
+    let mut node = node(MASQUERADE_NEVER);
+    for service in SERVICES {
+        let service: SocketAddr = service.parse().unwrap();
+        node.kernel.address(&service.ip().to_string(), ADDRESS_CLUSTER_IP);
+        let nowhere = SocketAddr::new(service.ip(), 81);
+        for from in [POD_B, OUTSIDE] {
+            let refused = node.inside(from, || TcpStream::connect_timeout(&nowhere, PATIENCE));
+            assert_eq!(refused.unwrap_err().kind(), ErrorKind::ConnectionRefused);
+            let socket = node.inside(from, || UdpSocket::bind(of(from, service.is_ipv6(), 0)));
+            let socket = socket.unwrap();
+            socket.set_read_timeout(Some(PATIENCE)).unwrap();
+            socket.connect(nowhere).unwrap();
+            socket.send(b"Is anybody there?").unwrap();
+            let refused = socket.recv(&mut [0; 9]).unwrap_err();
+            assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+        }
+    }
+    assert_eq!(node.kernel.drops().iter().sum::<u64>(), 0);
+}
