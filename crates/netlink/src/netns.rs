@@ -3,6 +3,8 @@
 //! A thread that has changed its namespace is never given back to anyone: every entry happens on a thread that ends with
 //! the call, so an error or a panic cannot leave the caller in the wrong namespace.
 
+mod existing;
+
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -12,6 +14,8 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
+
+pub use existing::existing;
 
 /// A step on a namespace that the system refused.
 #[derive(Debug, thiserror::Error)]

@@ -8,7 +8,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::time::Duration;
 
 use netlink_sys::SocketAddr;
-use netlink_sys::protocols::{NETLINK_GENERIC, NETLINK_NETFILTER, NETLINK_ROUTE};
+use netlink_sys::protocols::{
+    NETLINK_GENERIC, NETLINK_NETFILTER, NETLINK_ROUTE, NETLINK_SOCK_DIAG,
+};
 use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::TimeVal;
@@ -47,6 +49,8 @@ pub enum Protocol {
     Netfilter,
     /// Kernel parts that are found by name, such as IPVS.
     Generic,
+    /// Other sockets.
+    SockDiag,
 }
 
 /// What can go wrong between us and the kernel.
@@ -128,6 +132,7 @@ impl Socket {
             Protocol::Route => NETLINK_ROUTE,
             Protocol::Netfilter => NETLINK_NETFILTER,
             Protocol::Generic => NETLINK_GENERIC,
+            Protocol::SockDiag => NETLINK_SOCK_DIAG,
         };
         let fail = |step| move |source| NetlinkError::Socket { step, source };
         let mut inner = netlink_sys::Socket::new(number).map_err(fail("open"))?;

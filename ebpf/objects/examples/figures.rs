@@ -34,6 +34,7 @@ fn main() -> Result<(), Error> {
 
 fn load(program: &mut Program) -> Result<ProgramInfo, Error> {
     match program {
+        Program::CgroupSock(program) => program.load()?,
         Program::CgroupSockAddr(program) => program.load()?,
         Program::SchedClassifier(program) => program.load()?,
         _ => return Err("a program of another kind".into()),

@@ -6,10 +6,14 @@
 mod cgroup;
 #[path = "socket/connected.rs"]
 mod connected;
+#[path = "../../../proxy/src/ebpf/connected_udp.rs"]
+mod connected_udp;
 #[path = "socket/decisions.rs"]
 mod decisions;
 #[path = "socket/families.rs"]
 mod families;
+#[path = "socket/orphans.rs"]
+mod orphans;
 #[path = "socket/unconnected.rs"]
 mod unconnected;
 #[path = "socket/world.rs"]

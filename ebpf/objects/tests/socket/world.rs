@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsRawFd;
 
 use aya::maps::{Array, HashMap, MapData, PerCpuHashMap};
-use aya::programs::{CgroupAttachMode, CgroupSockAddr};
+use aya::programs::{CgroupAttachMode, CgroupSock, CgroupSockAddr};
 use aya::{Ebpf, EbpfLoader, Pod};
 use keelson_ebpf_abi::{
     ADDRESS_CLUSTER_IP, Address, Counters, Endpoint, Frontend, FrontendKey, MASQUERADE_NEVER,
@@ -166,6 +166,9 @@ pub(crate) fn attach(bpf: &mut Ebpf, cgroup: &Cgroup) {
         program.load().unwrap();
         program.attach(&folder, CgroupAttachMode::Single).unwrap();
     }
+    let program: &mut CgroupSock = bpf.program_mut("sock_release").unwrap().try_into().unwrap();
+    program.load().unwrap();
+    program.attach(&folder, CgroupAttachMode::Single).unwrap();
 }
 
 pub(crate) fn endpoint_of(at: SocketAddr) -> Endpoint {

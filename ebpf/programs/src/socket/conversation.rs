@@ -11,10 +11,9 @@ use keelson_ebpf_abi::{Conversation, Conversations, Endpoint, Peer, client_of_na
 
 use crate::maps::CONVERSATIONS;
 use crate::peer::is_at;
-use crate::sockaddr::SocketAddress;
+use crate::sockaddr::{SocketAddress, UDP};
 use crate::translate::peer_of;
 
-const UDP: u8 = 17;
 /// After so long a silence a Service makes place for another one. Longer than connection tracking waits.
 const IDLE_NS: u64 = 180 * 1_000_000_000;
 /// How often an endpoint is drawn when the one that was drawn speaks with this socket already, for
@@ -59,7 +58,7 @@ pub fn service_behind(ctx: &SockAddrContext, from: &SocketAddress) -> Option<Soc
         }
     }
     let peer = &best?.peer;
-    match frontend::find(&peer.service, peer.service_port_be, UDP) {
+    match frontend::find(&peer.service, peer.service_port_be, UDP as u8) {
         Found::Frontend(found) if found.number == peer.frontend => {
             Some(SocketAddress { address: peer.service, port_be: peer.service_port_be })
         }

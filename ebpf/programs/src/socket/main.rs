@@ -5,6 +5,7 @@
 //! | connect | chooses an endpoint once, remembers it with the socket |
 //! | sendmsg | the same for unconnected UDP, one endpoint for each Service that the socket speaks with |
 //! | recvmsg, getpeername | give the Service's address back |
+//! | release | forgets connected UDP sockets |
 #![no_std]
 #![no_main]
 #![expect(unsafe_code, reason = "BPF helpers")]
@@ -17,7 +18,8 @@ mod reverse;
 mod sockaddr;
 mod translate;
 
-use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
+use aya_ebpf::macros::{cgroup_sock, cgroup_sock_addr};
+use aya_ebpf::programs::{SockAddrContext, SockContext};
 
 use sockaddr::{V4, V6};
 use translate::Outcome;
@@ -63,6 +65,12 @@ pub fn getpeername4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(getpeername6)]
 pub fn getpeername6(ctx: SockAddrContext) -> i32 {
     reverse::peer_name::<V6>(&ctx);
+    verdict(Outcome::GoOn)
+}
+
+#[cgroup_sock(sock_release)]
+pub fn sock_release(ctx: SockContext) -> i32 {
+    peer::release(&ctx);
     verdict(Outcome::GoOn)
 }
 

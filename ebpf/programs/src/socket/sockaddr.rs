@@ -4,6 +4,9 @@ use aya_ebpf::bindings::bpf_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
 use keelson_ebpf_abi::Address;
 
+pub const TCP: u32 = 6;
+pub const UDP: u32 = 17;
+
 #[derive(Clone, Copy)]
 pub struct SocketAddress {
     pub address: Address,

@@ -9,15 +9,13 @@ use keelson_ebpf_abi::{Endpoint, Peer, client_of_namespace};
 use crate::conversation;
 use crate::decision::{Decision, decide};
 use crate::peer;
-use crate::sockaddr::{self, Family, SocketAddress, field};
+use crate::sockaddr::{self, Family, SocketAddress, TCP, UDP, field};
 
 /// Whether `bpf_set_retval` is there for these hooks (Linux 6.1). The loader sets it; without, what would
 /// be refused here is left to the packet layer.
 #[unsafe(no_mangle)]
 static HAS_SET_RETVAL: Global<u8> = Global::new(0);
 
-const TCP: u32 = 6;
-const UDP: u32 = 17;
 const ECONNREFUSED: i32 = 111;
 
 /// What the call that the hook belongs to does next.

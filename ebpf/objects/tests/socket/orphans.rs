@@ -1,0 +1,124 @@
+//! Connected UDP sockets whose endpoint goes: case 58 of the reference.
+
+use std::io::ErrorKind;
+use std::net::UdpSocket;
+
+use keelson_ebpf_abi::{MEMBER_DRAINING, MemberKey};
+use keelson_netlink::netns;
+
+use super::connected_udp::Orphans;
+use super::families::{ALL, Family, Servers};
+use super::world::{UDP, World, cookie, endpoint_of};
+
+/// As the proxy does it.
+fn end(world: &mut World) -> usize {
+    let members = world.map::<MemberKey, u32>("members");
+    let members: Vec<_> = members.keys().map(Result::unwrap).collect();
+    let orphans = Orphans::among(connected(world), |member| members.contains(member));
+    let ended = orphans.end([world.pod.try_clone().unwrap()]);
+    assert!(ended.troubles.is_empty(), "{:?}", ended.troubles);
+    for (cookie, _) in ended.settled {
+        world.map::<u64, MemberKey>("connected_udp").remove(&cookie).unwrap();
+    }
+    ended.count
+}
+
+fn connected(world: &mut World) -> Vec<(u64, MemberKey)> {
+    world.map("connected_udp").iter().map(Result::unwrap).collect()
+}
+
+fn is_aborted(client: &UdpSocket) -> bool {
+    client.set_nonblocking(true).unwrap();
+    client.recv(&mut [0; 64]).unwrap_err().kind() == ErrorKind::ConnectionAborted
+}
+
+#[test]
+fn exactly_the_sockets_that_lost_their_endpoint_are_ended() {
+    let mut world = World::new();
+    for (port, family) in (100..).zip(ALL) {
+        let endpoints = [1, 2].map(|n| family.endpoint(n, 8000 + port));
+        let vips = [family.vip(port), family.other_vip(port)];
+        let (_, pool) = world.service(vips[0], UDP, &endpoints[..1]);
+        world.service(vips[1], UDP, &endpoints);
+        let connected = |world: &World, to| {
+            world.in_pod(|| {
+                let client = family.udp();
+                client.connect(family.written(to)).unwrap();
+                client
+            })
+        };
+        let servers = world.in_pod(|| Servers::start(&endpoints));
+        let through = connected(&world, vips[0]);
+        let itself = connected(&world, endpoints[0]);
+        let elsewhere: Vec<_> = (0..10).map(|_| connected(&world, vips[1])).collect();
+        assert_eq!(end(&mut world), 0);
+
+        world.set_member(pool, endpoints[0], MEMBER_DRAINING);
+        assert_eq!(end(&mut world), 0, "a draining endpoint keeps its flows");
+        world.set_member(pool, endpoints[0], 0);
+        assert_eq!(end(&mut world), 1, "{family:?}");
+        assert_eq!(end(&mut world), 0);
+
+        assert!(is_aborted(&through), "{family:?}");
+        for client in elsewhere.iter().chain([&itself]) {
+            world.in_pod(|| client.send(b"question").unwrap());
+            servers.answered();
+            assert!(client.recv(&mut [0; 64]).is_ok());
+        }
+    }
+}
+
+#[test]
+fn only_connected_udp_sockets_are_kept_book_of() {
+    let mut world = World::new();
+    let family = Family::V4;
+    let (vip, endpoint) = (family.vip(53), family.endpoint(1, 8053));
+    let (_, pool) = world.service(vip, UDP, &[endpoint]);
+    let client = world.in_pod(|| {
+        let client = family.udp();
+        client.connect(vip).unwrap();
+        client
+    });
+    let rests_on = MemberKey { pool, endpoint: endpoint_of(endpoint) };
+    assert_eq!(connected(&mut world).iter().map(|entry| entry.1).collect::<Vec<_>>(), [rests_on]);
+    let again = client.try_clone().unwrap();
+    drop(client);
+    assert_eq!(connected(&mut world).len(), 1);
+    // Closed by a thread that is not in the cgroup: what counts is where it was made.
+    drop(again);
+    assert_eq!(connected(&mut world), []);
+
+    let client = world.in_pod(|| {
+        let client = family.udp();
+        client.connect(vip).unwrap();
+        client.connect(endpoint).unwrap();
+        client
+    });
+    assert_eq!(connected(&mut world), []);
+    drop(client);
+}
+
+#[test]
+fn the_namespaces_of_processes_are_found_once() {
+    let own = netns::Netns::current().unwrap().identity().unwrap();
+    let same = |netns: &netns::Netns| netns.identity().unwrap() == own;
+    assert_eq!(netns::existing(&[]).filter(same).count(), 1);
+    // One that nobody lives in, and that is pinned nowhere.
+    let world = World::new();
+    let of_pod = cookie(&world.pod);
+    assert!(netns::existing(&[]).all(|netns| cookie(&netns) != of_pod));
+}
+
+#[test]
+fn pinned_namespaces_are_found() {
+    let folder = std::env::temp_dir().join(format!("keelson-netns-{}", std::process::id()));
+    std::fs::create_dir(&folder).unwrap();
+    let path = folder.join("pinned");
+    let pinned = netns::Netns::create(&path).unwrap().identity().unwrap();
+    let found = netns::existing(&[&folder, &folder])
+        .filter(|netns| netns.identity().unwrap() == pinned)
+        .count();
+    netns::delete(&path).unwrap();
+    std::fs::remove_dir(&folder).unwrap();
+    assert_eq!(found, 1);
+}
