@@ -248,6 +248,10 @@ impl Engine {
         self.health_checks.update(dirty.iter().map(|key| (key, model.health_check(key))), at);
         let changes = advance(&mut self.plans, dirty, |key| model.plan(key));
         let all = !self.started || disturbed || reconfigured || due;
+        if all || !changes.is_empty() {
+            // Also if that is refused now: it is what shall be.
+            self.last_known.note_changes((self.clock)(), &changes);
+        }
         let result = if all {
             self.backend.adopt(&self.plans)
         } else if changes.is_empty() {
@@ -271,11 +275,13 @@ impl Engine {
                 self.note_applied(&applied, &changes, all, began);
                 applied.refused.is_empty()
             }
-            Err(error) => return self.note_failure(&error),
+            Err(error) => {
+                self.note_failure(&error);
+                return self.keep_last_known();
+            }
         };
         let own = &self.intake.model.node().addresses;
         self.loopback6.update(&changes, &self.intake.backend_config(), own);
-        self.last_known.note_change((self.clock)());
         self.keep_last_known();
         // Not before the new rules are in force: else the next packet makes the same flow again.
         self.conntrack.check(match std::mem::replace(&mut self.started, true) {

@@ -1,73 +1,62 @@
 //! The last known state on disk: after a reboot Services work before the API server answers.
+//!
+//! A file of lines, each JSON: first whose it is, then a Service with its plan per line. What changes later is
+//! appended, so that it costs as much as the change; a line counts more than those before it, and one without
+//! a plan says that the Service is gone. When half of the lines are outdated the file is written anew.
 
-use std::path::{Path, PathBuf};
+mod file;
+
+use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
-
 use crate::backend::BackendConfig;
 use crate::clock::Now;
-use crate::diff::Plans;
+use crate::diff::{Change, Plans};
 use crate::model::{ServiceKey, ServicePlan};
+use file::Owner;
 
 /// How long a change may wait to be written: what is lost by a power cut is this much.
 const DELAY: Duration = Duration::from_secs(10);
-const VERSION: u32 = 1;
+/// As many lines may be outdated, however few others there are.
+const OUTDATED: usize = 1000;
 
-#[derive(Serialize)]
-struct Written<'a> {
-    version: u32,
-    boot: &'a str,
-    node: &'a str,
-    config: &'a BackendConfig,
-    services: Vec<(String, &'a ServicePlan)>,
-}
+type Changed = HashMap<ServiceKey, Option<Arc<ServicePlan>>>;
 
-#[derive(Deserialize)]
-struct Found {
-    version: u32,
-    boot: String,
-    node: String,
-    config: BackendConfig,
-    services: Vec<(String, ServicePlan)>,
+/// What a write consists of.
+enum Content {
+    Appended(Changed),
+    Whole(Owner, BackendConfig, Plans),
 }
 
 pub(crate) struct LastKnown {
     path: Option<PathBuf>,
-    boot: String,
-    node: String,
+    owner: Owner,
     due: Option<Instant>,
-    /// Ten thousand Services take a while to write, and changes must not wait for that.
-    writer: Option<JoinHandle<()>>,
+    /// Since the last write; nothing when the file has to be written anew.
+    changed: Option<Changed>,
+    /// What the file has.
+    config: Option<BackendConfig>,
+    lines: usize,
+    /// Ten thousand Services take a while to write, and changes must not wait for that. Tells whether all went
+    /// well.
+    writer: Option<JoinHandle<bool>>,
 }
 
 impl LastKnown {
     pub(crate) fn new(path: Option<PathBuf>, node: &str) -> Self {
         let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-        let (boot, node) = (boot.trim().to_owned(), node.to_owned());
-        LastKnown { path, boot, node, due: None, writer: None }
+        let owner = Owner { boot: boot.trim().to_owned(), node: node.to_owned() };
+        LastKnown { path, owner, due: None, changed: None, config: None, lines: 0, writer: None }
     }
 
     /// What is on disk, if an earlier boot wrote it. What this boot wrote is in the kernel already.
     pub(crate) fn read_after_reboot(&self) -> Option<(Plans, BackendConfig)> {
         let path = self.path.as_deref()?;
-        match read(path) {
-            Ok(found) if found.version != VERSION || found.boot == self.boot => None,
-            Ok(found) if found.node != self.node => {
-                let (path, other) = (path.display(), found.node);
-                tracing::warn!(%path, %other, "The last known state is that of another node");
-                None
-            }
-            Ok(found) => {
-                let plans = found.services.into_iter().map(|(name, plan)| {
-                    let (namespace, name) = name.split_once('/').unwrap_or(("", &name));
-                    (ServiceKey::new(namespace, name), Arc::new(plan))
-                });
-                Some((plans.collect(), found.config))
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+        match file::read(path, &self.owner) {
+            Ok(found) => found,
             Err(error) => {
                 tracing::warn!(path = %path.display(), %error, "Cannot use the last known state");
                 None
@@ -75,9 +64,18 @@ impl LastKnown {
         }
     }
 
-    pub(crate) fn note_change(&mut self, now: Now) {
-        if self.path.is_some() {
-            self.due.get_or_insert(now.steady + DELAY);
+    pub(crate) fn note_changes(&mut self, now: Now, changes: &[Change]) {
+        if self.path.is_none() {
+            return;
+        }
+        match &mut self.changed {
+            Some(changed) => {
+                let plans = changes.iter().map(|c| (c.service.clone(), c.plan.clone()));
+                changed.extend(plans);
+                self.due.get_or_insert(now.steady + DELAY);
+            }
+            // All Services of a start have come at once: there is nothing to wait for.
+            None => self.due = Some(self.due.unwrap_or(now.steady)),
         }
     }
 
@@ -95,57 +93,77 @@ impl LastKnown {
             self.due = Some(now.steady + DELAY);
             return;
         }
-        self.due = None;
-        let Some(path) = self.path.clone() else { return };
-        let (boot, node) = (self.boot.clone(), self.node.clone());
-        let (plans, config) = (plans.clone(), config.clone());
+        self.join();
+        let Some(write) = self.next_write(plans, config) else { return };
         let thread = std::thread::Builder::new().name("proxy-last-known".to_owned());
-        match thread.spawn(move || write_or_warn(&path, (&boot, &node), &plans, &config)) {
+        match thread.spawn(write) {
             Ok(writer) => self.writer = Some(writer),
-            Err(error) => tracing::warn!(%error, "Cannot start to keep the last known state"),
+            Err(error) => {
+                tracing::warn!(%error, "Cannot start to keep the last known state");
+                self.changed = None;
+            }
         }
     }
 
     /// Writes what waits to be written, and returns when it is on disk.
     pub(crate) fn write_now(&mut self, plans: &Plans, config: &BackendConfig) {
-        if let Some(writer) = self.writer.take()
-            && writer.join().is_err()
+        self.join();
+        if self.due.is_some()
+            && let Some(write) = self.next_write(plans, config)
         {
-            tracing::error!("The thread that keeps the last known state panicked");
+            write();
         }
-        let (Some(path), Some(_)) = (&self.path, self.due.take()) else { return };
-        write_or_warn(path, (&self.boot, &self.node), plans, config);
     }
-}
 
-fn write_or_warn(path: &Path, whose: (&str, &str), plans: &Plans, config: &BackendConfig) {
-    if let Err(error) = write(path, whose, plans, config) {
-        tracing::warn!(path = %path.display(), %error, "Cannot keep the last known state");
+    /// Nobody knows what a write that failed has left: then everything has to be written.
+    fn join(&mut self) {
+        let Some(writer) = self.writer.take() else { return };
+        if !writer.join().unwrap_or(false) {
+            self.changed = None;
+        }
     }
-}
 
-fn read(path: &Path) -> std::io::Result<Found> {
-    Ok(serde_json::from_slice(&std::fs::read(path)?)?)
-}
-
-fn write(
-    path: &Path,
-    (boot, node): (&str, &str),
-    plans: &Plans,
-    config: &BackendConfig,
-) -> anyhow::Result<()> {
-    let mut services: Vec<_> =
-        plans.iter().map(|(service, plan)| (service.to_string(), &**plan)).collect();
-    services.sort_unstable_by(|a, b| a.0.cmp(&b.0));
-    let text = serde_json::to_vec(&Written { version: VERSION, boot, node, config, services })?;
-    if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder)?;
+    /// What has to be done now.
+    fn next_write(
+        &mut self,
+        plans: &Plans,
+        config: &BackendConfig,
+    ) -> Option<impl FnOnce() -> bool + Send + 'static> {
+        self.due = None;
+        let path = self.path.clone()?;
+        let appended = self.changed.replace(HashMap::new()).filter(|changed| {
+            let lines = self.lines + changed.len();
+            self.config.as_ref() == Some(config) && lines <= 2 * plans.len() + OUTDATED
+        });
+        let content = match appended {
+            Some(changed) if changed.is_empty() => return None,
+            Some(changed) => {
+                self.lines += changed.len();
+                Content::Appended(changed)
+            }
+            None => {
+                self.lines = plans.len();
+                self.config = Some(config.clone());
+                Content::Whole(self.owner.clone(), config.clone(), plans.clone())
+            }
+        };
+        Some(move || {
+            let written = match &content {
+                Content::Appended(changed) => file::append(&path, changed),
+                Content::Whole(owner, config, plans) => file::write(&path, owner, config, plans),
+            };
+            if let Err(error) = &written {
+                tracing::warn!(path = %path.display(), %error, "Cannot keep the last known state");
+            }
+            written.is_ok()
+        })
     }
-    Ok(keelson_durable::write(path, &text, 0o600)?)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use serde_json::json;
 
     use super::*;
@@ -167,24 +185,111 @@ mod tests {
         Plans::from([(key.clone(), Arc::new(model.plan(&key).unwrap()))])
     }
 
+    fn at(path: &Path, boot: &str, node: &str) -> LastKnown {
+        let owner = Owner { boot: boot.to_owned(), node: node.to_owned() };
+        LastKnown { owner, ..LastKnown::new(Some(path.to_owned()), node) }
+    }
+
+    fn change(service: &str, plan: Option<&Arc<ServicePlan>>) -> Change {
+        let service = ServiceKey::new("ns", service);
+        Change { service, before: None, plan: plan.cloned() }
+    }
+
     #[test]
     fn it_is_read_by_the_next_boot_and_not_by_this_one() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("deeper/state");
         let config = BackendConfig::default();
-        let mut this = LastKnown::new(Some(path.clone()), "n");
+        let mut this = at(&path, "this", "n");
         assert!(this.read_after_reboot().is_none());
         this.write_now(&plans(), &config);
         assert!(!path.exists(), "nothing has changed");
-        this.note_change(Now::read());
+        this.note_changes(Now::read(), &[]);
         this.write_now(&plans(), &config);
         assert!(this.read_after_reboot().is_none());
-        let next = LastKnown { boot: "next".to_owned(), ..LastKnown::new(Some(path.clone()), "n") };
+        let next = at(&path, "next", "n");
         assert_eq!(next.read_after_reboot(), Some((plans(), config)));
-        let other = LastKnown { node: "m".to_owned(), ..LastKnown::new(Some(path.clone()), "m") };
-        let other = LastKnown { boot: "next".to_owned(), ..other };
-        assert!(other.read_after_reboot().is_none());
+        assert!(at(&path, "next", "m").read_after_reboot().is_none());
         std::fs::write(&path, "{").unwrap();
         assert!(next.read_after_reboot().is_none());
+    }
+
+    #[test]
+    fn a_change_is_appended_and_a_torn_line_does_not_count() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("state");
+        let (config, mut plans) = (BackendConfig::default(), plans());
+        let plan = plans.values().next().unwrap().clone();
+        let mut this = at(&path, "this", "n");
+        let mut write = |plans: &Plans, changes: &[Change]| {
+            this.note_changes(Now::read(), changes);
+            this.write_now(plans, &config);
+        };
+        write(&plans, &[]);
+        let first = std::fs::read(&path).unwrap();
+        let (web, new) = (ServiceKey::new("ns", "web"), ServiceKey::new("ns", "new"));
+        plans.insert(new, Arc::clone(&plan));
+        write(&plans, &[change("new", Some(&plan))]);
+        let second = std::fs::read(&path).unwrap();
+        assert!(second.starts_with(&first) && second.len() > first.len());
+        let next = at(&path, "next", "n");
+        let read = || next.read_after_reboot().map(|(plans, _)| plans);
+        assert_eq!(read(), Some(plans.clone()));
+        let both = plans.clone();
+        plans.remove(&web);
+        write(&plans, &[change("web", None)]);
+        assert_eq!(read(), Some(plans));
+        // The power went off in the middle of a line.
+        let third = std::fs::read(&path).unwrap();
+        for length in second.len()..third.len() {
+            std::fs::write(&path, &third[..length]).unwrap();
+            assert_eq!(read().as_ref(), Some(&both), "{length}");
+        }
+    }
+
+    #[test]
+    fn outdated_lines_and_another_configuration_make_it_written_anew() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("state");
+        let plans = plans();
+        let plan = plans.values().next().unwrap();
+        let mut this = at(&path, "this", "n");
+        let mut write = |changes: &[Change], masquerade_bit| {
+            this.note_changes(Now::read(), changes);
+            let config = BackendConfig { masquerade_bit, ..BackendConfig::default() };
+            this.write_now(&plans, &config);
+            std::fs::read_to_string(&path).unwrap().lines().count()
+        };
+        assert_eq!(write(&[], 14), 2);
+        let again = [change("web", Some(plan))];
+        assert_eq!(write(&again, 14), 3);
+        assert_eq!(write(&again, 15), 2);
+        for lines in 3..=OUTDATED + 3 {
+            assert_eq!(write(&again, 15), lines);
+        }
+        assert_eq!(write(&again, 15), 2);
+    }
+
+    #[test]
+    fn after_a_write_that_failed_everything_is_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("state");
+        let (config, plans) = (BackendConfig::default(), plans());
+        let mut this = at(&path, "this", "n");
+        let mut write = || {
+            let now = Now::read();
+            this.note_changes(now, &[change("web", plans.values().next())]);
+            let due = Now { steady: now.steady + DELAY, ..now };
+            this.write_if_due(due, &plans, &config);
+            this.join();
+        };
+        write();
+        // Nobody can append to a folder, nor put a file in its place.
+        std::fs::remove_file(&path).unwrap();
+        std::fs::create_dir(&path).unwrap();
+        write();
+        std::fs::remove_dir(&path).unwrap();
+        write();
+        assert!(at(&path, "next", "n").read_after_reboot().is_some());
     }
 }

@@ -356,9 +356,11 @@ fn after_a_reboot_the_last_known_services_answer_without_an_api_server(mode: Mod
     drop(backend);
     assert!(client.namespace.tcp("10.96.0.1:80").is_err());
     let path = folder.path().join("last-known.json");
-    let mut state: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
-    state["boot"] = json!("an earlier one");
-    std::fs::write(&path, state.to_string()).unwrap();
+    let state = std::fs::read_to_string(&path).unwrap();
+    let (first, rest) = state.split_once('\n').unwrap();
+    let mut whose: Value = serde_json::from_str(first).unwrap();
+    whose["boot"] = json!("an earlier one");
+    std::fs::write(&path, format!("{whose}\n{rest}")).unwrap();
 
     let shutdown = CancellationToken::new();
     std::thread::scope(|scope| {
