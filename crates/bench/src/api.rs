@@ -79,10 +79,29 @@ pub(crate) async fn delete(client: &Client, collection: &str, name: &str) -> Res
         .with_context(|| format!("cannot delete {collection}/{name}"))
 }
 
+/// Changes the fields of `body` in one object.
+///
+/// # Errors
+/// When the API server refuses.
+pub(crate) async fn patch(
+    client: &Client,
+    collection: &str,
+    name: &str,
+    body: &Value,
+) -> Result<()> {
+    send(client, "PATCH", &format!("{collection}/{name}"), Some(body))
+        .await
+        .with_context(|| format!("cannot change {collection}/{name}"))
+}
+
 async fn send(client: &Client, method: &str, path: &str, body: Option<&Value>) -> Result<()> {
     let bytes = body.map(serde_json::to_vec).transpose()?.unwrap_or_default();
     let request = Request::builder().method(method).uri(path);
-    let request = request.header("content-type", "application/json").body(bytes)?;
+    let kind = match method {
+        "PATCH" => "application/merge-patch+json",
+        _ => "application/json",
+    };
+    let request = request.header("content-type", kind).body(bytes)?;
     match tokio::time::timeout(PATIENCE, client.request::<IgnoredAny>(request)).await {
         Ok(answer) => answer.map(drop).map_err(Into::into),
         Err(_) => bail!("no answer within {PATIENCE:?}"),

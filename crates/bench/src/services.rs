@@ -1,10 +1,12 @@
 //! `bench services`: how long a service proxy takes until its rules are in force, and what it costs.
 
+mod churn;
 mod objects;
 mod probe;
 mod work;
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Result, bail};
 use clap::Args;
@@ -32,6 +34,12 @@ pub(crate) struct ServicesOptions {
     /// How long to look at the idle proxy
     #[arg(long, default_value_t = 20, value_name = "SECONDS")]
     idle: u64,
+    /// Also changes this many EndpointSlices a second, for --churn-secs, with the largest number of Services
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    churn: u32,
+    /// How long the changes of --churn go on
+    #[arg(long, default_value_t = 60, value_name = "SECONDS")]
+    churn_secs: u64,
     /// Value of --proxy-mode: nftables, iptables, iptables-nft, iptables-legacy, ipvs
     #[arg(long, default_value = "nftables", value_name = "MODE")]
     mode: String,
@@ -110,8 +118,17 @@ async fn measure(
         there = size;
         for (index, subject) in subjects.iter().enumerate() {
             eprintln!("Measuring {} with {size} Services", subject.label);
-            let work = work::Work { ground, client, subject, size, endpoints: options.endpoints };
-            let outcome = work.measure(report, &backend, options.changes, options.idle).await;
+            let endpoints = options.endpoints;
+            let churn = churn::Churn {
+                per_second: if Some(&size) == sizes.last() { options.churn } else { 0 },
+                duration: Duration::from_secs(options.churn_secs),
+                services: size,
+                endpoints,
+            };
+            let (changes, idle) = (options.changes, options.idle);
+            let work =
+                work::Work { ground, client, subject, size, endpoints, changes, idle, churn };
+            let outcome = work.measure(report, &backend).await;
             match outcome {
                 Err(error) if index > 0 => {
                     report

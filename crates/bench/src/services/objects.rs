@@ -17,6 +17,9 @@ const SLICES: &str = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslice
 /// What the probe asks for.
 pub(super) const PORT: u16 = 80;
 
+/// Of the endpoints where nobody answers.
+const NOBODYS_PORT: u16 = 8080;
+
 /// Requests on their way at the same time.
 const AT_ONCE: usize = 32;
 
@@ -54,11 +57,39 @@ pub(super) fn node() -> NewObject {
 /// When the API server refuses one.
 pub(super) async fn add(client: &Client, range: Range<u32>, endpoints: u32) -> Result<()> {
     let objects = range.flat_map(|index| {
-        let name = format!("many-{index}");
-        let addresses: Vec<IpAddr> = (0..endpoints).map(|n| endpoint_ip(index, n)).collect();
-        [slice(&name, &addresses, 8080), service(&name, cluster_ip(index))]
+        let name = many(index);
+        let slice = slice(&name, &nobody(index, endpoints), NOBODYS_PORT);
+        [slice, service(&name, cluster_ip(index))]
     });
     api::create_all(client, objects, AT_ONCE).await
+}
+
+/// Leads Service `index` of those that [`add`] made to `backend` alone, or back to where nobody answers.
+///
+/// # Errors
+/// When the API server refuses.
+pub(super) async fn turn(
+    client: &Client,
+    index: u32,
+    backend: Option<(IpAddr, u16)>,
+    endpoints: u32,
+) -> Result<()> {
+    let (addresses, port) = match backend {
+        Some((address, port)) => (vec![address], port),
+        None => (nobody(index, endpoints), NOBODYS_PORT),
+    };
+    let name = many(index);
+    let NewObject { body, .. } = slice(&name, &addresses, port);
+    let change = json!({ "endpoints": body["endpoints"], "ports": body["ports"] });
+    api::patch(client, SLICES, &name, &change).await
+}
+
+fn many(index: u32) -> String {
+    format!("many-{index}")
+}
+
+fn nobody(index: u32, endpoints: u32) -> Vec<IpAddr> {
+    (0..endpoints).map(|number| endpoint_ip(index, number)).collect()
 }
 
 /// A Service to be created last, whose only endpoint is `backend`: its slice and itself.

@@ -159,6 +159,22 @@ pub(super) async fn until(address: SocketAddr, wanted: bool, limit: Duration) ->
     tokio::task::spawn_blocking(move || wait(address, wanted, limit)).await?
 }
 
+/// Those that do not answer although they should, or the other way round.
+///
+/// # Errors
+/// None today.
+pub(super) async fn wrong(states: Vec<(SocketAddr, bool)>) -> Result<Vec<SocketAddr>> {
+    /// One that is half right answers now and then.
+    const ATTEMPTS: u32 = 3;
+    let ask = move || {
+        let answers = |at| TcpStream::connect_timeout(&at, ATTEMPT).is_ok();
+        // Of those that are right, one connection in some thousand may be late.
+        let is = |at, on| (0..ATTEMPTS).all(|_| answers(at) == on || answers(at) == on);
+        states.into_iter().filter(|(at, on)| !is(*at, *on)).map(|(at, _)| at).collect()
+    };
+    Ok(tokio::task::spawn_blocking(ask).await?)
+}
+
 fn wait(address: SocketAddr, wanted: bool, limit: Duration) -> Result<Instant> {
     let deadline = Instant::now() + limit;
     loop {

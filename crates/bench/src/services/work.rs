@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use kube::Client;
 
+use super::churn::Churn;
 use super::{Subject, objects, probe};
 use crate::api::{self, PATIENCE};
 use crate::cluster::{Ground, NODE_ADDRESS};
@@ -23,6 +24,11 @@ pub(super) struct Work<'a> {
     pub(super) subject: &'a Subject,
     pub(super) size: u32,
     pub(super) endpoints: u32,
+    /// New Services, one at a time.
+    pub(super) changes: u32,
+    /// Seconds to look at the idle proxy.
+    pub(super) idle: u64,
+    pub(super) churn: Churn,
 }
 
 impl Work<'_> {
@@ -34,13 +40,11 @@ impl Work<'_> {
         &self,
         report: &mut Report,
         backend: &probe::Backend,
-        changes: u32,
-        idle: u64,
     ) -> Result<()> {
         probe::forget_rules(self.ground)?;
         self.create_marker(LAST, 0, backend).await?;
         let mut proxy = self.start()?;
-        let outcome = self.run(report, &mut proxy, backend, changes, idle).await;
+        let outcome = self.run(report, &mut proxy, backend).await;
         let outcome = outcome
             .with_context(|| format!("the log of {} ends with:\n{}", proxy.name, proxy.log_tail()));
         let stopped = proxy.stop().await.map(drop);
@@ -53,8 +57,6 @@ impl Work<'_> {
         report: &mut Report,
         proxy: &mut Daemon,
         backend: &probe::Backend,
-        changes: u32,
-        idle: u64,
     ) -> Result<()> {
         let effective = probe::until(self.address(0), true, PATIENCE).await;
         proxy.must_run()?;
@@ -63,7 +65,7 @@ impl Work<'_> {
         let goal = goals::start(&self.subject.mode, self.size);
         self.enter(report, "start to effective", Unit::Seconds, took, goal);
         self.enter(report, "CPU for the start", Unit::CpuSeconds, cpu, None);
-        let changes = self.changes(backend, changes).await?;
+        let changes = self.new_services(backend).await?;
         let goal = goals::change(&self.subject.mode, self.size);
         let mut row = Row::new(self.row("one new Service effective"), Unit::Millis);
         row.goal = goal;
@@ -75,7 +77,7 @@ impl Work<'_> {
         // What the changes left behind still has to settle.
         tokio::time::sleep(Duration::from_secs(3)).await;
         let (before, began) = (proxy.cpu(), Instant::now());
-        tokio::time::sleep(Duration::from_secs(idle)).await;
+        tokio::time::sleep(Duration::from_secs(self.idle)).await;
         let share = (proxy.cpu() - before) / began.elapsed().as_secs_f64() * 100.0;
         proxy.must_run()?;
         let memory = proxy.memory();
@@ -85,13 +87,44 @@ impl Work<'_> {
         }
         self.enter(report, "memory, peak", Unit::Mebibytes, memory.peak, None);
         self.enter(report, "CPU while idle", Unit::PercentOfCore, share, Some(0.0));
+        if self.churn.per_second > 0 {
+            self.churn(report, proxy, backend).await?;
+        }
         Ok(())
     }
 
+    /// Many changes a second, and what they do to a single one.
+    async fn churn(
+        &self,
+        report: &mut Report,
+        proxy: &mut Daemon,
+        backend: &probe::Backend,
+    ) -> Result<()> {
+        let before = proxy.cpu();
+        let outcome = self.churn.run(self.client, backend, |index| self.address(index)).await?;
+        let share = (proxy.cpu() - before) / outcome.took.as_secs_f64() * 100.0;
+        proxy.must_run()?;
+        let rate = self.churn.per_second;
+        report.notes.push(format!(
+            "{}: of {rate} changes a second the API server took {:.0} a second",
+            self.subject.label, outcome.taken
+        ));
+        let what = format!("new Service effective under {rate} changes a second");
+        let lags = outcome.lags;
+        report.enter_spread(&self.subject.label, &Row::new(self.row(&what), Unit::Millis), &lags);
+        if let Some(p99) = lags.percentile(99) {
+            self.enter(report, &format!("{what}, p99"), Unit::Millis, p99, Some(100.0));
+        }
+        self.enter(report, "CPU under these changes", Unit::PercentOfCore, share, None);
+        let peak = proxy.memory().peak;
+        self.enter(report, "memory, peak, after these changes", Unit::Mebibytes, peak, None);
+        self.churn.check(self.client, backend).await
+    }
+
     /// Milliseconds from the POST of a Service until it answers; its slice is there before.
-    async fn changes(&self, backend: &probe::Backend, count: u32) -> Result<Samples> {
+    async fn new_services(&self, backend: &probe::Backend) -> Result<Samples> {
         let mut samples = Samples::default();
-        for number in 1..=count {
+        for number in 1..=self.changes {
             let name = format!("new-{}-{number}", self.size);
             let [slice, service] = objects::marker(&name, number, backend.endpoint());
             api::create(self.client, &slice).await?;
