@@ -70,9 +70,12 @@ pub struct Flow {
     pub role: u8,
     /// `STATE_*`.
     pub state: u8,
-    pub zero: u16,
-    /// Where packets that the node makes are sent out instead; 0: they go on.
-    pub interface: u32,
+    /// Connections that the node makes: the link address of `node_interface`.
+    pub node_link: [u8; 6],
+    /// Connections that the node makes: where it sends packets, and expects answers; else 0.
+    pub node_interface: u32,
+    /// Connections that the node makes: where packets leave for the endpoint.
+    pub endpoint_interface: u32,
 }
 
 /// From the client: the destination becomes the endpoint.
@@ -256,7 +259,96 @@ pub struct FragmentPorts {
 
 layout! {
     Tuple: 40,
-    Flow: 64,
+    Flow: 72,
     FragmentKey: 40,
     FragmentPorts: 4,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: u64 = NS_PER_SEC;
+
+    fn flow(protocol: u8, role: u8, state: u8) -> Flow {
+        let to = Tuple { protocol, ..Tuple::default() };
+        Flow { to, role, state, last_seen_ns: 1_000_000 * SECOND, ..Flow::default() }
+    }
+
+    #[test]
+    fn connections_are_over_when_closed_or_after_their_time() {
+        let done = STATE_ANSWERED | STATE_CLIENT_DONE | STATE_ENDPOINT_DONE;
+        for (protocol, state, secs) in [
+            (PROTOCOL_TCP, 0, 60),
+            (PROTOCOL_TCP, STATE_ANSWERED, 86_400),
+            (PROTOCOL_TCP, STATE_ANSWERED | STATE_CLIENT_DONE, 60),
+            (PROTOCOL_TCP, STATE_ANSWERED | STATE_ENDPOINT_DONE, 60),
+            (PROTOCOL_TCP, done, 0),
+            (PROTOCOL_TCP, STATE_RESET, 0),
+            (PROTOCOL_TCP, STATE_ANSWERED | STATE_RESET, 0),
+            (PROTOCOL_UDP, 0, 30),
+            (PROTOCOL_UDP, STATE_ANSWERED, 120),
+            (PROTOCOL_SCTP, 0, 60),
+            (PROTOCOL_SCTP, STATE_ANSWERED, 86_400),
+            (PROTOCOL_SCTP, STATE_RESET, 0),
+        ] {
+            let flow = flow(protocol, FLOW_TO_ENDPOINT, state);
+            let end = flow.last_seen_ns + secs * SECOND;
+            assert!(flow.is_over(end), "{protocol} {state}");
+            assert!(secs == 0 || !flow.is_over(end - 1), "{protocol} {state}");
+            // Another CPU's clock may be ahead of ours.
+            assert!(secs == 0 || !flow.is_over(flow.last_seen_ns - 1), "{protocol} {state}");
+        }
+    }
+
+    #[test]
+    fn both_directions_bring_the_state_forward() {
+        for (role, signs, state) in [
+            (FLOW_TO_ENDPOINT, SIGN_START, 0),
+            (FLOW_MASQUERADE, SIGN_DONE, STATE_CLIENT_DONE),
+            (FLOW_FROM_ENDPOINT, SIGN_ACCEPT, STATE_ANSWERED),
+            (FLOW_UNMASQUERADE, SIGN_DONE, STATE_ANSWERED | STATE_ENDPOINT_DONE),
+            (FLOW_TO_ENDPOINT, SIGN_RESET, STATE_RESET),
+            (FLOW_FROM_ENDPOINT, SIGN_RESET, STATE_ANSWERED | STATE_RESET),
+        ] {
+            assert_eq!(flow(PROTOCOL_TCP, role, 0).state_after(signs), state);
+            assert_eq!(flow(PROTOCOL_TCP, role, 15).state_after(signs), 15);
+        }
+    }
+
+    #[test]
+    fn a_packet_is_noted_once_a_second_or_when_it_changes_something() {
+        let flow = flow(PROTOCOL_TCP, FLOW_TO_ENDPOINT, STATE_ANSWERED);
+        let now = flow.last_seen_ns;
+        assert!(!flow.must_note(STATE_ANSWERED, now + SECOND - 1));
+        assert!(flow.must_note(STATE_ANSWERED, now + SECOND));
+        assert!(flow.must_note(STATE_ANSWERED | STATE_RESET, now));
+    }
+
+    #[test]
+    fn flags_tell_beginnings_and_ends() {
+        for (flags, signs) in [
+            (0x02, SIGN_START),
+            (0xc2, SIGN_START),
+            (0x12, SIGN_ACCEPT),
+            (0x10, 0),
+            (0x11, SIGN_DONE),
+            (0x04, SIGN_RESET),
+            (0x14, SIGN_RESET),
+            (0x03, SIGN_DONE),
+            (0x06, SIGN_RESET),
+        ] {
+            assert_eq!(tcp_signs(flags), signs, "{flags:#x}");
+        }
+    }
+
+    #[test]
+    fn the_opposite_of_the_opposite_is_the_flow() {
+        let key = Tuple { source_port_be: 1, destination_port_be: 2, ..Tuple::default() };
+        for role in [FLOW_TO_ENDPOINT, FLOW_FROM_ENDPOINT, FLOW_MASQUERADE, FLOW_UNMASQUERADE] {
+            let flow = flow(PROTOCOL_TCP, role, 3);
+            assert_eq!(flow.opposite(&key).opposite(&flow.to.reversed()), flow);
+            assert_ne!(flow.opposite(&key).is_from_client(), flow.is_from_client());
+        }
+    }
 }

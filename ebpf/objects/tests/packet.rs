@@ -4,6 +4,10 @@
 
 #[path = "packet/bytes.rs"]
 mod bytes;
+#[path = "packet/errors.rs"]
+mod errors;
+#[path = "packet/fragments.rs"]
+mod fragments;
 #[path = "packet/kernel.rs"]
 mod kernel;
 #[path = "packet/masquerade.rs"]
@@ -14,5 +18,7 @@ mod network;
 mod node;
 #[path = "packet/refusal.rs"]
 mod refusal;
+#[path = "packet/states.rs"]
+mod states;
 #[path = "packet/translation.rs"]
 mod translation;

@@ -78,6 +78,11 @@ impl Sent {
         if self.protocol() == 6 { 20 } else { 8 }
     }
 
+    /// Where the transport's checksum is in its header.
+    pub(crate) fn checksum_at(&self) -> usize {
+        if self.protocol() == 6 { 16 } else { 6 }
+    }
+
     /// Link header and all.
     pub(crate) fn bytes(&self) -> Vec<u8> {
         framed(&self.packet())

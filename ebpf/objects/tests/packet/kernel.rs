@@ -167,6 +167,13 @@ impl Kernel {
         self.hash(map).iter().map(Result::unwrap).collect()
     }
 
+    pub(crate) fn change_flow(&mut self, map: &str, key: &Tuple, change: impl FnOnce(&mut Flow)) {
+        let mut flows = self.hash::<Tuple, Flow>(map);
+        let mut flow = flows.get(key, 0).unwrap();
+        change(&mut flow);
+        flows.insert(key, flow, 0).unwrap();
+    }
+
     pub(crate) fn counters(&self, frontend: u32) -> Counters {
         let map: PerCpuHashMap<_, u32, Counters> =
             PerCpuHashMap::try_from(self.ebpf.map("counters").unwrap()).unwrap();
@@ -196,6 +203,18 @@ fn context(from: u32) -> [u8; 192] {
     let mut context = [0; 192];
     context[INGRESS_IFINDEX..INGRESS_IFINDEX + 4].copy_from_slice(&from.to_ne_bytes());
     context
+}
+
+/// The key of a packet's flow.
+pub(crate) fn tuple(packet: &Sent) -> Tuple {
+    Tuple {
+        source: packet.source.ip().into(),
+        destination: packet.destination.ip().into(),
+        source_port_be: packet.source.port().to_be(),
+        destination_port_be: packet.destination.port().to_be(),
+        protocol: packet.protocol(),
+        ..Tuple::default()
+    }
 }
 
 #[track_caller]

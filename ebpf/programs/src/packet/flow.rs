@@ -2,7 +2,11 @@
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use aya_ebpf::helpers::bpf_ktime_get_ns;
-use keelson_ebpf_abi::{FLOW_MASQUERADE_SOON, Flow, SIGN_ACCEPT, SIGN_START, Tuple};
+use keelson_ebpf::endpoint;
+use keelson_ebpf_abi::{
+    Endpoint, FLOW_MASQUERADE_SOON, FLOW_TO_ENDPOINT, Flow, PROTOCOL_UDP, SIGN_ACCEPT, SIGN_START,
+    Tuple,
+};
 
 use crate::maps::{Flows, Scratch};
 
@@ -21,10 +25,20 @@ pub fn find(flows: &'static Flows, key: &Tuple) -> Option<&'static mut Flow> {
     Some(unsafe { &mut *flow })
 }
 
-/// Whether the packet begins another connection than the one that the flow is of.
+/// Whether the packet at hand belongs to the flow, whose result is `scratch.to`. Datagrams leave an endpoint that
+/// is gone.
 #[inline(always)]
-pub fn begins_another(flow: &Flow, signs: u8, now_ns: u64) -> bool {
-    signs & (SIGN_START | SIGN_ACCEPT) != 0 && flow.is_over(now_ns)
+pub fn is_valid(flow: &Flow, scratch: &Scratch, now_ns: u64) -> bool {
+    let signs = scratch.packet.signs;
+    if signs & (SIGN_START | SIGN_ACCEPT) != 0 && flow.is_over(now_ns) {
+        return false;
+    }
+    let to = &scratch.to;
+    if to.protocol != PROTOCOL_UDP || flow.role != FLOW_TO_ENDPOINT {
+        return true;
+    }
+    let endpoint = Endpoint { address: to.destination, port_be: to.destination_port_be, flags: 0 };
+    endpoint::membership(flow.pool, &endpoint) != 0
 }
 
 /// Notes that the packet at hand came by, in both translations of the pair. So neither is evicted as long

@@ -1,43 +1,78 @@
-//! What leaves by an interface: it gets the source that its receiver expects.
+//! What leaves by an interface: it gets the source that its receiver expects. What the node itself sends to a Service
+//! gets its destination here as well.
 
-use aya_ebpf::bindings::__sk_buff;
-use keelson_ebpf_abi::FLOW_MASQUERADE_SOON;
+use aya_ebpf::bindings::{__sk_buff, BPF_F_INGRESS};
+use keelson_ebpf_abi::{FLOW_MASQUERADE_SOON, FLOW_TO_ENDPOINT, SIGN_START};
 
-use crate::arriving::translate;
-use crate::flow;
+use crate::answer::refuse;
 use crate::maps::{FLOWS_IN, FLOWS_OUT, Scratch, scratch};
-use crate::masquerade;
+use crate::open::{self, Opened, Sender};
 use crate::parse::{Kind, parse};
+use crate::rewrite::translate;
 use crate::verdict::{PASS, dropped};
+use crate::{flow, fragment, icmp, masquerade, own};
 
 #[inline(always)]
 pub fn handle(skb: *mut __sk_buff) -> i32 {
     let Some(scratch) = scratch() else { return PASS };
     match parse(skb, &mut scratch.packet) {
         Kind::Ports => with_ports(skb, scratch),
-        _ => PASS,
+        Kind::LaterFragment => fragment::later(skb, scratch, &FLOWS_OUT),
+        Kind::Icmp => icmp::leaving(skb, scratch),
+        Kind::Other => PASS,
     }
 }
 
 #[inline(always)]
 fn with_ports(skb: *mut __sk_buff, scratch: &mut Scratch) -> i32 {
-    let Some(flow) = flow::find(&FLOWS_OUT, &scratch.packet.tuple) else { return PASS };
-    let now = flow::now();
-    if flow::begins_another(flow, scratch.packet.signs, now) {
-        // Another CPU may have been faster.
-        let _ = FLOWS_OUT.remove(&scratch.packet.tuple);
+    if let Some(flow) = flow::find(&FLOWS_OUT, &scratch.packet.tuple) {
+        let now = flow::now();
+        scratch.to = flow.to;
+        if flow::is_valid(flow, scratch, now) {
+            if flow.role == FLOW_MASQUERADE_SOON {
+                scratch.flow = *flow;
+                let reason = masquerade::choose(skb, scratch, now);
+                if reason != masquerade::CHOSEN {
+                    return dropped(reason);
+                }
+            } else {
+                flow::note(flow, scratch, now, &FLOWS_IN);
+            }
+            let verdict = translate(skb, scratch, flow.frontend);
+            return if verdict == PASS && flow.role == FLOW_TO_ENDPOINT {
+                own::send(flow)
+            } else {
+                verdict
+            };
+        }
+        if flow.role != FLOW_TO_ENDPOINT {
+            // Another CPU may have been faster.
+            let _ = FLOWS_OUT.remove(&scratch.packet.tuple);
+        }
+    }
+    // SAFETY: a field of the context.
+    if unsafe { (*skb).ingress_ifindex } != 0 || scratch.packet.signs & SIGN_START == 0 {
         return PASS;
     }
-    let frontend = flow.frontend;
-    scratch.to = flow.to;
-    if flow.role == FLOW_MASQUERADE_SOON {
-        scratch.flow = *flow;
-        let reason = masquerade::choose(skb, scratch, now);
-        if reason != masquerade::CHOSEN {
-            return dropped(reason);
-        }
-    } else {
-        flow::note(flow, scratch, now, &FLOWS_IN);
+    begins_here(skb, scratch)
+}
+
+/// The node itself begins a connection, of whatever kind.
+#[inline(always)]
+fn begins_here(skb: *mut __sk_buff, scratch: &mut Scratch) -> i32 {
+    let now = flow::now();
+    let mut opened = open::decide(skb, scratch, now, Sender::Node);
+    if opened == Opened::TRANSLATE {
+        opened = own::connect(skb, scratch, now);
     }
-    translate(skb, scratch, frontend)
+    open::count(scratch, opened);
+    match opened {
+        Opened::TRANSLATE => {
+            let verdict = translate(skb, scratch, scratch.flow.frontend);
+            if verdict == PASS { own::send(&scratch.flow) } else { verdict }
+        }
+        Opened::PASS => PASS,
+        Opened::REFUSE => refuse(skb, scratch, BPF_F_INGRESS.into()),
+        Opened(reason) => dropped(reason),
+    }
 }

@@ -9,10 +9,13 @@
 mod answer;
 mod arriving;
 mod flow;
+mod fragment;
+mod icmp;
 mod leaving;
 mod maps;
 mod masquerade;
 mod open;
+mod own;
 mod parse;
 mod rewrite;
 mod verdict;

@@ -2,7 +2,7 @@
 
 use aya_ebpf::btf_maps::{LruHashMap, PerCpuArray};
 use aya_ebpf::macros::btf_map;
-use keelson_ebpf_abi::{DROP_REASONS, Flow, Tuple};
+use keelson_ebpf_abi::{DROP_REASONS, Flow, FragmentKey, FragmentPorts, Tuple};
 
 use crate::answer::Body;
 use crate::parse::Packet;
@@ -17,6 +17,9 @@ pub static FLOWS_IN: Flows = Flows::new();
 #[btf_map(name = "flows_out")]
 pub static FLOWS_OUT: Flows = Flows::new();
 
+#[btf_map(name = "fragments")]
+pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts, 8_192> = LruHashMap::new();
+
 #[btf_map(name = "drops")]
 pub static DROPS: PerCpuArray<u64, DROP_REASONS> = PerCpuArray::new();
 
@@ -30,6 +33,11 @@ pub struct Scratch {
     pub opposite: Tuple,
     pub flow: Flow,
     pub body: Body,
+    /// What an ICMP error is about.
+    pub quoted: Packet,
+    /// The client's address shall be replaced by the node's.
+    pub hides: bool,
+    pub zero: [u8; 7],
 }
 
 #[btf_map(name = "packet_scratch")]

@@ -6,14 +6,14 @@ use keelson_ebpf::maps::{INTERFACES, POD_RANGES, SETTINGS};
 use keelson_ebpf::{counters, endpoint, frontend};
 use keelson_ebpf_abi::{
     Address, DROP_FAILED, DROP_NO_PORT, DROP_NO_SUCH_ADDRESS, DROP_POLICY, DROP_SOURCE,
-    ENDPOINT_HERE, Endpoint, FLOW_FROM_ENDPOINT, FLOW_MASQUERADE_SOON, FLOW_TO_ENDPOINT,
+    ENDPOINT_HERE, FLOW_FROM_ENDPOINT, FLOW_MASQUERADE_SOON, FLOW_TO_ENDPOINT,
     FRONTEND_HAS_SOURCES, Flow, Frontend, INTERFACE_PODS, MASQUERADE_ALWAYS, MASQUERADE_UNLESS_POD,
     RangeKey, SETTING_KNOWS_PODS, SETTING_PASSES_UNKNOWN, SETTING_PODS_BY_INTERFACE, SIGN_START,
     Tuple, VERDICT_DROP, VERDICT_FORWARD,
 };
 
 use crate::flow;
-use crate::maps::{FLOWS_IN, FLOWS_OUT, Scratch};
+use crate::maps::{FLOWS_IN, FLOWS_OUT, Flows, Scratch};
 use crate::masquerade::random_port;
 
 /// What is to be done with a packet that belongs to no known connection: one of the constants, or a reason
@@ -25,18 +25,30 @@ pub struct Opened(pub u32);
 impl Opened {
     /// No business of Services.
     pub const PASS: Opened = Opened(0x100);
-    /// It shall carry `scratch.to`.
+    /// It shall carry `scratch.to`, and the connection is `scratch.flow`.
     pub const TRANSLATE: Opened = Opened(0x101);
     /// The sender is told that nobody is there.
     pub const REFUSE: Opened = Opened(0x102);
 }
 
+/// Who sent a packet.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Sender {
+    /// Somebody behind the interface.
+    Other,
+    /// The node itself.
+    Node,
+}
+
 const ATTEMPTS: u32 = 16;
 
-/// Decides on a packet that arrives.
+/// Decides on a packet. To be translated means that `scratch.to` leads to an endpoint, that `scratch.hides` says
+/// whether the client shall be hidden, and that `scratch.flow` is the translation of the answers; nothing of it
+/// is in the maps yet.
 #[inline(never)]
-pub fn arriving(skb: *mut __sk_buff, scratch: &mut Scratch, now: u64) -> Opened {
+pub fn decide(skb: *mut __sk_buff, scratch: &mut Scratch, now: u64, sender: Sender) -> Opened {
     let tuple = &scratch.packet.tuple;
+    scratch.flow.frontend = 0;
     let found = match frontend::find(&tuple.destination, tuple.destination_port_be, tuple.protocol)
     {
         frontend::Found::Frontend(found) => found,
@@ -46,19 +58,14 @@ pub fn arriving(skb: *mut __sk_buff, scratch: &mut Scratch, now: u64) -> Opened 
         }
         frontend::Found::Nothing => return Opened::PASS,
     };
+    scratch.flow.frontend = found.number;
     if scratch.packet.signs & SIGN_START == 0 {
         return unknown(scratch.packet.signs);
     }
-    let is_pod = is_pod(skb, &tuple.source);
-    let opened = follow(scratch, found, is_pod, now);
-    counters::count(found.number, |counters| {
-        if opened == Opened::TRANSLATE {
-            counters.connections += 1;
-        } else {
-            counters.refused += 1;
-        }
-    });
-    opened
+    if found.flags & FRONTEND_HAS_SOURCES != 0 && !frontend::lets_in(found.number, &tuple.source) {
+        return Opened(DROP_SOURCE);
+    }
+    follow(skb, scratch, found, now, sender)
 }
 
 /// What becomes of a packet to a Service that goes nowhere. One that begins nothing is of a connection that
@@ -67,6 +74,46 @@ pub fn arriving(skb: *mut __sk_buff, scratch: &mut Scratch, now: u64) -> Opened 
 fn unknown(signs: u8) -> Opened {
     let passes = SETTINGS.get(0).is_some_and(|s| s.flags & SETTING_PASSES_UNKNOWN != 0);
     if passes && signs & SIGN_START == 0 { Opened::PASS } else { Opened::REFUSE }
+}
+
+#[inline(always)]
+fn follow(
+    skb: *mut __sk_buff,
+    scratch: &mut Scratch,
+    found: &Frontend,
+    now: u64,
+    sender: Sender,
+) -> Opened {
+    let client = &scratch.packet.tuple.source;
+    let is_pod = sender == Sender::Other && is_pod(skb, client);
+    let route = if is_pod || sender == Sender::Node { &found.inside } else { &found.outside };
+    match route.verdict {
+        VERDICT_FORWARD => {}
+        VERDICT_DROP => return Opened(DROP_POLICY),
+        _ => return Opened::REFUSE,
+    }
+    let Some(endpoint) = endpoint::choose(route.pool, client) else { return Opened::REFUSE };
+    let meets_itself = endpoint.flags & ENDPOINT_HERE != 0 && endpoint.address.is(client);
+    let hides = match route.masquerade {
+        MASQUERADE_ALWAYS => true,
+        MASQUERADE_UNLESS_POD => !is_pod,
+        _ => false,
+    };
+    scratch.hides = hides || meets_itself;
+    scratch.to = Tuple {
+        destination: endpoint.address,
+        destination_port_be: endpoint.port_be,
+        ..scratch.packet.tuple
+    };
+    scratch.flow = Flow {
+        to: scratch.packet.tuple.reversed(),
+        last_seen_ns: now,
+        pool: route.pool,
+        frontend: found.number,
+        role: FLOW_FROM_ENDPOINT,
+        ..Flow::default()
+    };
+    Opened::TRANSLATE
 }
 
 /// Whether a source is a pod, as far as the settings allow to tell.
@@ -84,57 +131,21 @@ fn is_pod(skb: *mut __sk_buff, source: &Address) -> bool {
     interface.is_some_and(|interface| interface.flags & INTERFACE_PODS != 0)
 }
 
-#[inline(always)]
-fn follow(scratch: &mut Scratch, found: &Frontend, is_pod: bool, now: u64) -> Opened {
-    let client = scratch.packet.tuple.source;
-    if found.flags & FRONTEND_HAS_SOURCES != 0 && !frontend::lets_in(found.number, &client) {
-        return Opened(DROP_SOURCE);
-    }
-    let route = if is_pod { &found.inside } else { &found.outside };
-    match route.verdict {
-        VERDICT_FORWARD => {}
-        VERDICT_DROP => return Opened(DROP_POLICY),
-        _ => return Opened::REFUSE,
-    }
-    let Some(endpoint) = endpoint::choose(route.pool, &client) else { return Opened::REFUSE };
-    let meets_itself = endpoint.flags & ENDPOINT_HERE != 0 && endpoint.address.is(&client);
-    let hides = match route.masquerade {
-        MASQUERADE_ALWAYS => true,
-        MASQUERADE_UNLESS_POD => !is_pod,
-        _ => false,
-    };
-    scratch.flow = Flow {
-        to: Tuple::default(),
-        last_seen_ns: now,
-        pool: route.pool,
-        frontend: found.number,
-        role: FLOW_FROM_ENDPOINT,
-        state: 0,
-        zero: 0,
-        interface: 0,
-    };
-    connect(scratch, &endpoint, hides || meets_itself, now)
-}
-
-/// Enters the translations of a connection to `endpoint`.
-#[inline(always)]
-fn connect(scratch: &mut Scratch, endpoint: &Endpoint, hides: bool, now: u64) -> Opened {
-    scratch.to = scratch.packet.tuple;
-    scratch.to.destination = endpoint.address;
-    scratch.to.destination_port_be = endpoint.port_be;
-    scratch.flow.to = scratch.packet.tuple.reversed();
-    if !claim_answers(scratch, now) {
+/// Enters the translations of a connection that arrives. All that it needs is in `scratch`, so that the verifier
+/// meets it in one state only.
+#[inline(never)]
+pub fn connect(scratch: &mut Scratch, now: u64) -> Opened {
+    if !claim_answers(&FLOWS_OUT, scratch, now) {
         return Opened(DROP_NO_PORT);
     }
-    if hides {
+    scratch.flow.to = scratch.to;
+    if scratch.hides {
         scratch.flow.role = FLOW_MASQUERADE_SOON;
-        scratch.flow.to = scratch.to;
         if !flow::enter(&FLOWS_OUT, &scratch.to, &scratch.flow) {
             return Opened(DROP_FAILED);
         }
     }
     scratch.flow.role = FLOW_TO_ENDPOINT;
-    scratch.flow.to = scratch.to;
     if flow::enter(&FLOWS_IN, &scratch.packet.tuple, &scratch.flow) {
         Opened::TRANSLATE
     } else {
@@ -145,15 +156,30 @@ fn connect(scratch: &mut Scratch, endpoint: &Endpoint, hides: bool, now: u64) ->
 /// Enters the translation of the answers. The endpoint may know the client's port already, by a connection
 /// through another address of the Service: then this connection gets another port.
 #[inline(always)]
-fn claim_answers(scratch: &mut Scratch, now: u64) -> bool {
+pub fn claim_answers(flows: &'static Flows, scratch: &mut Scratch, now: u64) -> bool {
     for attempt in 0..ATTEMPTS {
         if attempt > 0 {
             scratch.to.source_port_be = random_port().to_be();
         }
         scratch.opposite = scratch.to.reversed();
-        if flow::claim(&FLOWS_OUT, scratch, now) {
+        if flow::claim(flows, scratch, now) {
             return true;
         }
     }
     false
+}
+
+/// Counts what was decided on the packet's frontend, if it has one.
+#[inline(always)]
+pub fn count(scratch: &Scratch, opened: Opened) {
+    if opened == Opened::PASS || scratch.flow.frontend == 0 {
+        return;
+    }
+    counters::count(scratch.flow.frontend, |counters| {
+        if opened == Opened::TRANSLATE {
+            counters.connections += 1;
+        } else {
+            counters.refused += 1;
+        }
+    });
 }

@@ -24,8 +24,6 @@ pub enum Kind {
     Other,
     /// It has ports.
     Ports,
-    /// The first piece of a packet with ports.
-    FirstFragment,
     /// Another piece, without ports.
     LaterFragment,
     Icmp,
@@ -41,12 +39,16 @@ pub struct Packet {
     pub length: u32,
     /// Tells the pieces of one packet from those of others.
     pub fragment: u32,
+    /// It is a piece of one.
+    pub is_fragment: bool,
+    /// It is not the first.
+    pub is_later_fragment: bool,
     pub is_v4: bool,
     /// `SIGN_*`.
     pub signs: u8,
     /// Ports are there to be read and changed.
     pub has_ports: bool,
-    pub zero: u8,
+    pub zero: [u8; 3],
 }
 
 #[repr(C)]
@@ -73,10 +75,11 @@ struct Ipv6 {
     destination: Address,
 }
 
+/// The first bytes of an extension header; what is behind the length is a fragment header's.
 #[repr(C)]
-struct Fragment6 {
+struct Extension {
     next: u8,
-    zero: u8,
+    length: u8,
     offset_be: u16,
     id: u32,
 }
@@ -136,18 +139,35 @@ pub fn parse(skb: *mut __sk_buff, packet: &mut Packet) -> Kind {
         // The interface of the VLAN sees it as well.
         return Kind::Other;
     }
-    packet.fragment = 0;
-    packet.signs = 0;
-    packet.has_ports = false;
-    packet.tuple.zero = [0; 3];
-    let kind = match protocol {
-        ETH_P_IP_BE => parse_v4(skb, packet),
-        ETH_P_IPV6_BE => parse_v6(skb, packet),
+    let is_v4 = match protocol {
+        ETH_P_IP_BE => true,
+        ETH_P_IPV6_BE => false,
         _ => return Kind::Other,
     };
-    match kind {
-        Kind::Ports | Kind::FirstFragment if !parse_transport(skb, packet) => Kind::Other,
+    match parse_ip(skb, packet, is_v4, 0) {
+        Kind::Ports if packet.is_later_fragment => Kind::LaterFragment,
+        Kind::Ports if !parse_transport(skb, packet) => Kind::Other,
         kind => kind,
+    }
+}
+
+/// Reads the IP headers at `at`, but nothing behind them: ports are to be expected there, or not.
+#[inline(always)]
+pub fn parse_ip(skb: *mut __sk_buff, packet: &mut Packet, is_v4: bool, at: u32) -> Kind {
+    packet.is_v4 = is_v4;
+    packet.signs = 0;
+    packet.has_ports = false;
+    packet.is_fragment = false;
+    packet.is_later_fragment = false;
+    packet.tuple.zero = [0; 3];
+    if !(if is_v4 { parse_v4(skb, packet, at) } else { parse_v6(skb, packet, at) }) {
+        return Kind::Other;
+    }
+    match packet.tuple.protocol {
+        PROTOCOL_TCP | PROTOCOL_UDP | PROTOCOL_SCTP => Kind::Ports,
+        PROTOCOL_ICMP if is_v4 && !packet.is_fragment => Kind::Icmp,
+        PROTOCOL_ICMP6 if !is_v4 && !packet.is_fragment => Kind::Icmp,
+        _ => Kind::Other,
     }
 }
 
@@ -165,30 +185,56 @@ fn load_or_pull<T>(skb: *mut __sk_buff, offset: u32) -> Option<T> {
 }
 
 #[inline(always)]
-fn parse_v4(skb: *mut __sk_buff, packet: &mut Packet) -> Kind {
+fn parse_v4(skb: *mut __sk_buff, packet: &mut Packet, at: u32) -> bool {
     const MORE: u16 = 0x2000;
     const OFFSET: u16 = 0x1fff;
-    let Some(ip) = load_or_pull::<Ipv4>(skb, 0) else { return Kind::Other };
+    let Some(ip) = load_or_pull::<Ipv4>(skb, at) else { return false };
     let length = u32::from(ip.version_and_length & 15) * 4;
     if ip.version_and_length >> 4 != 4 || length < 20 {
-        return Kind::Other;
+        return false;
     }
-    packet.is_v4 = true;
-    packet.transport = length;
+    packet.transport = at + length;
     packet.length = u32::from(u16::from_be(ip.length_be));
     packet.tuple.source = Address::v4(ip.source_be);
     packet.tuple.destination = Address::v4(ip.destination_be);
     packet.tuple.protocol = ip.protocol;
     let fragment = u16::from_be(ip.fragment_be);
-    if fragment & (MORE | OFFSET) != 0 {
-        packet.fragment = u32::from(ip.id_be);
-        return fragment_of(ip.protocol, fragment & OFFSET != 0);
-    }
-    kind_of(ip.protocol, PROTOCOL_ICMP)
+    packet.fragment = u32::from(ip.id_be);
+    packet.is_fragment = fragment & (MORE | OFFSET) != 0;
+    packet.is_later_fragment = fragment & OFFSET != 0;
+    true
 }
 
 #[inline(always)]
-fn parse_v6(skb: *mut __sk_buff, packet: &mut Packet) -> Kind {
+fn parse_v6(skb: *mut __sk_buff, packet: &mut Packet, at: u32) -> bool {
+    let Some(ip) = load_or_pull::<Ipv6>(skb, at) else { return false };
+    if u32::from_be(ip.version) >> 28 != 6 {
+        return false;
+    }
+    packet.length = size_of::<Ipv6>() as u32 + u32::from(u16::from_be(ip.length_be));
+    packet.tuple.source = ip.source;
+    packet.tuple.destination = ip.destination;
+    packet.tuple.protocol = ip.next;
+    packet.transport = at + size_of::<Ipv6>() as u32;
+    for _ in 0..EXTENSIONS {
+        match skip_extension(skb, packet) {
+            Skipped::Extension => {}
+            Skipped::Nothing => return true,
+            Skipped::Unreadable => return false,
+        }
+    }
+    true
+}
+
+enum Skipped {
+    Extension,
+    Nothing,
+    Unreadable,
+}
+
+/// Skips an extension header of IPv6 where the transport's is supposed.
+#[inline(always)]
+fn skip_extension(skb: *mut __sk_buff, packet: &mut Packet) -> Skipped {
     const HOP_BY_HOP: u8 = 0;
     const ROUTING: u8 = 43;
     const FRAGMENT: u8 = 44;
@@ -196,66 +242,28 @@ fn parse_v6(skb: *mut __sk_buff, packet: &mut Packet) -> Kind {
     const DESTINATION: u8 = 60;
     const OFFSET: u16 = 0xfff8;
     const MORE: u16 = 1;
-    let Some(ip) = load_or_pull::<Ipv6>(skb, 0) else { return Kind::Other };
-    if u32::from_be(ip.version) >> 28 != 6 {
-        return Kind::Other;
+    let this = packet.tuple.protocol;
+    if !matches!(this, HOP_BY_HOP | ROUTING | FRAGMENT | AUTHENTICATION | DESTINATION)
+        || packet.is_later_fragment
+    {
+        return Skipped::Nothing;
     }
-    packet.is_v4 = false;
-    packet.length = size_of::<Ipv6>() as u32 + u32::from(u16::from_be(ip.length_be));
-    packet.tuple.source = ip.source;
-    packet.tuple.destination = ip.destination;
-    let mut next = ip.next;
-    let mut at = size_of::<Ipv6>() as u32;
-    for _ in 0..EXTENSIONS {
-        match next {
-            HOP_BY_HOP | ROUTING | DESTINATION | AUTHENTICATION => {
-                let Some([after, length]) = load_or_pull::<[u8; 2]>(skb, at) else {
-                    return Kind::Other;
-                };
-                at += if next == AUTHENTICATION {
-                    (u32::from(length) + 2) * 4
-                } else {
-                    (u32::from(length) + 1) * 8
-                };
-                next = after;
-            }
-            FRAGMENT => {
-                let Some(header) = load_or_pull::<Fragment6>(skb, at) else { return Kind::Other };
-                at += size_of::<Fragment6>() as u32;
-                next = header.next;
-                let offset = u16::from_be(header.offset_be);
-                if offset & (OFFSET | MORE) != 0 {
-                    packet.fragment = header.id;
-                    packet.transport = at;
-                    packet.tuple.protocol = next;
-                    // Extension headers may follow in the first piece; then it is not looked into.
-                    return fragment_of(next, offset & OFFSET != 0);
-                }
-            }
-            _ => break,
-        }
+    let Some(header) = load_or_pull::<Extension>(skb, packet.transport) else {
+        return Skipped::Unreadable;
+    };
+    packet.tuple.protocol = header.next;
+    packet.transport += match this {
+        FRAGMENT => size_of::<Extension>() as u32,
+        AUTHENTICATION => (u32::from(header.length) + 2) * 4,
+        _ => (u32::from(header.length) + 1) * 8,
+    };
+    if this == FRAGMENT {
+        let offset = u16::from_be(header.offset_be);
+        packet.fragment = header.id;
+        packet.is_fragment = offset & (OFFSET | MORE) != 0;
+        packet.is_later_fragment = offset & OFFSET != 0;
     }
-    packet.transport = at;
-    packet.tuple.protocol = next;
-    kind_of(next, PROTOCOL_ICMP6)
-}
-
-#[inline(always)]
-fn kind_of(protocol: u8, icmp: u8) -> Kind {
-    match protocol {
-        PROTOCOL_TCP | PROTOCOL_UDP | PROTOCOL_SCTP => Kind::Ports,
-        _ if protocol == icmp => Kind::Icmp,
-        _ => Kind::Other,
-    }
-}
-
-#[inline(always)]
-fn fragment_of(protocol: u8, is_later: bool) -> Kind {
-    match protocol {
-        PROTOCOL_TCP | PROTOCOL_UDP | PROTOCOL_SCTP if is_later => Kind::LaterFragment,
-        PROTOCOL_TCP | PROTOCOL_UDP | PROTOCOL_SCTP => Kind::FirstFragment,
-        _ => Kind::Other,
-    }
+    Skipped::Extension
 }
 
 #[inline(always)]

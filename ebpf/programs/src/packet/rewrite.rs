@@ -7,29 +7,61 @@ use aya_ebpf::bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_
 use aya_ebpf::helpers::{
     bpf_csum_diff, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_skb_store_bytes,
 };
+use keelson_ebpf::counters;
 use keelson_ebpf::maps::INTERFACES;
-use keelson_ebpf_abi::{Address, INTERFACE_NO_LINK_HEADER, PROTOCOL_TCP, PROTOCOL_UDP, Tuple};
+use keelson_ebpf_abi::{
+    Address, DROP_FAILED, INTERFACE_NO_LINK_HEADER, PROTOCOL_ICMP6, PROTOCOL_TCP, PROTOCOL_UDP,
+    Tuple,
+};
 
+use crate::fragment;
+use crate::maps::Scratch;
 use crate::parse::Packet;
+use crate::verdict::{PASS, dropped};
 
 const ETHERNET: u32 = 14;
-const IPV4_CHECKSUM: u32 = 10;
+pub const IPV4_CHECKSUM: u32 = 10;
 const IPV4_SOURCE: u32 = 12;
 const IPV6_SOURCE: u32 = 8;
 const TCP_CHECKSUM: u32 = 16;
 const UDP_CHECKSUM: u32 = 6;
+const ICMP6_CHECKSUM: u32 = 2;
 
 /// A step that the kernel refused, maybe after others that it did not.
 pub struct Refused;
 
+/// Whether packets begin with an Ethernet header here.
+#[inline(always)]
+pub fn has_link_header(skb: *mut __sk_buff) -> bool {
+    // SAFETY: a field of the context; the map is not preallocated.
+    let interface = unsafe { INTERFACES.get((*skb).ifindex) };
+    !interface.is_some_and(|interface| interface.flags & INTERFACE_NO_LINK_HEADER != 0)
+}
+
 /// Where the IP header is.
 #[inline(always)]
 pub fn network_offset(skb: *mut __sk_buff) -> u32 {
-    // SAFETY: a field of the context; the map is not preallocated.
-    match unsafe { INTERFACES.get((*skb).ifindex) } {
-        Some(interface) if interface.flags & INTERFACE_NO_LINK_HEADER != 0 => 0,
-        _ => ETHERNET,
+    if has_link_header(skb) { ETHERNET } else { 0 }
+}
+
+/// Makes the packet carry `scratch.to`, and counts it.
+#[inline(always)]
+pub fn translate(skb: *mut __sk_buff, scratch: &Scratch, frontend: u32) -> i32 {
+    let network = network_offset(skb);
+    let packet = &scratch.packet;
+    if packet.is_fragment && packet.has_ports {
+        fragment::remember(packet);
     }
+    if rewrite(skb, network, packet, &scratch.to).is_err() {
+        return dropped(DROP_FAILED);
+    }
+    // SAFETY: fields of the context.
+    let (length, segments) = unsafe { ((*skb).len, (*skb).gso_segs) };
+    counters::count(frontend, |counters| {
+        counters.packets += u64::from(if segments == 0 { 1 } else { segments });
+        counters.bytes += u64::from(length - network);
+    });
+    PASS
 }
 
 /// Makes `packet` carry `to`. `network` is where its IP header is.
@@ -44,27 +76,20 @@ pub fn rewrite(
     let transport = network + packet.transport;
     let checksum = checksum_offset(packet);
     if from.source != to.source || from.destination != to.destination {
-        // The parts that IPv4 addresses lack here are the same on both sides.
-        let diff = difference(&from.source, &to.source, &from.destination, &to.destination);
+        let diff = addresses_difference(from, to);
         if let Some(at) = checksum {
-            replace_transport(
-                skb,
-                transport + at,
-                0,
-                diff,
-                flags(from.protocol) | BPF_F_PSEUDO_HDR,
-            )?;
+            let flags = flags(from.protocol) | BPF_F_PSEUDO_HDR;
+            replace_transport(skb, transport + at, 0, diff, flags)?;
         }
+        let mut flags = 0;
         if packet.is_v4 {
             // SAFETY: the helper checks the offset.
             done(unsafe { bpf_l3_csum_replace(skb, network + IPV4_CHECKSUM, 0, diff, 0) })?;
-            let addresses = [to.source.words_be[3], to.destination.words_be[3]];
-            store(skb, network + IPV4_SOURCE, &addresses, 0)?;
         } else {
-            let addresses = [to.source, to.destination];
             // No checksum of IPv6 makes up for them in a sum that the interface made of the whole packet.
-            store(skb, network + IPV6_SOURCE, &addresses, BPF_F_RECOMPUTE_CSUM)?;
+            flags = BPF_F_RECOMPUTE_CSUM;
         }
+        store_addresses(skb, network, to, packet.is_v4, flags)?;
     }
     let ports = [to.source_port_be, to.destination_port_be];
     let had = [from.source_port_be, from.destination_port_be];
@@ -84,15 +109,30 @@ pub fn rewrite(
     Ok(())
 }
 
+/// Writes a tuple's addresses into the IP header at `at`.
+#[inline(always)]
+pub fn store_addresses(
+    skb: *mut __sk_buff,
+    at: u32,
+    to: &Tuple,
+    is_v4: bool,
+    flags: u32,
+) -> Result<(), Refused> {
+    if is_v4 {
+        let addresses = [to.source.words_be[3], to.destination.words_be[3]];
+        store(skb, at + IPV4_SOURCE, &addresses, flags)
+    } else {
+        store(skb, at + IPV6_SOURCE, &[to.source, to.destination], flags)
+    }
+}
+
 /// Where the transport's checksum is, if there is one that these changes concern.
 #[inline(always)]
 fn checksum_offset(packet: &Packet) -> Option<u32> {
-    if !packet.has_ports {
-        return None;
-    }
     match packet.tuple.protocol {
-        PROTOCOL_TCP => Some(TCP_CHECKSUM),
-        PROTOCOL_UDP => Some(UDP_CHECKSUM),
+        PROTOCOL_TCP if packet.has_ports => Some(TCP_CHECKSUM),
+        PROTOCOL_UDP if packet.has_ports => Some(UDP_CHECKSUM),
+        PROTOCOL_ICMP6 => Some(ICMP6_CHECKSUM),
         _ => None,
     }
 }
@@ -103,14 +143,17 @@ fn flags(protocol: u8) -> u32 {
     if protocol == PROTOCOL_UDP { BPF_F_MARK_MANGLED_0 } else { 0 }
 }
 
-/// By how much a checksum changes when two addresses do.
+/// By how much a checksum changes when the addresses do. The parts that IPv4 addresses lack here are the same on both
+/// sides.
 #[inline(always)]
-fn difference(a: &Address, to_a: &Address, b: &Address, to_b: &Address) -> u64 {
+pub fn addresses_difference(from: &Tuple, to: &Tuple) -> u64 {
     let pointer = |address: &Address| address.words_be.as_ptr().cast_mut();
     // SAFETY: the helper reads 16 bytes from each.
     unsafe {
-        let diff = bpf_csum_diff(pointer(a), 16, pointer(to_a), 16, 0);
-        bpf_csum_diff(pointer(b), 16, pointer(to_b), 16, diff as u32) as u64
+        let (old, new) = (pointer(&from.source), pointer(&to.source));
+        let diff = bpf_csum_diff(old, 16, new, 16, 0);
+        let (old, new) = (pointer(&from.destination), pointer(&to.destination));
+        bpf_csum_diff(old, 16, new, 16, diff as u32) as u64
     }
 }
 

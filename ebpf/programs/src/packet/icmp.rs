@@ -1,0 +1,122 @@
+//! ICMP errors about packets that were translated: who is told must recognise what was sent.
+//!
+//! An error quotes the packet that it is about. Reversed, that is what an answer to it would carry where the error
+//! is met, so the translation of answers tells what the sender had sent.
+
+use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::helpers::{bpf_csum_diff, bpf_l3_csum_replace, bpf_l4_csum_replace};
+use keelson_ebpf_abi::{DROP_FAILED, FLOW_MASQUERADE_SOON, Tuple};
+
+use crate::flow;
+use crate::maps::{FLOWS_IN, FLOWS_OUT, Flows, Scratch};
+use crate::parse::{Kind, Packet, load, parse_ip};
+use crate::rewrite::{
+    IPV4_CHECKSUM, Refused, addresses_difference, network_offset, rewrite, store, store_addresses,
+};
+use crate::verdict::{PASS, dropped};
+
+const ICMP_HEADER: u32 = 8;
+const ICMP_CHECKSUM: u32 = 2;
+
+#[inline(never)]
+pub fn arriving(skb: *mut __sk_buff, scratch: &mut Scratch) -> i32 {
+    translate_error(skb, scratch, &FLOWS_IN)
+}
+
+#[inline(never)]
+pub fn leaving(skb: *mut __sk_buff, scratch: &mut Scratch) -> i32 {
+    translate_error(skb, scratch, &FLOWS_OUT)
+}
+
+#[inline(always)]
+fn translate_error(skb: *mut __sk_buff, scratch: &mut Scratch, flows: &'static Flows) -> i32 {
+    let Scratch { packet, quoted, to, opposite, .. } = scratch;
+    if !is_error(skb, packet) || !parse_quoted(skb, packet, quoted) {
+        return PASS;
+    }
+    *opposite = quoted.tuple.reversed();
+    let Some(flow) = flow::find(flows, opposite) else { return PASS };
+    if flow.role == FLOW_MASQUERADE_SOON {
+        return PASS;
+    }
+    *to = flow.to;
+    match translate(skb, packet, quoted, opposite, to) {
+        Ok(()) => PASS,
+        Err(Refused) => dropped(DROP_FAILED),
+    }
+}
+
+#[inline(always)]
+fn is_error(skb: *mut __sk_buff, packet: &Packet) -> bool {
+    let Some(kind) = load::<u8>(skb, packet.transport) else { return false };
+    // Unreachable, time exceeded, parameter problem; for IPv6 also packet too big.
+    if packet.is_v4 { matches!(kind, 3 | 11 | 12) } else { matches!(kind, 1..=4) }
+}
+
+/// Reads the packet that an error is about.
+#[inline(always)]
+fn parse_quoted(skb: *mut __sk_buff, packet: &Packet, quoted: &mut Packet) -> bool {
+    let kind = parse_ip(skb, quoted, packet.is_v4, packet.transport + ICMP_HEADER);
+    if kind != Kind::Ports || quoted.is_later_fragment {
+        return false;
+    }
+    let Some([source_be, destination_be]) = load::<[u16; 2]>(skb, quoted.transport) else {
+        return false;
+    };
+    quoted.tuple.source_port_be = source_be;
+    quoted.tuple.destination_port_be = destination_be;
+    true
+}
+
+/// `key` is the reversed quoted tuple, `to` what it is translated to. The checksum of the quoted transport stays as
+/// it is: what is quoted is cut off, so nobody can check it.
+#[inline(always)]
+fn translate(
+    skb: *mut __sk_buff,
+    packet: &mut Packet,
+    quoted: &Packet,
+    key: &Tuple,
+    to: &mut Tuple,
+) -> Result<(), Refused> {
+    let network = network_offset(skb);
+    let checksum = network + packet.transport + ICMP_CHECKSUM;
+    let had = [quoted.tuple.source_port_be, quoted.tuple.destination_port_be];
+    let ports = [to.destination_port_be, to.source_port_be];
+    replace(skb, checksum, difference(had, ports))?;
+    store(skb, network + quoted.transport, &ports, 0)?;
+    let quoted_to = to.reversed();
+    let diff = addresses_difference(&quoted.tuple, &quoted_to);
+    let header = network + packet.transport + ICMP_HEADER;
+    if packet.is_v4 {
+        // The header's own checksum makes up for the addresses.
+        // SAFETY: the helper checks the offset.
+        if unsafe { bpf_l3_csum_replace(skb, header + IPV4_CHECKSUM, 0, diff, 0) } != 0 {
+            return Err(Refused);
+        }
+    } else {
+        replace(skb, checksum, diff)?;
+    }
+    store_addresses(skb, header, &quoted_to, packet.is_v4, 0)?;
+    // The error itself comes from where an answer would, unless a router sends it.
+    let outer = &packet.tuple;
+    if !outer.source.is(&key.source) {
+        to.source = outer.source;
+    }
+    if !outer.destination.is(&key.destination) {
+        to.destination = outer.destination;
+    }
+    rewrite(skb, network, packet, to)
+}
+
+/// Corrects the error's checksum.
+#[inline(always)]
+fn replace(skb: *mut __sk_buff, at: u32, diff: u64) -> Result<(), Refused> {
+    // SAFETY: the helper checks the offset.
+    if unsafe { bpf_l4_csum_replace(skb, at, 0, diff, 0) } == 0 { Ok(()) } else { Err(Refused) }
+}
+
+#[inline(always)]
+fn difference(mut from: [u16; 2], mut to: [u16; 2]) -> u64 {
+    // SAFETY: the helper reads 4 bytes of each.
+    unsafe { bpf_csum_diff(from.as_mut_ptr().cast(), 4, to.as_mut_ptr().cast(), 4, 0) as u64 }
+}
