@@ -11,8 +11,8 @@ use keelson_ebpf_abi::{
     MASQUERADE_UNLESS_POD, MEMBER_SERVING,
 };
 
-use crate::kernel::to_pool;
-use crate::node::{Node, OUTSIDE, POD_A, POD_B, node_at, of};
+use crate::kernel::{ip, to_pool};
+use crate::node::{NODE, Node, OUTSIDE, POD_A, POD_B, node_at, of};
 
 /// Only a failure takes so long.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -37,10 +37,18 @@ fn node(masquerade: u8) -> Node {
     node
 }
 
-/// Sends much in both directions between a client somewhere and pod A; returns whom the pod saw.
+/// Sends much in both directions between a client somewhere and pod A; returns whom it saw.
 fn transfer(node: &Node, from: usize, to: SocketAddr) -> IpAddr {
-    let listen = of(POD_A, to.is_ipv6(), 8080);
-    let listener = node.inside(POD_A, || TcpListener::bind(listen)).unwrap();
+    transfer_with(node, from, to, (POD_A, of(POD_A, to.is_ipv6(), 8080)))
+}
+
+fn transfer_with(
+    node: &Node,
+    from: usize,
+    to: SocketAddr,
+    (place, listen): (usize, SocketAddr),
+) -> IpAddr {
+    let listener = node.inside(place, || TcpListener::bind(listen)).unwrap();
     let pod = thread::spawn(move || {
         let (mut stream, peer) = listener.accept().unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -69,7 +77,8 @@ fn ask(node: &Node, from: usize, to: SocketAddr, size: usize) -> IpAddr {
     let listen = of(POD_A, to.is_ipv6(), 8080);
     let server = node.inside(POD_A, || UdpSocket::bind(listen)).unwrap();
     server.set_read_timeout(Some(PATIENCE)).unwrap();
-    let client = node.inside(from, || UdpSocket::bind(of(from, to.is_ipv6(), 0))).unwrap();
+    let any = SocketAddr::new(if to.is_ipv6() { ip("::") } else { ip("0.0.0.0") }, 0);
+    let client = node.inside(from, || UdpSocket::bind(any)).unwrap();
     client.set_read_timeout(Some(PATIENCE)).unwrap();
     let question: Vec<u8> = (0..size).map(|i| (i % 253) as u8).collect();
     client.send_to(&question, to).unwrap();
@@ -91,6 +100,8 @@ fn pods_reach_a_service_as_they_are() {
         let pod = of(POD_B, v6, 0).ip();
         assert_eq!(transfer(&node, POD_B, service), pod);
         assert_eq!(ask(&node, POD_B, service, 100), pod);
+        // In pieces.
+        assert_eq!(ask(&node, POD_B, service, 20_000), pod);
     }
     assert_eq!(node.kernel.drops().iter().sum::<u64>(), 0);
 }
@@ -102,6 +113,7 @@ fn clients_from_outside_reach_a_node_port_behind_the_nodes_address() {
         let port = SocketAddr::new(node_at(OUTSIDE, v6), 30080);
         assert_eq!(transfer(&node, OUTSIDE, port), node_at(POD_A, v6));
         assert_eq!(ask(&node, OUTSIDE, port, 100), node_at(POD_A, v6));
+        assert_eq!(ask(&node, OUTSIDE, port, 20_000), node_at(POD_A, v6));
     }
     assert_eq!(node.kernel.drops().iter().sum::<u64>(), 0);
 }
@@ -125,6 +137,58 @@ fn a_pod_reaches_itself() {
     }
 }
 
+/// No program translates the node's sockets in these tests.
+#[test]
+fn the_node_reaches_a_service() {
+    for (masquerade, seen) in [(MASQUERADE_UNLESS_POD, POD_A), (MASQUERADE_NEVER, OUTSIDE)] {
+        let node = node(masquerade);
+        for (v6, service) in [false, true].into_iter().zip(SERVICES) {
+            let service = service.parse().unwrap();
+            assert_eq!(transfer(&node, NODE, service), node_at(seen, v6));
+            assert_eq!(ask(&node, NODE, service, 100), node_at(seen, v6));
+        }
+        assert_eq!(node.kernel.drops().iter().sum::<u64>(), 0);
+    }
+}
+
+#[test]
+fn an_endpoint_may_be_a_process_of_the_node() {
+    let mut node = node(MASQUERADE_UNLESS_POD);
+    for (v6, service) in [false, true].into_iter().zip(SERVICES) {
+        let service = service.parse().unwrap();
+        let endpoint = SocketAddr::new(node_at(POD_A, v6), 9090);
+        node.kernel.pool(1 + u32::from(v6), &[(&endpoint.to_string(), 0, MEMBER_SERVING)]);
+        for from in [POD_B, OUTSIDE] {
+            // What does not leave the node is not masqueraded, as with netfilter.
+            let seen = transfer_with(&node, from, service, (NODE, endpoint));
+            assert_eq!(seen, of(from, v6, 0).ip());
+        }
+    }
+}
+
+/// The pod's kernel answers with ICMP, which the client must recognise.
+#[test]
+fn a_client_hears_that_its_endpoint_has_no_such_port() {
+    let node = node(MASQUERADE_ALWAYS);
+    for service in SERVICES {
+        for from in [POD_A, POD_B, OUTSIDE, NODE] {
+            is_refused(&node, from, service.parse().unwrap());
+        }
+    }
+}
+
+/// A datagram is answered with an ICMP error.
+#[track_caller]
+fn is_refused(node: &Node, from: usize, to: SocketAddr) {
+    let any = SocketAddr::new(if to.is_ipv6() { ip("::") } else { ip("0.0.0.0") }, 0);
+    let socket = node.inside(from, || UdpSocket::bind(any)).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket.connect(to).unwrap();
+    socket.send(b"Is anybody there?").unwrap();
+    let refused = socket.recv(&mut [0; 9]).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "from {from} to {to}");
+}
+
 #[test]
 fn where_nobody_is_sockets_are_told_so() {
     let mut node = node(MASQUERADE_NEVER);
@@ -132,16 +196,10 @@ fn where_nobody_is_sockets_are_told_so() {
         let service: SocketAddr = service.parse().unwrap();
         node.kernel.address(&service.ip().to_string(), ADDRESS_CLUSTER_IP);
         let nowhere = SocketAddr::new(service.ip(), 81);
-        for from in [POD_B, OUTSIDE] {
+        for from in [POD_B, OUTSIDE, NODE] {
             let refused = node.inside(from, || TcpStream::connect_timeout(&nowhere, PATIENCE));
             assert_eq!(refused.unwrap_err().kind(), ErrorKind::ConnectionRefused);
-            let socket = node.inside(from, || UdpSocket::bind(of(from, service.is_ipv6(), 0)));
-            let socket = socket.unwrap();
-            socket.set_read_timeout(Some(PATIENCE)).unwrap();
-            socket.connect(nowhere).unwrap();
-            socket.send(b"Is anybody there?").unwrap();
-            let refused = socket.recv(&mut [0; 9]).unwrap_err();
-            assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+            is_refused(&node, from, nowhere);
         }
     }
     assert_eq!(node.kernel.drops().iter().sum::<u64>(), 0);

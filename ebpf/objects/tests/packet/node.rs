@@ -39,6 +39,7 @@ const NEIGHBOURS: [Neighbour; 3] = [
 pub(crate) const OUTSIDE: usize = 0;
 pub(crate) const POD_A: usize = 1;
 pub(crate) const POD_B: usize = 2;
+pub(crate) const NODE: usize = 3;
 
 pub(crate) struct Node {
     pub(crate) kernel: Kernel,
@@ -54,6 +55,11 @@ impl Node {
         let neighbours = NEIGHBOURS.iter().map(|n| line(&netns, n)).collect();
         let mut rtnl = Rtnl::open_in(&netns).unwrap();
         rtnl.set_up("lo").unwrap();
+        // What the node knows no other way for leaves to the outside.
+        let outside = rtnl.link(NEIGHBOURS[OUTSIDE].name).unwrap().unwrap().index;
+        for gateway in NEIGHBOURS[OUTSIDE].addresses {
+            rtnl.ensure_route(&Route::default_via(ip(gateway), outside)).unwrap();
+        }
         for neighbour in &NEIGHBOURS {
             let [address4, address6] = neighbour.node.map(|address| {
                 kernel.address(address, ADDRESS_NODE | ADDRESS_NODE_PORTS);
@@ -86,8 +92,9 @@ impl Node {
             .unwrap();
     }
 
-    pub(crate) fn inside<T: Send>(&self, neighbour: usize, work: impl FnOnce() -> T + Send) -> T {
-        self.neighbours[neighbour].run(work).unwrap()
+    /// Runs in a neighbour's namespace, or in the node's ([`NODE`]).
+    pub(crate) fn inside<T: Send>(&self, place: usize, work: impl FnOnce() -> T + Send) -> T {
+        self.neighbours.get(place).unwrap_or(&self.netns).run(work).unwrap()
     }
 }
 

@@ -7,13 +7,13 @@ use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::{bpf_csum_diff, bpf_l3_csum_replace, bpf_l4_csum_replace};
 use keelson_ebpf_abi::{DROP_FAILED, FLOW_MASQUERADE_SOON, Tuple};
 
-use crate::flow;
 use crate::maps::{FLOWS_IN, FLOWS_OUT, Flows, Scratch};
 use crate::parse::{Kind, Packet, load, parse_ip};
 use crate::rewrite::{
     IPV4_CHECKSUM, Refused, addresses_difference, network_offset, rewrite, store, store_addresses,
 };
 use crate::verdict::{PASS, dropped};
+use crate::{flow, own};
 
 const ICMP_HEADER: u32 = 8;
 const ICMP_CHECKSUM: u32 = 2;
@@ -41,6 +41,10 @@ fn translate_error(skb: *mut __sk_buff, scratch: &mut Scratch, flows: &'static F
     }
     *to = flow.to;
     match translate(skb, packet, quoted, opposite, to) {
+        // The endpoint's error now comes from the Service, as its answers do.
+        Ok(()) if flow.node_interface != 0 && !to.source.is(&packet.tuple.source) => {
+            own::receive(skb, flow)
+        }
         Ok(()) => PASS,
         Err(Refused) => dropped(DROP_FAILED),
     }
