@@ -45,7 +45,7 @@ use alarm::Alarm;
 use counts::Counts;
 use fixed::HOOKS;
 pub use leftovers::{Leftovers, count as count_leftovers, remove as remove_leftovers};
-use names::Chain;
+use names::{Chain, Table};
 use program::Programs;
 pub use program::{ProgramError, Variant};
 use restore::{Hooks, Script, script};
@@ -117,7 +117,7 @@ impl Iptables {
         let (ruleset, all) = self.wanted(plans);
         let counts = Counts::of(&all);
         let (dirty, hooks) = self.compare(all)?;
-        let operations = self.write(&dirty, &hooks)?;
+        let operations = self.write(&dirty, &hooks, Table::Nat)?;
         (self.ruleset, self.counts) = (ruleset, counts);
         self.counts.tell(&self.families, &dirty, &mut self.figures);
         Ok(Applied { operations, refused: Vec::new() })
@@ -157,14 +157,19 @@ impl Iptables {
     }
 
     /// Puts changes in force and says how many rules and chains that were.
-    fn write(&mut self, dirty: &Dirty, hooks: &[(Family, Hooks)]) -> Result<usize, IptablesError> {
+    fn write(
+        &mut self,
+        dirty: &Dirty,
+        hooks: &[(Family, Hooks)],
+        first: Table,
+    ) -> Result<usize, IptablesError> {
         let (limit, none) = (self.programs.chains_per_transaction(), Hooks::new());
         let scripts: Vec<(Family, Script)> = self
             .families
             .iter()
             .map(|family| {
                 let hooks = hooks.iter().find(|(of, _)| of == family).map_or(&none, |(_, h)| h);
-                (*family, script(*family, dirty, hooks, limit))
+                (*family, script(*family, dirty, hooks, limit, first))
             })
             .filter(|(_, script)| script.blocks > 0)
             .collect();
@@ -199,7 +204,8 @@ impl Iptables {
         if dirty.is_empty() {
             return Ok(0);
         }
-        let operations = self.write(&dirty, &[]).inspect_err(|_| {
+        let first = self.counts.first_to_change(&dirty);
+        let operations = self.write(&dirty, &[], first).inspect_err(|_| {
             self.ruleset.take(&undo);
         })?;
         self.counts.change(&dirty);

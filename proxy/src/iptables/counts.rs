@@ -37,6 +37,18 @@ impl Counts {
         }
     }
 
+    /// The table to change first. Where a Service loses its last endpoint, its clients shall be refused before
+    /// nobody translates their connections any more; where it gets one, not refused after that. What is translated
+    /// passes the refusals by, so that they may be there too early, and too long.
+    pub(crate) fn first_to_change(&self, dirty: &Dirty) -> Table {
+        let refusals = dirty.iter().filter(|(chain, _)| chain.table == Table::Filter);
+        let growth = refusals.map(|(chain, lines)| {
+            let before = self.chains.get(chain).copied().unwrap_or(0);
+            lines.as_deref().map_or(0, count) - before
+        });
+        if growth.sum::<i64>() > 0 { Table::Filter } else { Table::Nat }
+    }
+
     /// Says how many there are, and how many of them the last change wrote.
     pub(crate) fn tell(&self, families: &[Family], written: &Dirty, figures: &mut Figures) {
         for family in families {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::counts::Counts;
-use super::names::Chain;
+use super::names::{Chain, Table};
 use super::ruleset::{Dirty, Ruleset, Update};
 use super::saved::Saved;
 use super::{Iptables, IptablesError};
@@ -41,7 +41,8 @@ impl Iptables {
         let (dirty, hooks) = self.compare(known_chains)?;
         // What is not known yet may still be wanted: leftovers go in the next attempt.
         let dirty: Dirty = dirty.into_iter().filter(|(_, lines)| lines.is_some()).collect();
-        let mut applied = Applied { operations: self.write(&dirty, &hooks)?, refused: Vec::new() };
+        let mut applied =
+            Applied { operations: self.write(&dirty, &hooks, Table::Nat)?, refused: Vec::new() };
         self.update_in_parts(&unknown, &mut applied);
         Ok(applied)
     }

@@ -1,6 +1,6 @@
 //! Removes somebody's chains: ours, or kube-proxy's.
 
-use super::names::Chain;
+use super::names::{Chain, Table};
 use super::program::{Programs, Variant};
 use super::restore::{Hooks, script};
 use super::ruleset::Dirty;
@@ -65,7 +65,7 @@ pub(super) fn remove_with(
         let emptied: Dirty = chains().map(|chain| (chain, Some(Vec::new()))).collect();
         let gone: Dirty = chains().map(|chain| (chain, None)).collect();
         for (dirty, hooks) in [(emptied, &hooks), (gone, &Hooks::new())] {
-            let script = script(family, &dirty, hooks, limit);
+            let script = script(family, &dirty, hooks, limit, Table::Nat);
             if script.blocks > 0 {
                 programs.restore(family, &script)?;
             }

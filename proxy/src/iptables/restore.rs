@@ -22,9 +22,18 @@ pub(crate) struct Script {
 /// A change that fits into one transaction per table happens at one moment there. A bigger one goes
 /// from what is referred to towards what refers to it, and removes in the opposite order, so that after
 /// each transaction, wherever the process is killed, every rule leads to a chain that is filled.
-pub(crate) fn script(family: Family, dirty: &Dirty, hooks: &Hooks, limit: usize) -> Script {
+///
+/// `first` is the table that changes before the others.
+pub(crate) fn script(
+    family: Family,
+    dirty: &Dirty,
+    hooks: &Hooks,
+    limit: usize,
+    first: Table,
+) -> Script {
     let mut script = Script::default();
-    for table in Table::ALL {
+    let others = Table::ALL.into_iter().filter(|table| *table != first);
+    for table in std::iter::once(first).chain(others) {
         let ours = |(chain, _): &(&Chain, _)| (chain.family, chain.table) == (family, table);
         let mut changed: Vec<(&Chain, Option<&Vec<String>>)> =
             dirty.iter().map(|(chain, lines)| (chain, lines.as_ref())).filter(ours).collect();

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use expect_test::{Expect, expect};
 use proptest::prelude::*;
 
+use super::counts::Counts;
 use super::names::{Chain, Table};
 use super::restore::{Hooks, script};
 use super::rules::rules_of;
@@ -174,7 +175,7 @@ fn the_chains_that_are_always_there() {
         ..BackendConfig::default()
     };
     let ruleset = Ruleset::new(config, &[Family::V4]);
-    let script = script(Family::V4, &ruleset.fixed(), &Hooks::new(), usize::MAX);
+    let script = script(Family::V4, &ruleset.fixed(), &Hooks::new(), usize::MAX, Table::Nat);
     expect![[r#"
         *nat
         :KEELSON-HAIRPIN - [0:0]
@@ -269,9 +270,10 @@ impl Kernel {
         }
     }
 
-    fn put(&mut self, dirty: &Dirty, limit: usize) {
+    fn put(&mut self, dirty: &Dirty, limit: usize, first: Table) {
         for family in Family::BOTH {
-            self.restore(family, &script(family, dirty, &Hooks::new(), limit).text);
+            let script = script(family, dirty, &Hooks::new(), limit, first);
+            self.restore(family, &script.text);
         }
     }
 }
@@ -309,6 +311,29 @@ prop_compose! {
     }
 }
 
+#[test]
+fn clients_are_refused_as_long_as_nobody_translates_their_connections() {
+    let config = BackendConfig { pods: pods(), ..BackendConfig::default() };
+    let mut ruleset = Ruleset::new(config, &Family::BOTH);
+    let mut counts = Counts::of(&ruleset.fixed());
+    let mut first = |endpoints| {
+        let target = if endpoints > 0 { CLUSTER } else { Target::Reject };
+        let route = Route::Same { target, masquerade: Masquerade::Always };
+        let frontends = vec![frontend(At::NodePort(Family::V4), 30080, route)].into();
+        let ports = vec![PortPlan { frontends, ..port(Family::V4, endpoints) }].into();
+        let plan = ServicePlan { ports, guarded: Box::default() };
+        let update = (ServiceKey::new("default", "web"), Some(Arc::new(plan)));
+        let dirty = ruleset.take(&[update]);
+        let first = counts.first_to_change(&dirty);
+        counts.change(&dirty);
+        let text = script(Family::V4, &dirty, &Hooks::new(), usize::MAX, first).text;
+        text.lines().next().unwrap_or_default().to_owned()
+    };
+    assert_eq!(first(2), "*nat");
+    assert_eq!(first(0), "*filter");
+    assert_eq!(first(1), "*nat");
+}
+
 /// Two Services never have the same frontend: later ones lose theirs, as in the model.
 fn without_conflicts(plans: &BTreeMap<u8, ServicePlan>) -> BTreeMap<u8, ServicePlan> {
     let mut taken = std::collections::HashSet::new();
@@ -340,8 +365,8 @@ proptest! {
         let config = BackendConfig { pods: pods(), ..BackendConfig::default() };
         let key = |number: &u8| ServiceKey::new("default", &format!("s{number}"));
         let mut ruleset = Ruleset::new(config.clone(), &Family::BOTH);
-        let mut kernel = Kernel::default();
-        kernel.put(&ruleset.fixed(), limit);
+        let (mut kernel, mut counts) = (Kernel::default(), Counts::of(&ruleset.fixed()));
+        kernel.put(&ruleset.fixed(), limit, Table::Nat);
         let (mut wanted, mut before) = (BTreeMap::new(), BTreeMap::new());
         for step in steps {
             for (number, plan) in step {
@@ -354,7 +379,9 @@ proptest! {
             let changed = (0..12).filter(|number| before.get(number) != after.get(number));
             let updates: Vec<Update> =
                 changed.map(|number| (key(&number), after.get(&number).cloned().map(Arc::new))).collect();
-            kernel.put(&ruleset.take(&updates), limit);
+            let dirty = ruleset.take(&updates);
+            kernel.put(&dirty, limit, counts.first_to_change(&dirty));
+            counts.change(&dirty);
             before = after;
         }
         let mut fresh = Ruleset::new(config, &Family::BOTH);
@@ -363,7 +390,7 @@ proptest! {
         let mut chains = fresh.take(&all);
         chains.extend(fresh.fixed());
         let mut from_scratch = Kernel::default();
-        from_scratch.put(&chains, usize::MAX);
+        from_scratch.put(&chains, usize::MAX, Table::Nat);
         prop_assert_eq!(kernel, from_scratch);
     }
 }
