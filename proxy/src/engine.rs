@@ -14,6 +14,7 @@ use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -31,6 +32,7 @@ use crate::last_known::LastKnown;
 use crate::loopback6::Loopback6;
 use crate::metrics::Metrics;
 use crate::model::{Family, ServiceKey};
+use crate::switch::with_sources;
 use crate::watch::Wake;
 use intake::Intake;
 pub(crate) use progress::Progress;
@@ -77,6 +79,8 @@ pub(crate) struct Engine {
     clock: Box<dyn Fn() -> Now + Send>,
     /// What an earlier mode left was looked for.
     alone: bool,
+    /// Looks for it; changes must not wait for the programs that this takes.
+    leaving: Option<JoinHandle<()>>,
     inbox: Receiver<Wake>,
     bell: Arc<EventFd>,
     address_changes: Option<Changes>,
@@ -125,6 +129,7 @@ impl Engine {
             mode,
             clock: Box::new(Now::read),
             alone: false,
+            leaving: None,
             intake,
             plans: Plans::new(),
             inbox,
@@ -156,6 +161,9 @@ impl Engine {
             let alarmed = self.wait()?;
             if !self.take_in((self.clock)()) {
                 self.last_known.write_now(&self.plans, &self.intake.backend_config());
+                if self.leaving.take().is_some_and(|thread| thread.join().is_err()) {
+                    tracing::error!("The thread that leaves other modes panicked");
+                }
                 return Ok(());
             }
             let disturbed = alarmed && self.backend.disturbed()?;
@@ -178,7 +186,10 @@ impl Engine {
                 self.plans = plans;
             }
             Err(error) => {
-                tracing::error!(error = %Chain(&error), "Cannot program the last known Services");
+                tracing::error!(
+                    error = with_sources(&error),
+                    "Cannot program the last known Services"
+                );
             }
         }
     }
@@ -289,10 +300,20 @@ impl Engine {
             false => Checks::all(&self.plans),
         });
         // A Service that this mode cannot have keeps what an earlier mode gave it.
-        if whole && !self.alone {
-            self.alone = true;
-            crate::switch::leave_others(self.mode);
+        if whole && !std::mem::replace(&mut self.alone, true) {
+            self.leave_others();
+        }
+    }
+
+    fn leave_others(&mut self) {
+        let mode = self.mode;
+        let leave = move || {
+            crate::switch::leave_others(mode);
             crate::switch::look_for_kube_proxy();
+        };
+        match std::thread::Builder::new().name("proxy-leaving".to_owned()).spawn(leave) {
+            Ok(thread) => self.leaving = Some(thread),
+            Err(error) => tracing::warn!(%error, "Cannot look for what another mode left"),
         }
     }
 
@@ -319,9 +340,9 @@ impl Engine {
     fn note_applied(&mut self, applied: &Applied, changes: &[Change], all: bool, began: Instant) {
         let now = (self.clock)();
         for (service, error) in &applied.refused {
-            tracing::error!(%service, error = %Chain(error), "The kernel refused a Service, retrying");
+            tracing::error!(%service, error = with_sources(error), "The kernel refused a Service, retrying");
             self.metrics.refused.inc();
-            self.notices.send(Notice::refused(service, &Chain(error).to_string()));
+            self.notices.send(Notice::refused(service, &with_sources(error)));
             self.retry_at = Some(now.steady + RETRY_REFUSED);
         }
         let elapsed = now.steady.saturating_duration_since(began);
@@ -351,7 +372,7 @@ impl Engine {
     }
 
     fn note_failure(&mut self, error: &BackendError) {
-        tracing::error!(error = %Chain(error), "Cannot put changes in force, retrying");
+        tracing::error!(error = with_sources(error), "Cannot put changes in force, retrying");
         self.metrics.refused.inc();
         self.retry_at = Some((self.clock)().steady + RETRY);
     }
@@ -371,19 +392,4 @@ fn touched(changes: &[Change]) -> Vec<Family> {
     });
     let found: HashSet<Family> = ports.collect();
     Family::BOTH.into_iter().filter(|family| found.contains(family)).collect()
-}
-
-/// Prints an error with its sources.
-struct Chain<'a>(&'a (dyn std::error::Error + 'static));
-
-impl std::fmt::Display for Chain<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}", self.0)?;
-        let mut source = self.0.source();
-        while let Some(cause) = source {
-            write!(f, ": {cause}")?;
-            source = cause.source();
-        }
-        Ok(())
-    }
 }

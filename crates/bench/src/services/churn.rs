@@ -39,11 +39,11 @@ pub(super) struct Outcome {
 }
 
 impl Churn {
-    /// The Service that a change is about, and whether it is turned on.
+    /// The Service that a change is about, and whether it is turned on: in each round every other one.
     fn change(&self, number: u32) -> (u32, bool) {
         let index = u64::from(number) * STEP % u64::from(self.services);
-        let round = number / self.services;
-        (u32::try_from(index).unwrap_or(0), round.is_multiple_of(2))
+        let (index, round) = (u32::try_from(index).unwrap_or(0), number / self.services);
+        (index, (index + round).is_multiple_of(2))
     }
 
     fn total(&self) -> u32 {
@@ -170,8 +170,10 @@ mod tests {
             let mut seen: Vec<u32> = (0..10).map(|n| churn.change(round * 10 + n).0).collect();
             seen.sort_unstable();
             assert_eq!(seen, (0..10).collect::<Vec<_>>());
-            assert!((0..10).all(|n| churn.change(round * 10 + n).1 == (round % 2 == 0)));
+            let changes = (0..10).map(|n| churn.change(round * 10 + n));
+            assert!(changes.into_iter().all(|(index, on)| on == ((index + round) % 2 == 0)));
         }
-        assert_eq!(churn.on_in_the_end(), [true; 10]);
+        let on = [true, false].repeat(5);
+        assert_eq!(churn.on_in_the_end(), on);
     }
 }
