@@ -8,6 +8,7 @@
 mod address;
 mod counters;
 mod drops;
+mod events;
 mod flow;
 mod service;
 mod settings;
@@ -16,6 +17,7 @@ mod socket;
 pub use address::Address;
 pub use counters::Counters;
 pub use drops::*;
+pub use events::*;
 pub use flow::*;
 pub use service::{
     Affinity, AffinityKey, ENDPOINT_HERE, Endpoint, FRONTEND_HAS_SOURCES, Frontend, FrontendKey,
@@ -24,8 +26,8 @@ pub use service::{
 };
 pub use settings::{
     ADDRESS_CLUSTER_IP, ADDRESS_NODE, ADDRESS_NODE_PORTS, INTERFACE_NO_LINK_HEADER, INTERFACE_PODS,
-    Interface, RangeKey, SETTING_EXEMPTS_NAMESPACES, SETTING_KNOWS_PODS, SETTING_PASSES_UNKNOWN,
-    SETTING_PODS_BY_INTERFACE, Settings,
+    Interface, RangeKey, SETTING_EVENTS, SETTING_EXEMPTS_NAMESPACES, SETTING_KNOWS_PODS,
+    SETTING_PASSES_UNKNOWN, SETTING_PODS_BY_INTERFACE, Settings,
 };
 pub use socket::{CONVERSATIONS, Conversation, Conversations, Peer, client_of_namespace};
 

@@ -12,6 +12,8 @@ mod fragments;
 mod kernel;
 #[path = "packet/masquerade.rs"]
 mod masquerade;
+#[path = "packet/monitor.rs"]
+mod monitor;
 #[path = "packet/network.rs"]
 mod network;
 #[path = "packet/node.rs"]

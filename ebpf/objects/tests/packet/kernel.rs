@@ -2,12 +2,12 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use aya::maps::{Array, HashMap, LpmTrie, MapData, PerCpuArray, PerCpuHashMap, lpm_trie};
+use aya::maps::{Array, HashMap, LpmTrie, MapData, PerCpuArray, PerCpuHashMap, RingBuf, lpm_trie};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
 use aya::{Ebpf, EbpfLoader, Pod};
 use keelson_ebpf_abi::{
-    Address, Counters, DROP_REASONS, Endpoint, Flow, Frontend, FrontendKey, Interface, MemberKey,
-    Pool, RangeKey, Route, SETTING_KNOWS_PODS, Settings, SlotKey, SourceKey, Tuple,
+    Address, Counters, DROP_REASONS, Endpoint, Event, Flow, Frontend, FrontendKey, Interface,
+    MemberKey, Pool, RangeKey, Route, SETTING_KNOWS_PODS, Settings, SlotKey, SourceKey, Tuple,
     VERDICT_FORWARD,
 };
 
@@ -185,6 +185,19 @@ impl Kernel {
             sum.refused += cpu.refused;
         }
         sum
+    }
+
+    /// What a monitor has not read yet.
+    pub(crate) fn events(&mut self) -> Vec<Event> {
+        let mut ring = RingBuf::try_from(self.ebpf.map_mut("events").unwrap()).unwrap();
+        let mut events = Vec::new();
+        while let Some(item) = ring.next() {
+            assert_eq!(item.len(), size_of::<Event>());
+            // SAFETY: it is as long as the type, which any bytes are a value of.
+            #[allow(unsafe_code, reason = "plain data from the kernel")]
+            events.push(unsafe { item.as_ptr().cast::<Event>().read_unaligned() });
+        }
+        events
     }
 
     /// How many were dropped, by reason.

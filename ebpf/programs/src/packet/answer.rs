@@ -38,19 +38,25 @@ pub struct Body {
 /// told.
 #[inline(never)]
 pub fn refuse(skb: *mut __sk_buff, scratch: &mut Scratch, into: u64) -> i32 {
-    let Scratch { packet, body, .. } = scratch;
-    let is_tcp = packet.tuple.protocol == PROTOCOL_TCP;
-    if !is_answered(packet) {
-        return dropped(DROP_UNANSWERED);
+    if !is_answered(&scratch.packet) {
+        return dropped(skb, scratch, DROP_UNANSWERED);
     }
-    body.words = [0; _];
-    let length = if is_tcp { reset(skb, packet, body) } else { unreachable(skb, packet, body) };
-    let Some(length) = length else { return dropped(DROP_FAILED) };
-    if send(skb, packet, body, length).is_err() {
-        return dropped(DROP_FAILED);
+    if answer(skb, &scratch.packet, &mut scratch.body).is_none() {
+        return dropped(skb, scratch, DROP_FAILED);
     }
     // SAFETY: a field of the context; the helper has no preconditions.
     unsafe { bpf_redirect((*skb).ifindex, into) as i32 }
+}
+
+#[inline(always)]
+fn answer(skb: *mut __sk_buff, packet: &Packet, body: &mut Body) -> Option<()> {
+    body.words = [0; _];
+    let length = if packet.tuple.protocol == PROTOCOL_TCP {
+        reset(skb, packet, body)
+    } else {
+        unreachable(skb, packet, body)
+    };
+    send(skb, packet, body, length?).ok()
 }
 
 /// Nobody answers a reset, or somebody who is not one host.

@@ -1,7 +1,7 @@
 //! What arrives at an interface: it gets the destination that it is meant for.
 
 use aya_ebpf::bindings::__sk_buff;
-use keelson_ebpf_abi::FLOW_TO_ENDPOINT;
+use keelson_ebpf_abi::{FLOW_TO_ENDPOINT, HOOK_INGRESS};
 
 use crate::answer::refuse;
 use crate::maps::{FLOWS_IN, FLOWS_OUT, Scratch, scratch};
@@ -9,11 +9,12 @@ use crate::open::{self, Opened, Sender};
 use crate::parse::{Kind, parse};
 use crate::rewrite::translate;
 use crate::verdict::{PASS, dropped};
-use crate::{flow, fragment, icmp, own};
+use crate::{events, flow, fragment, icmp, own};
 
 #[inline(always)]
 pub fn handle(skb: *mut __sk_buff) -> i32 {
     let Some(scratch) = scratch() else { return PASS };
+    scratch.hook = HOOK_INGRESS;
     match parse(skb, &mut scratch.packet) {
         Kind::Ports => with_ports(skb, scratch),
         Kind::LaterFragment => fragment::later(skb, scratch, &FLOWS_IN),
@@ -31,7 +32,7 @@ fn with_ports(skb: *mut __sk_buff, scratch: &mut Scratch) -> i32 {
             flow::note(flow, scratch, now, &FLOWS_OUT);
             let verdict = translate(skb, scratch, flow.frontend);
             if verdict == PASS && flow.node_interface != 0 {
-                return own::receive(skb, flow);
+                return own::receive(skb, scratch, flow);
             }
             return verdict;
         }
@@ -45,10 +46,11 @@ fn with_ports(skb: *mut __sk_buff, scratch: &mut Scratch) -> i32 {
         opened = open::connect(scratch, now);
     }
     open::count(scratch, opened);
+    events::tell_opened(skb, scratch, opened);
     match opened {
         Opened::TRANSLATE => translate(skb, scratch, scratch.flow.frontend),
         Opened::PASS => PASS,
         Opened::REFUSE => refuse(skb, scratch, 0),
-        Opened(reason) => dropped(reason),
+        Opened(reason) => dropped(skb, scratch, reason),
     }
 }

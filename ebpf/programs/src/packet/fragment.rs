@@ -39,23 +39,25 @@ pub fn later(skb: *mut __sk_buff, scratch: &mut Scratch, flows: &'static Flows) 
     let packet = &mut scratch.packet;
     // SAFETY: a torn read is possible when an element is evicted and used again; then the flow is not found.
     let Some(ports) = (unsafe { FRAGMENTS.get(key(packet)) }) else {
-        return unless_to_a_service(packet);
+        return unless_to_a_service(skb, scratch);
     };
     packet.tuple.source_port_be = ports.source_port_be;
     packet.tuple.destination_port_be = ports.destination_port_be;
-    let Some(flow) = flow::find(flows, &packet.tuple) else { return unless_to_a_service(packet) };
+    let Some(flow) = flow::find(flows, &packet.tuple) else {
+        return unless_to_a_service(skb, scratch);
+    };
     scratch.to = flow.to;
     translate(skb, scratch, flow.frontend)
 }
 
 /// Nobody could do anything with a piece for an address that only Services have.
 #[inline(always)]
-fn unless_to_a_service(packet: &Packet) -> i32 {
-    let to = &packet.tuple.destination;
+fn unless_to_a_service(skb: *mut __sk_buff, scratch: &Scratch) -> i32 {
+    let to = &scratch.packet.tuple.destination;
     // SAFETY: the map is not preallocated, so an element is freed only after a grace period.
     let flags = unsafe { ADDRESSES.get(to) }.copied().unwrap_or(0);
     if flags & ADDRESS_CLUSTER_IP != 0 || is_in_service_range(to) {
-        return dropped(DROP_FRAGMENT);
+        return dropped(skb, scratch, DROP_FRAGMENT);
     }
     PASS
 }

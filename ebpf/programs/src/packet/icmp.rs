@@ -40,14 +40,14 @@ fn translate_error(skb: *mut __sk_buff, scratch: &mut Scratch, flows: &'static F
         return PASS;
     }
     *to = flow.to;
-    match translate(skb, packet, quoted, opposite, to) {
-        // The endpoint's error now comes from the Service, as its answers do.
-        Ok(()) if flow.node_interface != 0 && !to.source.is(&packet.tuple.source) => {
-            own::receive(skb, flow)
-        }
-        Ok(()) => PASS,
-        Err(Refused) => dropped(DROP_FAILED),
+    if translate(skb, packet, quoted, opposite, to).is_err() {
+        return dropped(skb, scratch, DROP_FAILED);
     }
+    // The endpoint's error now comes from the Service, as its answers do.
+    if flow.node_interface != 0 && !to.source.is(&packet.tuple.source) {
+        return own::receive(skb, scratch, flow);
+    }
+    PASS
 }
 
 #[inline(always)]

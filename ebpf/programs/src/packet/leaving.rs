@@ -2,7 +2,9 @@
 //! gets its destination here as well.
 
 use aya_ebpf::bindings::{__sk_buff, BPF_F_INGRESS};
-use keelson_ebpf_abi::{FLOW_MASQUERADE_SOON, FLOW_TO_ENDPOINT, SIGN_START};
+use keelson_ebpf_abi::{
+    EVENT_MASQUERADED, FLOW_MASQUERADE_SOON, FLOW_TO_ENDPOINT, HOOK_EGRESS, SIGN_START,
+};
 
 use crate::answer::refuse;
 use crate::maps::{FLOWS_IN, FLOWS_OUT, Scratch, scratch};
@@ -10,11 +12,12 @@ use crate::open::{self, Opened, Sender};
 use crate::parse::{Kind, parse};
 use crate::rewrite::translate;
 use crate::verdict::{PASS, dropped};
-use crate::{flow, fragment, icmp, masquerade, own};
+use crate::{events, flow, fragment, icmp, masquerade, own};
 
 #[inline(always)]
 pub fn handle(skb: *mut __sk_buff) -> i32 {
     let Some(scratch) = scratch() else { return PASS };
+    scratch.hook = HOOK_EGRESS;
     match parse(skb, &mut scratch.packet) {
         Kind::Ports => with_ports(skb, scratch),
         Kind::LaterFragment => fragment::later(skb, scratch, &FLOWS_OUT),
@@ -33,8 +36,9 @@ fn with_ports(skb: *mut __sk_buff, scratch: &mut Scratch) -> i32 {
                 scratch.flow = *flow;
                 let reason = masquerade::choose(skb, scratch, now);
                 if reason != masquerade::CHOSEN {
-                    return dropped(reason);
+                    return dropped(skb, scratch, reason);
                 }
+                events::tell(skb, scratch, EVENT_MASQUERADED, 0);
             } else {
                 flow::note(flow, scratch, now, &FLOWS_IN);
             }
@@ -66,6 +70,7 @@ fn begins_here(skb: *mut __sk_buff, scratch: &mut Scratch) -> i32 {
         opened = own::connect(skb, scratch, now);
     }
     open::count(scratch, opened);
+    events::tell_opened(skb, scratch, opened);
     match opened {
         Opened::TRANSLATE => {
             let verdict = translate(skb, scratch, scratch.flow.frontend);
@@ -73,6 +78,6 @@ fn begins_here(skb: *mut __sk_buff, scratch: &mut Scratch) -> i32 {
         }
         Opened::PASS => PASS,
         Opened::REFUSE => refuse(skb, scratch, BPF_F_INGRESS.into()),
-        Opened(reason) => dropped(reason),
+        Opened(reason) => dropped(skb, scratch, reason),
     }
 }

@@ -8,6 +8,7 @@
 
 mod answer;
 mod arriving;
+mod events;
 mod flow;
 mod fragment;
 mod icmp;

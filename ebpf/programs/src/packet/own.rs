@@ -102,14 +102,14 @@ pub fn send(flow: &Flow) -> i32 {
 
 /// Lets an answer that was translated come in where the node expects it.
 #[inline(always)]
-pub fn receive(skb: *mut __sk_buff, flow: &Flow) -> i32 {
+pub fn receive(skb: *mut __sk_buff, scratch: &Scratch, flow: &Flow) -> i32 {
     // SAFETY: a field of the context.
     let is_there = unsafe { (*skb).ifindex == flow.node_interface };
     if is_there || flow.node_link == [0; 6] || !has_link_header(skb) {
         return PASS;
     }
     if store(skb, 0, &flow.node_link, 0).is_err() {
-        return dropped(DROP_FAILED);
+        return dropped(skb, scratch, DROP_FAILED);
     }
     // SAFETY: the helper has no preconditions.
     unsafe { bpf_redirect(flow.node_interface, BPF_F_INGRESS.into()) as i32 }

@@ -53,7 +53,7 @@ pub fn translate(skb: *mut __sk_buff, scratch: &Scratch, frontend: u32) -> i32 {
         fragment::remember(packet);
     }
     if rewrite(skb, network, packet, &scratch.to).is_err() {
-        return dropped(DROP_FAILED);
+        return dropped(skb, scratch, DROP_FAILED);
     }
     // SAFETY: fields of the context.
     let (length, segments) = unsafe { ((*skb).len, (*skb).gso_segs) };
