@@ -3,20 +3,17 @@
 mod observed;
 
 use std::collections::{HashMap, HashSet};
-use std::net::IpAddr;
 use std::sync::Arc;
 
-use ipnetwork::IpNetwork;
 use keelson_netlink::nft::{Batch, ChainFound, ElementFound, NftError, SetFound};
 
-use super::item::{
-    Item, Key, Pool, Pools, guard_item, hairpin_item, items_of, pool_items, wanted_pool,
-};
+use super::commit::OPERATIONS_PER_TRANSACTION;
+use super::item::{Item, Pool, Pools, guard_item, hairpin_item, items_of, pool_items, wanted_pool};
 use super::layout::{Chain, Map, Role, STAMP, stamps_of};
-use super::ranges::merged;
+use super::ranges::{boundaries, keys, node_port_ranges};
 use super::transaction::Operations;
 use super::{Nftables, NftablesError, Pending, Programmed};
-use crate::backend::{Applied, BackendConfig, Difference};
+use crate::backend::{Applied, Difference};
 use crate::diff::Plans;
 use crate::model::{Family, PortPlan, Scope, ServiceKey, ServicePlan};
 use observed::{Observed, was_sticky};
@@ -327,7 +324,7 @@ impl Nftables {
 
     fn delete_all(&mut self, items: Vec<Item>) -> Result<usize, NftablesError> {
         let mut operations = 0;
-        for chunk in items.chunks(super::OPERATIONS_PER_TRANSACTION) {
+        for chunk in items.chunks(OPERATIONS_PER_TRANSACTION) {
             let part = Operations { deletes: chunk.to_vec(), adds: Vec::new() };
             let (batch, _) = super::transaction::encode([&part], &self.chains, &self.setup);
             operations += batch.operations();
@@ -362,43 +359,4 @@ fn described(role: Role, name: &str) -> Option<(u32, u32)> {
         let map = Map::all(role).find(|map| map.name(family) == name)?;
         Some(map.describe(family, |set| set.expected()))
     })
-}
-
-fn keys(ranges: &[IpNetwork], family: Family) -> Vec<(Key, Key)> {
-    let of_family: Vec<IpNetwork> =
-        ranges.iter().filter(|range| range.is_ipv4() == (family == Family::V4)).copied().collect();
-    let key = |address| Key::new().address(address);
-    merged(&of_family).into_iter().map(|(first, last)| (key(first), key(last))).collect()
-}
-
-/// In a family that the configuration does not mention, all addresses serve node ports.
-fn node_port_ranges(config: &BackendConfig, family: Family) -> Vec<(Key, Key)> {
-    let wanted = keys(&config.node_port_ranges, family);
-    if !wanted.is_empty() {
-        return wanted;
-    }
-    let all = match family {
-        Family::V4 => IpNetwork::from(IpAddr::from([0u8; 4])),
-        Family::V6 => IpNetwork::from(IpAddr::from([0u8; 16])),
-    };
-    let everything = IpNetwork::new(all.ip(), 0).unwrap_or(all);
-    keys(&[everything], family)
-}
-
-/// How the kernel lists ranges: each start, and each end as the first key after it.
-fn boundaries(ranges: &[(Key, Key)]) -> Vec<(Vec<u8>, bool)> {
-    let mut found = Vec::new();
-    for (first, last) in ranges {
-        found.push((first.as_bytes().to_vec(), false));
-        let mut end = last.as_bytes().to_vec();
-        let carry = end.iter_mut().rev().all(|byte| {
-            *byte = byte.wrapping_add(1);
-            *byte == 0
-        });
-        if !carry {
-            found.push((end, true));
-        }
-    }
-    found.sort();
-    found
 }

@@ -2,9 +2,9 @@
 
 use serde_json::json;
 
-use crate::stage::{Mode, Node, cluster_ip, rows, with};
+use crate::stage::{Mode, Node, cluster_ip, rows, slice, with};
 
-rows![many_services_come_and_go_at_once];
+rows![many_services_come_and_go_at_once, a_service_with_very_many_endpoints_is_one_like_others];
 
 fn many_services_come_and_go_at_once(mode: Mode) {
     const SERVICES: u16 = 500;
@@ -38,4 +38,52 @@ fn many_services_come_and_go_at_once(mode: Mode) {
     node.assert_as_planned();
     assert!(client.namespace.tcp(&format!("{}:80", address(0))).is_ok());
     assert!(client.namespace.tcp(&format!("{}:80", address(1))).is_err());
+}
+
+/// Case 5: it is split over as many slices as it takes.
+fn a_service_with_very_many_endpoints_is_one_like_others(mode: Mode) {
+    const IN_A_SLICE: u32 = 1000;
+    // Under emulation everything takes tens of times as long, and the programs of iptables take long anywhere.
+    let emulated = std::env::var_os("KEELSON_TEST_OWN_MACHINE").is_some();
+    let slices = match mode {
+        _ if emulated => 10,
+        Mode::Iptables(_) => 20,
+        _ => 100,
+    };
+    let mut node = Node::new(mode);
+    let client = node.pod("client", 10);
+    let _one = node.pod("one", 2).serving("TCP", 8080);
+    node.service("web", cluster_ip(1, "TCP", 80));
+    node.service("other", cluster_ip(2, "TCP", 80));
+    node.ready("other", "TCP", 8080, &[2]);
+    node.apply();
+    // Nobody is at any of these addresses.
+    let part = |number: u32, count: u32| {
+        let first = number * IN_A_SLICE;
+        let addresses: Vec<String> = (first..first + count)
+            .map(|endpoint| {
+                let [_, high, middle, low] = (endpoint + 1).to_be_bytes();
+                format!("10.{}.{middle}.{low}", 70 + high)
+            })
+            .collect();
+        let endpoints: Vec<_> = addresses.iter().map(|address| (&**address, "other")).collect();
+        let mut slice = slice("web", "IPv4", &endpoints, "", 8080);
+        slice["metadata"]["name"] = json!(format!("web-{number}"));
+        slice
+    };
+    (0..slices).for_each(|number| node.slice(part(number, IN_A_SLICE)));
+    assert!(node.apply() >= (slices * IN_A_SLICE) as usize);
+    node.assert_as_planned();
+    assert_eq!(node.restart(), 0);
+    assert_eq!(client.namespace.tcp("10.96.0.2:80").unwrap().server, "one");
+    // One slice is shorter by one.
+    node.slice(part(slices / 2, IN_A_SLICE - 1));
+    node.apply();
+    node.assert_as_planned();
+    (0..slices).for_each(|number| node.slice(part(number, 0)));
+    node.ready("web", "TCP", 8080, &[2]);
+    node.apply();
+    node.assert_as_planned();
+    assert_eq!(client.namespace.tcp("10.96.0.1:80").unwrap().server, "one");
+    assert_eq!(node.restart(), 0);
 }
