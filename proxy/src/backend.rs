@@ -9,6 +9,7 @@ use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
 use crate::diff::{Change, Plans};
+use crate::ebpf::{Ebpf, EbpfConfig, EbpfError};
 use crate::iptables::{Iptables, IptablesError, Variant};
 use crate::ipvs::{Ipvs, IpvsConfig, IpvsError};
 use crate::model::ServiceKey;
@@ -21,11 +22,19 @@ pub enum Mode {
     Nftables,
     Iptables(Variant),
     Ipvs,
+    Ebpf,
 }
 
 impl Mode {
-    /// In order of preference.
-    pub const ALL: [Mode; 4] =
+    pub const ALL: [Mode; 5] = [
+        Mode::Nftables,
+        Mode::Iptables(Variant::Nft),
+        Mode::Iptables(Variant::Legacy),
+        Mode::Ipvs,
+        Mode::Ebpf,
+    ];
+    /// What `auto` takes, in order of preference.
+    const AUTO: [Mode; 4] =
         [Mode::Nftables, Mode::Iptables(Variant::Nft), Mode::Iptables(Variant::Legacy), Mode::Ipvs];
 
     #[must_use]
@@ -35,6 +44,7 @@ impl Mode {
             Mode::Iptables(Variant::Nft) => "iptables-nft",
             Mode::Iptables(Variant::Legacy) => "iptables-legacy",
             Mode::Ipvs => "ipvs",
+            Mode::Ebpf => "ebpf",
         }
     }
 
@@ -45,6 +55,7 @@ impl Mode {
             Mode::Iptables(_) => "iptables",
             Mode::Nftables => "nftables",
             Mode::Ipvs => "ipvs",
+            Mode::Ebpf => "ebpf",
         }
     }
 
@@ -52,12 +63,13 @@ impl Mode {
     #[must_use]
     pub fn candidates(text: &str) -> Option<&'static [Mode]> {
         match text {
-            "" | "auto" => Some(&Mode::ALL),
+            "" | "auto" => Some(&Mode::AUTO),
             "nftables" => Some(&[Mode::Nftables]),
             // Which of the two the node uses is found out when it starts.
             "iptables" => Some(&[Mode::Iptables(Variant::Nft), Mode::Iptables(Variant::Legacy)]),
             "iptables-nft" => Some(&[Mode::Iptables(Variant::Nft)]),
             "ipvs" => Some(&[Mode::Ipvs]),
+            "ebpf" => Some(&[Mode::Ebpf]),
             "iptables-legacy" => Some(&[Mode::Iptables(Variant::Legacy)]),
             _ => None,
         }
@@ -70,6 +82,7 @@ impl Mode {
             Mode::Nftables => Ok(Nftables::probe()?),
             Mode::Iptables(variant) => Ok(Iptables::probe(variant)?),
             Mode::Ipvs => Ok(Ipvs::probe()?),
+            Mode::Ebpf => Ok(Ebpf::probe()?),
         }
     }
 
@@ -79,6 +92,7 @@ impl Mode {
             Mode::Nftables => Box::new(Nftables::open(config)?),
             Mode::Iptables(variant) => Box::new(Iptables::open(variant, config)?),
             Mode::Ipvs => Box::new(Ipvs::open(config)?),
+            Mode::Ebpf => Box::new(Ebpf::open(config)?),
         })
     }
 }
@@ -143,6 +157,9 @@ pub struct BackendConfig {
     /// What only the IPVS mode needs.
     #[serde(default)]
     pub ipvs: IpvsConfig,
+    /// What only the eBPF mode needs.
+    #[serde(default)]
+    pub ebpf: EbpfConfig,
 }
 
 /// How pods are told from other sources of packets.
@@ -179,6 +196,7 @@ impl Default for BackendConfig {
             service_ranges: Vec::new(),
             masquerade_bit: 14,
             ipvs: IpvsConfig::default(),
+            ebpf: EbpfConfig::default(),
         }
     }
 }
@@ -225,4 +243,6 @@ pub enum BackendError {
     Iptables(#[from] IptablesError),
     #[error(transparent)]
     Ipvs(#[from] IpvsError),
+    #[error(transparent)]
+    Ebpf(#[from] EbpfError),
 }

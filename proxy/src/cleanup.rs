@@ -8,6 +8,7 @@ mod kube_proxy;
 use keelson_netlink::netns::Netns;
 
 use crate::backend::Mode;
+use crate::ebpf::EbpfConfig;
 use crate::localhost::{self, LocalhostError};
 use crate::switch::{Refused, clean, with_sources};
 
@@ -23,14 +24,14 @@ fn give_back_localhost() -> Result<(), LocalhostError> {
 }
 
 /// Removes everything of keelson-proxy and of kube-proxy from the calling thread's network namespace.
-pub fn everything() -> Result<(), CleanupError> {
+pub fn everything(ebpf: &EbpfConfig) -> Result<(), CleanupError> {
     let mut failures = Vec::new();
     // Before the rules that keep strangers from 127.0.0.1 go.
     if let Err(error) = give_back_localhost() {
         failures.push(with_sources(&error));
     }
     for mode in Mode::ALL {
-        match clean(mode) {
+        match clean(mode, ebpf) {
             Ok(()) => tracing::info!(%mode, "Removed everything of this mode"),
             Err(Refused::Absent(error)) => {
                 tracing::info!(%mode, error = with_sources(&error), "Nothing to clean up");

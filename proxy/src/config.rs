@@ -9,6 +9,7 @@ use serde_json::json;
 
 use crate::backend::Mode;
 use crate::conntrack::ConntrackLimits;
+use crate::ebpf::EbpfConfig;
 use crate::ipvs::IpvsConfig;
 
 /// Configuration of [`crate::run`].
@@ -36,6 +37,8 @@ pub struct ProxyConfig {
     pub localhost_node_ports: bool,
     /// What only the IPVS mode needs.
     pub ipvs: IpvsConfig,
+    /// What only the eBPF mode needs.
+    pub ebpf: EbpfConfig,
     /// Limits of connection tracking to set for the whole node; nothing leaves them alone.
     pub conntrack: Option<ConntrackLimits>,
     /// Where the last known state is kept, so that Services work after a reboot while the API server is
@@ -89,6 +92,7 @@ impl Default for ProxyConfig {
             node_port_addresses: NodePortAddresses::Primary,
             localhost_node_ports: true,
             ipvs: IpvsConfig::default(),
+            ebpf: EbpfConfig::default(),
             conntrack: None,
             state_file: None,
             healthz_address: Some(SocketAddr::from(([0, 0, 0, 0], 10256))),

@@ -306,9 +306,9 @@ impl Engine {
     }
 
     fn leave_others(&mut self) {
-        let mode = self.mode;
+        let (mode, ebpf) = (self.mode, self.intake.backend_config().ebpf);
         let leave = move || {
-            crate::switch::leave_others(mode);
+            crate::switch::leave_others(mode, &ebpf);
             crate::switch::look_for_kube_proxy();
         };
         match std::thread::Builder::new().name("proxy-leaving".to_owned()).spawn(leave) {

@@ -1,6 +1,7 @@
 //! kube-proxy's command line and configuration file, as far as they mean something here.
 
 mod conntrack;
+mod ebpf;
 mod file;
 mod ipvs;
 #[cfg(test)]
@@ -86,6 +87,8 @@ pub struct Flags {
     pub conntrack: conntrack::ConntrackFlags,
     #[command(flatten)]
     pub ipvs: ipvs::IpvsFlags,
+    #[command(flatten)]
+    pub ebpf: ebpf::EbpfFlags,
     #[command(flatten)]
     pub ignored: IgnoredFlags,
 }
@@ -231,6 +234,7 @@ impl Flags {
             healthz_address: address("healthz", healthz, 10256, default.healthz_address)?,
             metrics_address: address("metrics", metrics, 10249, default.metrics_address)?,
             ipvs: self.ipvs.config()?,
+            ebpf: self.ebpf.config(),
             conntrack: Some(self.conntrack.limits()?),
             kubeconfig: self.kubeconfig,
             api_server: self.master,

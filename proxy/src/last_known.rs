@@ -28,7 +28,7 @@ type Changed = HashMap<ServiceKey, Option<Arc<ServicePlan>>>;
 /// What a write consists of.
 enum Content {
     Appended(Changed),
-    Whole(Owner, BackendConfig, Plans),
+    Whole(Owner, Box<BackendConfig>, Plans),
 }
 
 pub(crate) struct LastKnown {
@@ -144,7 +144,7 @@ impl LastKnown {
             None => {
                 self.lines = plans.len();
                 self.config = Some(config.clone());
-                Content::Whole(self.owner.clone(), config.clone(), plans.clone())
+                Content::Whole(self.owner.clone(), Box::new(config.clone()), plans.clone())
             }
         };
         Some(move || {

@@ -10,6 +10,7 @@ mod clock;
 pub mod config;
 pub mod conntrack;
 pub mod diff;
+pub mod ebpf;
 mod engine;
 mod events;
 pub mod explain;

@@ -177,6 +177,7 @@ impl Metrics {
                 let help = "Removals of leftovers that the kernel refused";
                 add(kube, "nftables_cleanup_failures", help, &self.cleanup_failures);
             }
+            Mode::Ebpf => {}
         }
     }
 

@@ -75,6 +75,7 @@ pub(crate) fn backend_config(
         service_ranges,
         masquerade_bit: config.masquerade_bit,
         ipvs: config.ipvs.clone(),
+        ebpf: config.ebpf.clone(),
     }
 }
 

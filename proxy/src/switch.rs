@@ -5,6 +5,7 @@
 //! are kept by connection tracking and do not depend on either.
 
 use crate::backend::{BackendConfig, BackendError, Mode};
+use crate::ebpf::{Ebpf, EbpfConfig};
 use crate::iptables::Iptables;
 use crate::ipvs::Ipvs;
 
@@ -48,9 +49,9 @@ fn in_order(modes: &[Mode]) -> Vec<Mode> {
 /// Removes what all other modes left, now that `current` is in force.
 ///
 /// What cannot be removed stays and is named: Services work all the same.
-pub fn leave_others(current: Mode) {
+pub fn leave_others(current: Mode, ebpf: &EbpfConfig) {
     for other in Mode::ALL.into_iter().filter(|mode| *mode != current) {
-        match leave(other) {
+        match leave(other, ebpf) {
             Ok(()) => tracing::debug!(mode = %other, "Nothing of this mode is left"),
             Err(Refused::Absent(error)) => {
                 tracing::debug!(mode = %other, error = with_sources(&error), "Was never used here");
@@ -89,15 +90,16 @@ pub(crate) enum Refused {
 }
 
 /// Removes what a mode left while another one is in force: what connections need may stay until they end.
-fn leave(mode: Mode) -> Result<(), Refused> {
+fn leave(mode: Mode, ebpf: &EbpfConfig) -> Result<(), Refused> {
     match mode {
         Mode::Ipvs => Ipvs::leave().map_err(Refused::Failed),
-        other => clean(other),
+        Mode::Ebpf => Ebpf::leave(ebpf).map_err(|error| Refused::Failed(error.into())),
+        other => clean(other, ebpf),
     }
 }
 
 /// Removes everything of one mode.
-pub(crate) fn clean(mode: Mode) -> Result<(), Refused> {
+pub(crate) fn clean(mode: Mode, ebpf: &EbpfConfig) -> Result<(), Refused> {
     if let Mode::Iptables(variant) = mode {
         // To probe the old interface would make its tables.
         return Iptables::remove(variant).map_err(|error| Refused::Failed(error.into()));
@@ -105,6 +107,11 @@ pub(crate) fn clean(mode: Mode) -> Result<(), Refused> {
     if mode == Mode::Ipvs {
         // To probe would load its modules.
         return Ipvs::remove().map_err(Refused::Failed);
+    }
+    if mode == Mode::Ebpf {
+        // Its state is files in a folder.
+        let removed = Ebpf::remove(ebpf);
+        return removed.map_err(|error| Refused::Failed(error.into()));
     }
     mode.probe().map_err(Refused::Absent)?;
     let mut backend = mode.open(BackendConfig::default()).map_err(Refused::Failed)?;

@@ -34,12 +34,14 @@ pub struct Frontend {
     pub outside: Route,
     /// Never used for another frontend: in keys of `sources` and of counters.
     pub number: u32,
-    /// [`FRONTEND_HAS_SOURCES`].
+    /// `FRONTEND_*`.
     pub flags: u32,
 }
 
 /// Only the ranges in `sources` may connect; others are dropped.
 pub const FRONTEND_HAS_SOURCES: u32 = 1;
+/// Clients stick to an endpoint.
+pub const FRONTEND_STICKY: u32 = 2;
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -118,6 +120,15 @@ pub struct SourceKey {
     pub address: Address,
 }
 
+/// [`SourceKey`] as an element of the map.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SourcePrefix {
+    /// Bits of `frontend` and `address` that count.
+    pub prefix_len: u32,
+    pub key: SourceKey,
+}
+
 /// A client that may stick to an endpoint.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -144,6 +155,7 @@ layout! {
     Endpoint: 20,
     MemberKey: 24,
     SourceKey: 20,
+    SourcePrefix: 24,
     AffinityKey: 20,
     Affinity: 32,
 }

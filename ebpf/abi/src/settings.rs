@@ -10,7 +10,8 @@ pub struct Settings {
     pub host_cookie: u64,
     /// `SETTING_*`.
     pub flags: u32,
-    pub zero: u32,
+    /// Numbers of pools and frontends below this one may have been used; for user space alone.
+    pub numbers: u32,
 }
 
 /// Pods can be told from other sources.
@@ -40,6 +41,15 @@ pub struct RangeKey {
     pub address: Address,
 }
 
+/// [`RangeKey`] as an element of a map.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RangePrefix {
+    /// Bits of `address` that count.
+    pub prefix_len: u32,
+    pub key: RangeKey,
+}
+
 /// What packets are masqueraded with when they leave through an interface. Keyed by its index.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -59,5 +69,6 @@ pub const INTERFACE_NO_LINK_HEADER: u32 = 2;
 layout! {
     Settings: 16,
     RangeKey: 16,
+    RangePrefix: 20,
     Interface: 36,
 }

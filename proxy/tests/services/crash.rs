@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crate::stage::api::{api_server, kubeconfig};
 use crate::stage::*;
+use keelson_proxy::ebpf::EbpfConfig;
 use keelson_proxy::{LocalSources, ProxyConfig};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
@@ -40,9 +41,10 @@ pub(crate) fn is_victim() -> bool {
     std::env::args().nth(1).as_deref() == Some(VICTIM)
 }
 
-fn victim(mode: Mode, kubeconfig: &Path) -> Command {
+fn victim(mode: Mode, ebpf: &EbpfConfig, kubeconfig: &Path) -> Command {
     let mut command = Command::new("/proc/self/exe");
     command.arg(VICTIM).arg(mode.name()).arg(kubeconfig).stderr(Stdio::null());
+    command.arg(serde_json::to_string(ebpf).unwrap());
     command
 }
 
@@ -53,6 +55,7 @@ pub(crate) fn be_victim() -> ExitCode {
         kubeconfig: Some(arguments[1].clone().into()),
         node_name: "here".to_owned(),
         modes: Mode::candidates(&arguments[0]).unwrap(),
+        ebpf: serde_json::from_str(&arguments[2]).unwrap(),
         local_sources: LocalSources::Cidrs(vec!["10.66.0.0/16".parse().unwrap()]),
         ..ProxyConfig::default()
     };
@@ -73,7 +76,7 @@ fn killed_at_any_moment_it_goes_on_where_it_was(mode: Mode) {
     let (stop, mut stopped) = broadcast::channel::<()>(1);
     std::thread::scope(|scope| {
         let (port_known, port) = std::sync::mpsc::channel();
-        let namespace = &node.namespace;
+        let (namespace, ebpf) = (&node.namespace, &node.config.ebpf);
         scope.spawn(move || {
             namespace.run(|| {
                 let runtime =
@@ -94,7 +97,7 @@ fn killed_at_any_moment_it_goes_on_where_it_was(mode: Mode) {
         let stop = stop;
         let mut random = 0x2545_f491_u32;
         for round in 0..25 {
-            let mut proxy = namespace.run(|| victim(mode, &path).spawn().unwrap());
+            let mut proxy = namespace.run(|| victim(mode, ebpf, &path).spawn().unwrap());
             random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             // The moment is what is random here; nothing waits for it.
             std::thread::sleep(Duration::from_millis(u64::from(random >> 16) % 350));

@@ -286,7 +286,7 @@ fn a_clean_up_removes_the_ways_too(mode: Mode) {
     node.ready("web", "TCP", 8080, &[2]);
     node.apply();
     assert_eq!((rules(&node).len(), routes(&node)), (fresh.len() + 6, 2));
-    node.namespace.run(|| cleanup::everything().unwrap());
+    node.namespace.run(|| cleanup::everything(&node.config.ebpf).unwrap());
     assert_eq!((rules(&node), routes(&node)), (fresh, 0));
     assert_eq!(virtuals(&node), []);
     assert!(!node.namespace.output("nft", &["list", "tables"]).contains("keelson"));

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeSet;
 
+use aya::maps::{HashMap, Map, MapData};
+use keelson_ebpf_abi::{Affinity, AffinityKey, VERSION};
 use keelson_netlink::conntrack::{Conntrack, Flow};
 use serde_json::{Value, json};
 
@@ -23,8 +25,9 @@ fn sticky(spec: Value) -> Value {
 fn freshness(node: &Node) -> u64 {
     let table = match node.mode {
         Mode::Iptables(_) => return node.namespace.run(last_seen),
+        Mode::Ebpf => return last_used(node),
         Mode::Ipvs => "keelson-proxy-ipvs",
-        _ => "keelson-proxy",
+        Mode::Nftables => "keelson-proxy",
     };
     let listing = node.namespace.output("nft", &["list", "map", "inet", table, "affinity4"]);
     let rest = listing.split_once("expires ").unwrap_or_else(|| panic!("{listing}")).1;
@@ -57,6 +60,14 @@ fn last_seen() -> u64 {
     seen.max().unwrap()
 }
 
+/// The kernel's clock when a BPF program last saw somebody.
+fn last_used(node: &Node) -> u64 {
+    let path = node.config.ebpf.pins.join(format!("maps-v{VERSION}/affinity"));
+    let map = Map::LruHashMap(MapData::from_pin(path).unwrap());
+    let map = HashMap::<_, AffinityKey, Affinity>::try_from(map).unwrap();
+    map.iter().map(|entry| entry.unwrap().1.last_used_ns).max().unwrap()
+}
+
 /// Case 41.
 fn each_new_connection_prolongs_affinity(mode: Mode) {
     let mut node = Node::new(mode);
@@ -70,7 +81,7 @@ fn each_new_connection_prolongs_affinity(mode: Mode) {
     let first = freshness(&node);
     // `recent` keeps the moment, nf_tables what is left.
     let before = match mode {
-        Mode::Iptables(_) => first,
+        Mode::Iptables(_) | Mode::Ebpf => first,
         _ => eventually("time goes by", || Some(freshness(&node)).filter(|now| *now < first)),
     };
     eventually("a new connection counts", || {

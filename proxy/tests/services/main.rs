@@ -55,5 +55,8 @@ fn main() -> ExitCode {
     if crash::is_victim() {
         return crash::be_victim();
     }
-    harness::run(&rows())
+    stage::ebpf::prepare();
+    let code = harness::run(&rows());
+    stage::ebpf::tidy();
+    code
 }

@@ -4,6 +4,7 @@
 
 pub(crate) mod api;
 mod damage;
+pub(crate) mod ebpf;
 mod namespace;
 mod node;
 mod objects;

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use keelson_proxy::backend::BackendConfig;
 use keelson_proxy::diff::Plans;
+use keelson_proxy::ebpf::EbpfConfig;
 use keelson_proxy::iptables::{Iptables, Variant};
 use keelson_proxy::{cleanup, switch};
 
@@ -134,12 +135,12 @@ fn a_node_that_changes_its_mode_loses_nothing(mode: Mode) {
             step.fetch_add(1, Ordering::Relaxed);
             backend.adopt(plans).unwrap();
             step.fetch_add(1, Ordering::Relaxed);
-            namespace.run(|| switch::leave_others(to));
+            namespace.run(|| switch::leave_others(to, &config.ebpf));
             step.fetch_add(1, Ordering::Relaxed);
             flows.iter_mut().for_each(|flow| flow.check(&format!("{from} to {to}")));
             // Nothing of the old mode is left, the new one is whole.
             assert_eq!(backend.verify(plans).unwrap(), [], "{from} to {to}");
-            assert!(is_clean(from, namespace), "{from} to {to}");
+            assert!(is_clean_in(from, namespace, &config.ebpf), "{from} to {to}");
             from = to;
         }
         drop(stop);
@@ -152,10 +153,15 @@ fn a_node_that_changes_its_mode_loses_nothing(mode: Mode) {
 }
 
 /// As on a node where the mode was never used.
-pub(crate) fn is_clean(mode: Mode, namespace: &Namespace) -> bool {
+pub(crate) fn is_clean(mode: Mode, node: &Node) -> bool {
+    is_clean_in(mode, &node.namespace, &node.config.ebpf)
+}
+
+fn is_clean_in(mode: Mode, namespace: &Namespace, ebpf: &EbpfConfig) -> bool {
     let fresh = Namespace::new();
     let open = |namespace: &Namespace| {
-        let mut backend = namespace.run(|| mode.open(BackendConfig::default()).unwrap());
+        let config = BackendConfig { ebpf: ebpf.clone(), ..BackendConfig::default() };
+        let mut backend = namespace.run(|| mode.open(config).unwrap());
         // Fails while somebody removes what is being read.
         backend.verify(&Plans::new()).ok()
     };
@@ -223,7 +229,7 @@ fn what_kube_proxy_left_goes_and_nothing_else(mode: Mode) {
     assert_eq!(node.namespace.run(cleanup::kube_proxy_traces).len(), 1);
     // Never touched as long as nobody asks for it.
     assert_eq!(node.restart(), 0);
-    node.namespace.run(|| switch::leave_others(mode));
+    node.namespace.run(|| switch::leave_others(mode, &node.config.ebpf));
     let saved = |node: &Node, ip: &str| {
         node.namespace.output(&format!("{ip}-{}-save", variant.word()), &[])
     };
@@ -244,18 +250,24 @@ fn what_kube_proxy_left_goes_and_nothing_else(mode: Mode) {
     assert_eq!(node.restart(), 0);
     assert_eq!(client.namespace.tcp("10.96.0.1:80").unwrap().server, "one");
     // Everything, ours included; and a second time there is nothing to do.
-    node.namespace.run(|| cleanup::everything().unwrap());
-    node.namespace.run(|| cleanup::everything().unwrap());
+    node.namespace.run(|| cleanup::everything(&node.config.ebpf).unwrap());
+    node.namespace.run(|| cleanup::everything(&node.config.ebpf).unwrap());
     assert!(!saved(&node, "iptables").contains("KEELSON-"));
 }
 
 /// `route_localnet`, which node ports on 127.0.0.1 need: as before when nothing needs it, and only if it was us.
 fn a_kernel_setting_is_given_back(mode: Mode) {
+    if mode == Mode::Ebpf {
+        skip("it needs no such setting");
+    }
     const SETTING: &str = "net/ipv4/conf/all/route_localnet";
     let with = |ports| BackendConfig { localhost_node_ports: ports, ..BackendConfig::default() };
+    let again =
+        |node: &Node, ports| BackendConfig { localhost_node_ports: ports, ..node.config.clone() };
     let read = |node: &Node| node.namespace.run(|| keelson_netlink::sysctl::read(SETTING).unwrap());
     let reconfigure = |node: &mut Node, ports| {
-        assert!(node.backend.as_mut().unwrap().configure(with(ports)));
+        let config = again(node, ports);
+        assert!(node.backend.as_mut().unwrap().configure(config));
         node.adopt();
     };
     let mut node = Node::with(mode, with(false));
@@ -266,19 +278,20 @@ fn a_kernel_setting_is_given_back(mode: Mode) {
     assert_eq!(read(&node), "0");
     reconfigure(&mut node, true);
     // Another mode needs it, too: the change from one to the other does not touch it.
-    node.namespace.run(|| switch::leave_others(mode));
+    node.namespace.run(|| switch::leave_others(mode, &node.config.ebpf));
     assert_ne!(read(&node), "0");
     // By another process than the one that switched it on.
     node.backend = None;
-    node.namespace.run(|| cleanup::everything().unwrap());
+    node.namespace.run(|| cleanup::everything(&node.config.ebpf).unwrap());
     assert_eq!(read(&node), "0");
     // Somebody else's.
     node.namespace.set("ipv4/conf/all/route_localnet", "1");
-    node.backend = Some(node.namespace.run(|| mode.open(with(true)).unwrap()));
+    let config = again(&node, true);
+    node.backend = Some(node.namespace.run(|| mode.open(config).unwrap()));
     node.adopt();
     reconfigure(&mut node, false);
     assert_eq!(read(&node), "1");
-    node.namespace.run(|| cleanup::everything().unwrap());
+    node.namespace.run(|| cleanup::everything(&node.config.ebpf).unwrap());
     assert_eq!(read(&node), "1");
 }
 

@@ -284,7 +284,12 @@ fn explain_tells_what_is_programmed_and_why(mode: Mode) {
         "nodes": [node_object()],
     });
     with_proxy(&node, lists, folder.path(), |_| {
-        let config = config(mode, &folder.path().join("kubeconfig"), folder.path());
+        let config = config(
+            mode,
+            node.config.ebpf.clone(),
+            &folder.path().join("kubeconfig"),
+            folder.path(),
+        );
         let ask = |what: &str, from: Option<&str>| {
             let from = from.map(|from| from.parse().unwrap());
             let (what, protocol) = (what.to_owned(), "tcp".to_owned());
@@ -332,7 +337,7 @@ fn a_start_ends_the_mode_that_the_node_was_in(mode: Mode) {
     with_proxy(&node, lists, folder.path(), |_| {
         eventually("nothing of the mode before", || {
             assert_eq!(client.namespace.tcp("10.96.0.1:80").unwrap().server, "one");
-            crate::switching::is_clean(before, &node.namespace).then_some(())
+            crate::switching::is_clean(before, &node).then_some(())
         });
         let shown = node.namespace.get("127.0.0.1:10249", "/proxyMode");
         assert!(shown.ends_with(mode.kube_name()), "{shown}");
@@ -351,7 +356,7 @@ fn after_a_reboot_the_last_known_services_answer_without_an_api_server(mode: Mod
     });
     with_proxy(&node, lists, folder.path(), |_| {});
     // The kernel forgets, and it is another boot.
-    let mut backend = node.namespace.run(|| mode.open(BackendConfig::default()).unwrap());
+    let mut backend = node.namespace.run(|| mode.open(node.config.clone()).unwrap());
     backend.cleanup().unwrap();
     drop(backend);
     assert!(client.namespace.tcp("10.96.0.1:80").is_err());
@@ -366,7 +371,8 @@ fn after_a_reboot_the_last_known_services_answer_without_an_api_server(mode: Mod
     std::thread::scope(|scope| {
         let stop_inside = shutdown.clone();
         // Nobody listens there.
-        let config = config(mode, &kubeconfig(folder.path(), 9), folder.path());
+        let config =
+            config(mode, node.config.ebpf.clone(), &kubeconfig(folder.path(), 9), folder.path());
         let namespace = &node.namespace;
         scope.spawn(move || {
             namespace.run(|| {

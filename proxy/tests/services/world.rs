@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::mpsc;
 use std::time::Duration;
 
+use keelson_proxy::ebpf::EbpfConfig;
 use keelson_proxy::{LocalSources, ProxyConfig, run_with};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
@@ -90,7 +91,7 @@ pub(crate) fn with_configured_proxy(
     let (synced, wait_synced) = mpsc::channel();
     std::thread::scope(|scope| {
         let (stop_inside, api_inside) = (shutdown.clone(), api.clone());
-        let (namespace, mode) = (&node.namespace, node.mode);
+        let (namespace, mode, ebpf) = (&node.namespace, node.mode, node.config.ebpf.clone());
         scope.spawn(move || {
             namespace.run(|| {
                 let runtime =
@@ -99,7 +100,7 @@ pub(crate) fn with_configured_proxy(
                     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
                     let path = kubeconfig(folder, listener.local_addr().unwrap().port());
                     tokio::task::spawn_local(api_server(listener, lists, api_inside));
-                    let config = configure(config(mode, &path, folder));
+                    let config = configure(config(mode, ebpf, &path, folder));
                     run_with(config, stop_inside, move || synced.send(()).unwrap()).await.unwrap();
                 });
             });
@@ -112,8 +113,14 @@ pub(crate) fn with_configured_proxy(
     });
 }
 
-pub(crate) fn config(mode: Mode, kubeconfig: &Path, folder: &Path) -> ProxyConfig {
+pub(crate) fn config(
+    mode: Mode,
+    ebpf: EbpfConfig,
+    kubeconfig: &Path,
+    folder: &Path,
+) -> ProxyConfig {
     ProxyConfig {
+        ebpf,
         kubeconfig: Some(kubeconfig.to_owned()),
         node_name: "here".to_owned(),
         modes: Mode::candidates(mode.name()).unwrap(),

@@ -8,7 +8,7 @@ use aya_ebpf::programs::SockAddrContext;
 use keelson_ebpf::frontend::{self, Found};
 use keelson_ebpf::maps::SETTINGS;
 use keelson_ebpf_abi::{
-    FRONTEND_HAS_SOURCES, Frontend, MASQUERADE_NEVER, MASQUERADE_UNLESS_POD, Route,
+    FRONTEND_HAS_SOURCES, FRONTEND_STICKY, Frontend, MASQUERADE_NEVER, MASQUERADE_UNLESS_POD, Route,
     SETTING_EXEMPTS_NAMESPACES, SETTING_KNOWS_PODS, VERDICT_FORWARD, VERDICT_REJECT,
 };
 
@@ -79,6 +79,10 @@ impl Client {
     #[inline(always)]
     fn follow(&self, frontend: &Frontend) -> Decision {
         if frontend.flags & FRONTEND_HAS_SOURCES != 0 {
+            return Decision::Leave;
+        }
+        // A pod is one client by its address, also where packets must be masqueraded.
+        if frontend.flags & FRONTEND_STICKY != 0 && !self.is_node {
             return Decision::Leave;
         }
         let route =

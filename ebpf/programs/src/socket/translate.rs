@@ -45,10 +45,11 @@ pub fn connect<F: Family>(ctx: &SockAddrContext) -> Outcome {
                 _ => {}
             }
         }
-        Decision::Refuse { frontend } => return refuse(frontend),
-        // Resolvers connect UDP sockets to any port to learn which address they would have.
+        // UDP sockets are connected long before they are used, and to any port by resolvers that want to learn
+        // which address they would have: their packets are answered.
+        Decision::Refuse { frontend } if protocol == TCP => return refuse(frontend),
         Decision::NoSuchPort if protocol == TCP => return fail(),
-        Decision::NoSuchPort | Decision::Leave => {}
+        Decision::Refuse { .. } | Decision::NoSuchPort | Decision::Leave => {}
     }
     peer::forget(ctx);
     Outcome::GoOn

@@ -1,5 +1,7 @@
 //! What strangers do to a backend's part of the kernel: it must be noticed and mended.
 
+use std::io::ErrorKind;
+
 use keelson_netlink::ipvs::{Command, Ipvs, Key, Real, RealFound, Virtual};
 use keelson_netlink::route::{Route, Rtnl};
 use keelson_proxy::backend::Mode;
@@ -25,7 +27,24 @@ pub(crate) fn damages(mode: Mode) -> Vec<Damage> {
         Mode::Nftables => nftables(),
         Mode::Iptables(variant) => iptables(variant),
         Mode::Ipvs => ipvs(),
+        Mode::Ebpf => ebpf(),
     }
+}
+
+fn ebpf() -> Vec<Damage> {
+    let remove = |what: &'static str| Damage {
+        name: format!("rm -r {what}"),
+        inflict: Box::new(move |namespace| {
+            let path = namespace.pins().join(what);
+            let removed = match path.is_dir() {
+                true => std::fs::remove_dir_all(&path),
+                false => std::fs::remove_file(&path),
+            };
+            // It may not be there yet.
+            removed.unwrap_or_else(|error| assert_eq!(error.kind(), ErrorKind::NotFound, "{what}"));
+        }),
+    };
+    vec![remove(""), remove("links"), remove("links/connect4"), remove("links/ingress-2")]
 }
 
 fn ipvs() -> Vec<Damage> {

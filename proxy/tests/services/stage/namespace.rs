@@ -2,20 +2,25 @@
 
 use std::net::Ipv6Addr;
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::process::Command;
 
 use ipnetwork::IpNetwork;
 use keelson_netlink::netns::Netns;
 use keelson_netlink::route::{Group, Route, Rtnl, VethEnd, VethPair};
+use keelson_proxy::ebpf::EbpfConfig;
 
 /// A network namespace.
 pub(crate) struct Namespace {
     netns: Netns,
+    /// Whose sockets are opened here, where that matters.
+    ebpf: EbpfConfig,
 }
 
 impl Namespace {
     pub(crate) fn new() -> Self {
-        let namespace = Namespace { netns: Netns::anonymous().unwrap() };
+        let namespace =
+            Namespace { netns: Netns::anonymous().unwrap(), ebpf: EbpfConfig::default() };
         namespace.rtnl().set_up("lo").unwrap();
         // Addresses are usable at once.
         for (sysctl, value) in [("all/accept_dad", "0"), ("default/accept_dad", "0")] {
@@ -25,6 +30,16 @@ impl Namespace {
         namespace.set("ipv4/icmp_ratelimit", "0");
         namespace.set("ipv6/icmp/ratelimit", "0");
         namespace
+    }
+
+    /// From now on, sockets that are opened here belong to the node with that configuration.
+    pub(crate) fn join(&mut self, ebpf: &EbpfConfig) {
+        self.ebpf = ebpf.clone();
+    }
+
+    /// Where that node keeps what outlives it.
+    pub(crate) fn pins(&self) -> &Path {
+        &self.ebpf.pins
     }
 
     pub(crate) fn rtnl(&self) -> Rtnl {
@@ -135,7 +150,11 @@ impl Namespace {
 
     /// Runs `work` on a thread inside the namespace. Sockets that it opens stay there.
     pub(crate) fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
-        self.netns.run(work).unwrap()
+        let enter_and_work = || {
+            self.ebpf.cgroup.as_deref().inspect(|cgroup| super::ebpf::enter(cgroup));
+            work()
+        };
+        self.netns.run(enter_and_work).unwrap()
     }
 
     /// What a program prints that runs inside; it must be there and succeed.

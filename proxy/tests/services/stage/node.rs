@@ -10,6 +10,7 @@ use keelson_proxy::model::{Model, NodeFacts, Protocol, ServiceKey};
 use keelson_proxy::trace::{Ground, Packet, Trace, trace};
 use serde_json::{Value, json};
 
+use super::ebpf::Premises;
 use super::{BackendConfig, Mode, Namespace, Pod, PodSources};
 
 pub(crate) const NODE4: &str = "203.0.113.2";
@@ -27,6 +28,8 @@ pub(crate) struct Node {
     pub(crate) backend: Option<Box<dyn Backend>>,
     pub(crate) config: BackendConfig,
     pub(crate) flows_removed: u64,
+    /// Last: it goes after the backend.
+    premises: Option<Premises>,
 }
 
 impl Node {
@@ -37,7 +40,10 @@ impl Node {
     }
 
     pub(crate) fn with(mode: Mode, config: BackendConfig) -> Self {
-        let (namespace, outside) = (Namespace::new(), Namespace::new());
+        let premises = Premises::new();
+        let ebpf = premises.as_ref().map(Premises::config).unwrap_or_default();
+        let config = BackendConfig { ebpf, ..config };
+        let (mut namespace, outside) = (Namespace::new(), Namespace::new());
         namespace.connect("eth0", &outside, "eth0");
         for (side, v4, v6) in [(&namespace, NODE4, NODE6), (&outside, OUTSIDE4, OUTSIDE6)] {
             side.address("eth0", &format!("{v4}/24"));
@@ -59,6 +65,7 @@ impl Node {
             knows_pods: config.pods != PodSources::Unknown,
             masquerade_all: false,
         };
+        namespace.join(&config.ebpf);
         let backend = namespace.run(|| mode.open(config.clone()).unwrap());
         let mut node = Node {
             mode,
@@ -69,6 +76,7 @@ impl Node {
             backend: Some(backend),
             config,
             flows_removed: 0,
+            premises,
         };
         node.adopt();
         node
@@ -85,7 +93,8 @@ impl Node {
 
     /// A pod 10.66.0.`number` / fd66::`number`.
     pub(crate) fn pod(&self, name: &str, number: u8) -> Pod {
-        let namespace = Namespace::new();
+        let mut namespace = Namespace::new();
+        namespace.join(&self.config.ebpf);
         let (link, node) = (format!("pod{number}"), &self.namespace);
         node.connect(&link, &namespace, "eth0");
         node.address(&link, "10.66.0.1/32");
@@ -180,6 +189,7 @@ impl Node {
 
     /// Puts in force what changed, and says how many kernel objects that took.
     pub(crate) fn apply(&mut self) -> usize {
+        self.follow_interfaces();
         let dirty = self.model.take_dirty();
         let changes = advance(&mut self.plans, dirty, |key| self.model.plan(key));
         let applied = self.backend.as_mut().unwrap().apply(&changes, &self.plans).unwrap();
@@ -187,6 +197,15 @@ impl Node {
         let checks = Checks::after(&changes);
         self.flows_removed += self.namespace.run(|| clean(&checks).unwrap());
         applied.operations
+    }
+
+    /// What the engine does when the alarm rings; this mode follows interfaces.
+    fn follow_interfaces(&mut self) {
+        if self.mode == Mode::Ebpf
+            && let Some(backend) = &mut self.backend
+        {
+            backend.disturbed().unwrap();
+        }
     }
 
     pub(crate) fn adopt(&mut self) -> usize {

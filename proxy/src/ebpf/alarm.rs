@@ -1,0 +1,73 @@
+//! Wakes the engine: when interfaces or addresses changed, and now and then, since nobody tells when a link is removed.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
+
+use keelson_netlink::route::{Group, Monitor};
+use keelson_netlink::socket::NetlinkError;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+use nix::sys::time::TimeSpec;
+use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+
+use super::EbpfError;
+
+/// Damage is noticed within that time.
+const PERIOD: Duration = Duration::from_secs(1);
+
+/// One file descriptor for both.
+pub(crate) struct Alarm {
+    all: Epoll,
+    monitor: Monitor,
+    clock: TimerFd,
+}
+
+impl Alarm {
+    /// Listens in the calling thread's network namespace.
+    pub(crate) fn open() -> Result<Alarm, EbpfError> {
+        let groups = [Group::Link, Group::Ipv4Address, Group::Ipv6Address];
+        let monitor = Monitor::open(&groups).map_err(EbpfError::Watch)?;
+        let flags = TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK;
+        let clock = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags).map_err(EbpfError::Alarm)?;
+        let all = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(EbpfError::Alarm)?;
+        for source in [monitor.as_fd(), clock.as_fd()] {
+            let event = EpollEvent::new(EpollFlags::EPOLLIN, 0);
+            all.add(source, event).map_err(EbpfError::Alarm)?;
+        }
+        Ok(Alarm { all, monitor, clock })
+    }
+
+    /// From now on it also rings regularly.
+    pub(crate) fn start_clock(&self) -> Result<(), EbpfError> {
+        let again = Expiration::Interval(TimeSpec::from_duration(PERIOD));
+        self.clock.set(again, TimerSetTimeFlags::empty()).map_err(EbpfError::Alarm)
+    }
+
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        self.all.0.as_fd()
+    }
+
+    /// Silences it; true when interfaces or addresses may have changed since the last call.
+    pub(crate) fn acknowledge(&mut self) -> Result<bool, EbpfError> {
+        match self.clock.wait() {
+            Ok(()) | Err(Errno::EAGAIN | Errno::EINTR) => {}
+            Err(error) => return Err(EbpfError::Alarm(error)),
+        }
+        let mut changed = false;
+        while self.is_readable() {
+            changed = true;
+            match self.monitor.events(Some(Duration::ZERO)) {
+                // Lost ones count as seen: what there is is read anew anyhow.
+                Ok(_) | Err(NetlinkError::Overrun) => {}
+                Err(error) => return Err(EbpfError::Watch(error)),
+            }
+        }
+        Ok(changed)
+    }
+
+    fn is_readable(&self) -> bool {
+        let mut waiting = [PollFd::new(self.monitor.as_fd(), PollFlags::POLLIN)];
+        poll(&mut waiting, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+    }
+}

@@ -1,0 +1,186 @@
+//! Links between programs and what they are attached to. Pinned: they outlive the process, and a new
+//! program takes an old one's place between two packets.
+
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use keelson_netlink::netns::Netns;
+
+use super::error::EbpfError;
+use super::programs::Programs;
+use super::sys::{self, AttachType};
+
+/// Programs for sockets, and where they are called.
+pub(crate) const SOCKET_PROGRAMS: &[(&str, AttachType)] = &[
+    ("connect4", AttachType::Connect4),
+    ("connect6", AttachType::Connect6),
+    ("sendmsg4", AttachType::SendMsg4),
+    ("sendmsg6", AttachType::SendMsg6),
+    ("recvmsg4", AttachType::RecvMsg4),
+    ("recvmsg6", AttachType::RecvMsg6),
+    ("getpeername4", AttachType::GetPeerName4),
+    ("getpeername6", AttachType::GetPeerName6),
+    ("sock_release", AttachType::SockRelease),
+];
+/// Programs for packets.
+pub(crate) const PACKET_PROGRAMS: &[(&str, AttachType)] =
+    &[("ingress", AttachType::TcxIngress), ("egress", AttachType::TcxEgress)];
+
+/// The pinned links.
+pub(crate) struct Links {
+    folder: PathBuf,
+}
+
+impl Links {
+    pub(crate) fn open(pins: &Path) -> Result<Self, EbpfError> {
+        let folder = pins.join("links");
+        let fail = |source| EbpfError::Pin { path: folder.clone(), source };
+        fs::create_dir_all(&folder).map_err(fail)?;
+        Ok(Links { folder })
+    }
+
+    /// Attaches the programs for sockets, and says what had to be done.
+    pub(crate) fn serve_sockets(
+        &self,
+        programs: &Programs,
+        cgroup: &Path,
+    ) -> Result<usize, EbpfError> {
+        let read = |source| EbpfError::Read { path: cgroup.to_owned(), source };
+        let folder = File::open(cgroup).map_err(read)?;
+        let number = folder.metadata().map_err(read)?.ino();
+        let mut operations = 0;
+        for (name, attach_type) in SOCKET_PROGRAMS {
+            let Some(program) = programs.get(name) else { continue };
+            let create = || {
+                sys::create_link(program.as_fd(), folder.as_raw_fd().unsigned_abs(), *attach_type)
+            };
+            let fail = |source| {
+                let target = cgroup.display().to_string();
+                EbpfError::Attach { program: name, target, source }
+            };
+            operations += usize::from(self.ensure(name, program, number, create).map_err(fail)?);
+        }
+        Ok(operations)
+    }
+
+    /// Attaches the programs for packets to an interface of that namespace.
+    pub(crate) fn serve_interface(
+        &self,
+        programs: &Programs,
+        netns: &Netns,
+        index: u32,
+    ) -> Result<usize, EbpfError> {
+        let mut operations = 0;
+        for (name, attach_type) in PACKET_PROGRAMS {
+            let Some(program) = programs.get(name) else { continue };
+            // An index counts in the thread's own namespace.
+            let create = || {
+                let created = netns.run(|| sys::create_link(program.as_fd(), index, *attach_type));
+                created.map_err(io::Error::other)?
+            };
+            match self.ensure(&format!("{name}-{index}"), program, index.into(), create) {
+                Ok(changed) => operations += usize::from(changed),
+                // It is gone already.
+                Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {}
+                Err(source) => {
+                    let target = format!("interface {index}");
+                    return Err(EbpfError::Attach { program: name, target, source });
+                }
+            }
+        }
+        Ok(operations)
+    }
+
+    /// Makes sure that a link is there, works, and leads to that program; true when something had to be done.
+    fn ensure(
+        &self,
+        pin: &str,
+        program: &OwnedFd,
+        target: u64,
+        create: impl FnOnce() -> io::Result<OwnedFd>,
+    ) -> io::Result<bool> {
+        let path = self.folder.join(pin);
+        if let Ok(link) = sys::open_pinned(&path) {
+            let info = sys::link_info(link.as_fd())?;
+            if info.is_attached_to(target) {
+                if info.program == sys::program_id(program.as_fd())? {
+                    return Ok(false);
+                }
+                sys::update_link(link.as_fd(), program.as_fd())?;
+                return Ok(true);
+            }
+        }
+        let link = create()?;
+        if path.exists() {
+            fs::remove_file(&path)?;
+        }
+        sys::pin(link.as_fd(), &path)?;
+        Ok(true)
+    }
+
+    /// The links that should be there and are not, or lead nowhere.
+    pub(crate) fn missing(
+        &self,
+        sockets: bool,
+        interfaces: impl IntoIterator<Item = u32>,
+    ) -> Vec<String> {
+        let sockets =
+            SOCKET_PROGRAMS.iter().filter(|_| sockets).map(|(name, _)| (*name).to_owned());
+        let packets = interfaces.into_iter().flat_map(|index| {
+            PACKET_PROGRAMS.iter().map(move |(name, _)| format!("{name}-{index}"))
+        });
+        sockets.chain(packets).filter(|pin| !self.works(pin)).collect()
+    }
+
+    fn works(&self, pin: &str) -> bool {
+        let link = sys::open_pinned(&self.folder.join(pin));
+        link.is_ok_and(|link| sys::link_info(link.as_fd()).is_ok_and(|info| info.is_attached()))
+    }
+
+    /// Detaches what is not wanted: from interfaces that are gone, or from sockets.
+    pub(crate) fn remove_others(&self, sockets: bool, interfaces: &HashSet<u32>) -> usize {
+        let wanted = |name: &str| match name.rsplit_once('-') {
+            Some((_, index)) => index.parse().is_ok_and(|index| interfaces.contains(&index)),
+            None => sockets,
+        };
+        remove(&self.folder, |name| !wanted(name))
+    }
+
+    /// Detaches the programs for sockets that any process attached for these pins.
+    pub(crate) fn remove_sockets(pins: &Path) {
+        remove(&pins.join("links"), |name| {
+            SOCKET_PROGRAMS.iter().any(|(socket, _)| *socket == name)
+        });
+    }
+
+    /// Detaches everything that any process attached for these pins.
+    pub(crate) fn remove_all(pins: &Path) {
+        remove(&pins.join("links"), |_| true);
+    }
+}
+
+fn remove(folder: &Path, which: impl Fn(&str) -> bool) -> usize {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let others = entries.filter(|entry| which(&entry.file_name().to_string_lossy()));
+    let removed = others.filter(|entry| match detach(&entry.path()) {
+        Ok(()) => true,
+        Err(error) => {
+            tracing::warn!(path = %entry.path().display(), %error, "Cannot detach a program");
+            false
+        }
+    });
+    removed.count()
+}
+
+fn detach(path: &Path) -> io::Result<()> {
+    let link = sys::open_pinned(path)?;
+    if let Err(error) = sys::detach_link(link.as_fd()) {
+        // What it was attached to is gone.
+        tracing::debug!(path = %path.display(), %error, "Nothing to detach");
+    }
+    fs::remove_file(path)
+}

@@ -1,0 +1,42 @@
+//! What can go wrong with BPF.
+
+use std::io;
+use std::path::PathBuf;
+
+use keelson_netlink::netns::NetnsError;
+use keelson_netlink::route::OpenError;
+use keelson_netlink::socket::NetlinkError;
+
+#[derive(Debug, thiserror::Error)]
+pub enum EbpfError {
+    #[error("no BPF file system at {path}, and it cannot be mounted")]
+    Bpffs { path: PathBuf, source: io::Error },
+    #[error("cannot use the pinned {path}")]
+    Pin { path: PathBuf, source: io::Error },
+    #[error("the BPF map {name} refused")]
+    Map { name: &'static str, source: io::Error },
+    #[error("the kernel takes the BPF object {object} not")]
+    Load { object: &'static str, source: Box<dyn std::error::Error + Send + Sync> },
+    #[error("the kernel takes the BPF program {program} not")]
+    Verify { program: String, source: Box<dyn std::error::Error + Send + Sync> },
+    #[error("cannot attach the BPF program {program} to {target}")]
+    Attach { program: &'static str, target: String, source: io::Error },
+    #[error("there is no cgroup2 file system: mount one, or name its folder")]
+    NoCgroup2,
+    #[error("cannot read {path}")]
+    Read { path: PathBuf, source: io::Error },
+    #[error("cannot tell the node's network namespace from pods'")]
+    Cookie(#[source] io::Error),
+    #[error("cannot watch interfaces and addresses")]
+    Watch(#[source] NetlinkError),
+    #[error("cannot read interfaces and addresses")]
+    Observe(#[source] NetlinkError),
+    #[error("cannot start a thread")]
+    Thread(#[source] io::Error),
+    #[error("cannot be woken")]
+    Alarm(#[source] nix::errno::Errno),
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    #[error(transparent)]
+    Netns(#[from] NetnsError),
+}

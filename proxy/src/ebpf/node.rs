@@ -1,0 +1,128 @@
+//! What the programs must know of the node: its addresses and interfaces, and how pods are told from others.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnetwork::IpNetwork;
+use keelson_ebpf_abi::{
+    ADDRESS_NODE, ADDRESS_NODE_PORTS, Address, INTERFACE_NO_LINK_HEADER, INTERFACE_PODS, Interface,
+    RangeKey, RangePrefix, SETTING_KNOWS_PODS, SETTING_PASSES_UNKNOWN, SETTING_PODS_BY_INTERFACE,
+};
+use keelson_netlink::route::{Address as LinkAddress, Link, Rtnl};
+use keelson_netlink::socket::NetlinkError;
+
+use super::item::prefix_len;
+use crate::backend::{BackendConfig, PodSources};
+
+/// What belongs into the maps that do not depend on Services.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct NodeState {
+    pub(crate) addresses: BTreeMap<Address, u32>,
+    pub(crate) interfaces: BTreeMap<u32, Interface>,
+    pub(crate) pod_ranges: BTreeMap<RangePrefix, u32>,
+    pub(crate) service_ranges: BTreeMap<RangePrefix, u32>,
+    /// `SETTING_*`.
+    pub(crate) flags: u32,
+}
+
+/// Reads links and addresses.
+pub(crate) fn observe(rtnl: &mut Rtnl) -> Result<(Vec<Link>, Vec<LinkAddress>), NetlinkError> {
+    Ok((rtnl.links()?, rtnl.addresses(None)?))
+}
+
+impl NodeState {
+    pub(crate) fn new(config: &BackendConfig, links: &[Link], addresses: &[LinkAddress]) -> Self {
+        let pods = match config.pods {
+            PodSources::Unknown => 0,
+            PodSources::Ranges(_) => SETTING_KNOWS_PODS,
+            PodSources::Bridge(_) | PodSources::InterfacePrefix(_) => {
+                SETTING_KNOWS_PODS | SETTING_PODS_BY_INTERFACE
+            }
+        };
+        let packets = links.iter().filter(|link| !link.loopback);
+        NodeState {
+            addresses: own_addresses(config, addresses),
+            interfaces: packets
+                .map(|l| (l.index, interface(config, l, links, addresses)))
+                .collect(),
+            pod_ranges: ranges(config.pods.ranges()),
+            service_ranges: ranges(&config.service_ranges),
+            // Connections from the time of another mode are netfilter's.
+            flags: pods | SETTING_PASSES_UNKNOWN,
+        }
+    }
+}
+
+fn ranges(of: &[IpNetwork]) -> BTreeMap<RangePrefix, u32> {
+    let prefix = |range: &IpNetwork| RangePrefix {
+        prefix_len: prefix_len(range),
+        key: RangeKey { address: range.network().into() },
+    };
+    of.iter().map(|range| (prefix(range), 1)).collect()
+}
+
+fn own_addresses(config: &BackendConfig, addresses: &[LinkAddress]) -> BTreeMap<Address, u32> {
+    let loopback = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
+    let own = addresses.iter().map(|address| address.network.ip()).chain(loopback);
+    own.map(|address| {
+        let ports = if serves_node_ports(config, address) { ADDRESS_NODE_PORTS } else { 0 };
+        (address.into(), ADDRESS_NODE | ports)
+    })
+    .collect()
+}
+
+fn serves_node_ports(config: &BackendConfig, address: IpAddr) -> bool {
+    if address.is_loopback() {
+        return config.localhost_node_ports;
+    }
+    let of_family = |range: &&IpNetwork| range.is_ipv4() == address.is_ipv4();
+    let mut ranges = config.node_port_ranges.iter().filter(of_family).peekable();
+    ranges.peek().is_none() || ranges.any(|range| range.contains(address))
+}
+
+fn interface(
+    config: &BackendConfig,
+    link: &Link,
+    links: &[Link],
+    addresses: &[LinkAddress],
+) -> Interface {
+    let pods = match &config.pods {
+        PodSources::Bridge(name) => {
+            let bridge = links.iter().find(|link| link.name == *name).map(|bridge| bridge.index);
+            Some(link.index) == bridge || (link.master.is_some() && link.master == bridge)
+        }
+        PodSources::InterfacePrefix(prefix) => link.name.starts_with(prefix.as_str()),
+        PodSources::Unknown | PodSources::Ranges(_) => false,
+    };
+    let mut flags = if pods { INTERFACE_PODS } else { 0 };
+    if link.mac.is_none() {
+        flags |= INTERFACE_NO_LINK_HEADER;
+    }
+    let source =
+        |v4| masquerade_address(link, links, addresses, v4).map_or(Address::ANY6, Address::from);
+    Interface { address4: source(true), address6: source(false), flags }
+}
+
+/// The interface's own address, else one of the node's.
+fn masquerade_address(
+    link: &Link,
+    links: &[Link],
+    addresses: &[LinkAddress],
+    v4: bool,
+) -> Option<IpAddr> {
+    let usable = |address: &&LinkAddress| {
+        let ip = address.network.ip();
+        let elsewhere = match ip {
+            IpAddr::V4(ip) => ip.is_loopback() || ip.is_link_local(),
+            IpAddr::V6(ip) => ip.is_loopback() || ip.is_unicast_link_local(),
+        };
+        ip.is_ipv4() == v4 && !elsewhere
+    };
+    let on = |index: u32| move |address: &&LinkAddress| address.link == index;
+    let own = addresses.iter().filter(usable).find(on(link.index));
+    let others = || {
+        let order = links.iter().map(|link| link.index);
+        order.filter_map(|index| addresses.iter().filter(usable).find(on(index))).next()
+    };
+    own.or_else(others).map(|address| address.network.ip())
+}

@@ -1,0 +1,387 @@
+//! The calls of bpf(2) that aya lacks: pins, links that outlive the process, and maps read and written in bulk.
+#![expect(unsafe_code, reason = "bpf(2)")]
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+const MAP_LOOKUP_ELEM: i64 = 1;
+const MAP_UPDATE_ELEM: i64 = 2;
+const MAP_DELETE_ELEM: i64 = 3;
+const MAP_GET_NEXT_KEY: i64 = 4;
+const OBJ_PIN: i64 = 6;
+const OBJ_GET: i64 = 7;
+const OBJ_GET_INFO_BY_FD: i64 = 15;
+const MAP_LOOKUP_BATCH: i64 = 24;
+const MAP_UPDATE_BATCH: i64 = 26;
+const LINK_CREATE: i64 = 28;
+const LINK_UPDATE: i64 = 29;
+const LINK_DETACH: i64 = 34;
+
+/// What a program is attached as (`enum bpf_attach_type`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u32)]
+pub(crate) enum AttachType {
+    Connect4 = 10,
+    Connect6 = 11,
+    SendMsg4 = 14,
+    SendMsg6 = 15,
+    RecvMsg4 = 19,
+    RecvMsg6 = 20,
+    GetPeerName4 = 29,
+    GetPeerName6 = 30,
+    SockRelease = 34,
+    TcxIngress = 46,
+    TcxEgress = 47,
+}
+
+/// Calls bpf(2) with one of the layouts of `union bpf_attr`.
+///
+/// # Safety
+/// `attr` must be the layout of `command`, and each pointer in it must be good for what the command does with it.
+unsafe fn bpf<T>(command: i64, attr: &mut T) -> io::Result<i64> {
+    // SAFETY: the kernel reads, and for some commands writes, at most the given size at that address.
+    let result = unsafe {
+        libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), std::mem::size_of::<T>())
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+fn owned(fd: i64) -> io::Result<OwnedFd> {
+    let fd = RawFd::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just given this descriptor to us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn address<T: ?Sized>(of: *const T) -> u64 {
+    of.cast::<u8>().addr() as u64
+}
+
+fn number(fd: BorrowedFd<'_>) -> u32 {
+    // A borrowed descriptor is never negative.
+    fd.as_raw_fd().unsigned_abs()
+}
+
+#[repr(C)]
+struct ObjectAttr {
+    path: u64,
+    fd: u32,
+    flags: u32,
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    Ok(CString::new(path.as_os_str().as_bytes())?)
+}
+
+/// Gives an object a name in a BPF file system, so that it outlives the process.
+pub(crate) fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = c_path(path)?;
+    let mut attr = ObjectAttr { path: address(path.as_ptr()), fd: number(object), flags: 0 };
+    // SAFETY: the layout of BPF_OBJ_PIN; the path ends with a zero and lives through the call.
+    unsafe { bpf(OBJ_PIN, &mut attr) }.map(drop)
+}
+
+/// Opens a pinned object.
+pub(crate) fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
+    let path = c_path(path)?;
+    let mut attr = ObjectAttr { path: address(path.as_ptr()), fd: 0, flags: 0 };
+    // SAFETY: as above, for BPF_OBJ_GET.
+    owned(unsafe { bpf(OBJ_GET, &mut attr) }?)
+}
+
+#[repr(C)]
+struct LinkCreateAttr {
+    program: u32,
+    /// A cgroup's descriptor, or an interface index.
+    target: u32,
+    attach_type: u32,
+    flags: u32,
+    rest: [u64; 4],
+}
+
+/// Attaches a program to a cgroup (by descriptor) or an interface (by index, in the calling thread's network namespace).
+pub(crate) fn create_link(
+    program: BorrowedFd<'_>,
+    target: u32,
+    attach_type: AttachType,
+) -> io::Result<OwnedFd> {
+    let mut attr = LinkCreateAttr {
+        program: number(program),
+        target,
+        attach_type: attach_type as u32,
+        flags: 0,
+        rest: [0; 4],
+    };
+    // SAFETY: the layout of BPF_LINK_CREATE without pointers.
+    owned(unsafe { bpf(LINK_CREATE, &mut attr) }?)
+}
+
+#[repr(C)]
+struct LinkUpdateAttr {
+    link: u32,
+    program: u32,
+    flags: u32,
+    old_program: u32,
+}
+
+/// Puts another program in the place of a link's, between two packets.
+pub(crate) fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    let (link, program) = (number(link), number(program));
+    let mut attr = LinkUpdateAttr { link, program, flags: 0, old_program: 0 };
+    // SAFETY: the layout of BPF_LINK_UPDATE without pointers.
+    unsafe { bpf(LINK_UPDATE, &mut attr) }.map(drop)
+}
+
+/// Takes a link's program away at once; without this it goes some time after the last descriptor and pin.
+pub(crate) fn detach_link(link: BorrowedFd<'_>) -> io::Result<()> {
+    let mut link = number(link);
+    // SAFETY: the layout of BPF_LINK_DETACH is one descriptor.
+    unsafe { bpf(LINK_DETACH, &mut link) }.map(drop)
+}
+
+/// What the kernel says of a link. The target is 0 when what it was attached to is gone.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct LinkInfo {
+    kind: u32,
+    pub(crate) id: u32,
+    pub(crate) program: u32,
+    pad: u32,
+    /// Interface index, or a cgroup's number.
+    target: [u32; 2],
+    rest: [u64; 5],
+}
+
+impl LinkInfo {
+    const CGROUP: u32 = 3;
+
+    /// Interface index, or a cgroup's number (that of its folder).
+    fn target(&self) -> u64 {
+        let [low, high] = self.target.map(u64::from);
+        if self.kind == Self::CGROUP { high << 32 | low } else { low }
+    }
+
+    /// Whether it is still attached to something.
+    pub(crate) fn is_attached(&self) -> bool {
+        self.target() != 0
+    }
+
+    pub(crate) fn is_attached_to(&self, target: u64) -> bool {
+        self.target() == target
+    }
+}
+
+#[repr(C)]
+struct InfoAttr {
+    fd: u32,
+    size: u32,
+    info: u64,
+}
+
+/// Fills in what the kernel says of an object.
+///
+/// # Safety
+/// `T` must be the beginning of the layout for that kind of object, and pointers in it good for the lengths beside them.
+unsafe fn info<T>(object: BorrowedFd<'_>, mut found: T) -> io::Result<T> {
+    let size = u32::try_from(std::mem::size_of::<T>()).map_err(io::Error::other)?;
+    let info = address(std::ptr::from_mut(&mut found));
+    let mut attr = InfoAttr { fd: number(object), size, info };
+    // SAFETY: the layout of BPF_OBJ_GET_INFO_BY_FD; the kernel writes at most `size` bytes of plain data there.
+    unsafe { bpf(OBJ_GET_INFO_BY_FD, &mut attr) }?;
+    Ok(found)
+}
+
+pub(crate) fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
+    // SAFETY: the layout for links; it has no pointers that the kernel would follow unless a length beside them is given.
+    unsafe { info(link, LinkInfo::default()) }
+}
+
+/// The beginning of what the kernel says of a program.
+#[repr(C)]
+#[derive(Default)]
+struct ProgramInfo {
+    kind: u32,
+    id: u32,
+    tag: [u8; 8],
+}
+
+/// The number of a program.
+pub(crate) fn program_id(program: BorrowedFd<'_>) -> io::Result<u32> {
+    // SAFETY: the layout for programs, all lengths 0.
+    unsafe { info(program, ProgramInfo::default()) }.map(|info| info.id)
+}
+
+/// The beginning of what the kernel says of a map.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct MapInfo {
+    pub(crate) kind: u32,
+    pub(crate) id: u32,
+    pub(crate) key_size: u32,
+    pub(crate) value_size: u32,
+    pub(crate) max_entries: u32,
+}
+
+pub(crate) fn map_info(map: BorrowedFd<'_>) -> io::Result<MapInfo> {
+    // SAFETY: the layout for maps, without pointers.
+    unsafe { info(map, MapInfo::default()) }
+}
+
+/// The cookie of the calling thread's network namespace, as programs see it (Linux 5.14).
+pub(crate) fn netns_cookie() -> io::Result<u64> {
+    let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0))?;
+    let mut cookie = 0u64;
+    let mut length = 8u32;
+    // SAFETY: the kernel writes at most `length` bytes, those of `cookie`.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
+}
+
+#[repr(C)]
+struct ElementAttr {
+    map: u32,
+    pad: u32,
+    key: u64,
+    /// The value, or the next key.
+    value: u64,
+    flags: u64,
+}
+
+impl ElementAttr {
+    fn new<K, V>(map: BorrowedFd<'_>, key: *const K, value: *const V) -> Self {
+        let (key, value) = (address(key), address(value));
+        ElementAttr { map: number(map), pad: 0, key, value, flags: 0 }
+    }
+}
+
+/// Adds or replaces an element. The types must be the map's: see [`super::table::Table`].
+pub(crate) fn put<K: aya::Pod, V: aya::Pod>(
+    map: BorrowedFd<'_>,
+    key: &K,
+    value: &V,
+) -> io::Result<()> {
+    let mut attr = ElementAttr::new(map, key, value);
+    // SAFETY: the layout of BPF_MAP_UPDATE_ELEM; the caller has compared the types' sizes with the map's.
+    unsafe { bpf(MAP_UPDATE_ELEM, &mut attr) }.map(drop)
+}
+
+/// Removes an element; false when there is none.
+pub(crate) fn delete<K: aya::Pod>(map: BorrowedFd<'_>, key: &K) -> io::Result<bool> {
+    let mut attr = ElementAttr::new(map, key, std::ptr::null::<u8>());
+    // SAFETY: as above, for BPF_MAP_DELETE_ELEM.
+    some(unsafe { bpf(MAP_DELETE_ELEM, &mut attr) }).map(|found| found.is_some())
+}
+
+/// Reads an element.
+pub(crate) fn get<K: aya::Pod, V: aya::Pod + Default>(
+    map: BorrowedFd<'_>,
+    key: &K,
+) -> io::Result<Option<V>> {
+    let mut value = V::default();
+    let mut attr = ElementAttr::new(map, key, std::ptr::from_mut(&mut value));
+    // SAFETY: as above, for BPF_MAP_LOOKUP_ELEM, which writes one value.
+    Ok(some(unsafe { bpf(MAP_LOOKUP_ELEM, &mut attr) })?.map(|_| value))
+}
+
+/// The key after `key`, or the first one.
+pub(crate) fn next_key<K: aya::Pod + Default>(
+    map: BorrowedFd<'_>,
+    key: Option<&K>,
+) -> io::Result<Option<K>> {
+    let mut next = K::default();
+    let key = key.map_or(std::ptr::null(), std::ptr::from_ref);
+    let mut attr = ElementAttr::new(map, key, std::ptr::from_mut(&mut next));
+    // SAFETY: as above, for BPF_MAP_GET_NEXT_KEY, which writes one key.
+    Ok(some(unsafe { bpf(MAP_GET_NEXT_KEY, &mut attr) })?.map(|_| next))
+}
+
+fn some(result: io::Result<i64>) -> io::Result<Option<i64>> {
+    match result {
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+        result => result.map(Some),
+    }
+}
+
+#[repr(C)]
+struct BatchAttr {
+    in_batch: u64,
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map: u32,
+    elem_flags: u64,
+    flags: u64,
+}
+
+/// Adds or replaces elements, and says how many were taken when one was refused.
+pub(crate) fn put_all<K: aya::Pod, V: aya::Pod>(
+    map: BorrowedFd<'_>,
+    keys: &[K],
+    values: &[V],
+) -> Result<(), (usize, io::Error)> {
+    let count = keys.len().min(values.len());
+    let mut attr = BatchAttr {
+        in_batch: 0,
+        out_batch: 0,
+        keys: address(keys.as_ptr()),
+        values: address(values.as_ptr()),
+        count: u32::try_from(count).unwrap_or(u32::MAX),
+        map: number(map),
+        elem_flags: 0,
+        flags: 0,
+    };
+    // SAFETY: the layout of BPF_MAP_UPDATE_BATCH; both slices have `count` elements of the map's sizes.
+    match unsafe { bpf(MAP_UPDATE_BATCH, &mut attr) } {
+        Ok(_) => Ok(()),
+        Err(error) => Err((attr.count as usize, error)),
+    }
+}
+
+/// Where a reading in bulk has come to.
+#[derive(Default)]
+pub(crate) struct Cursor {
+    position: u32,
+    begun: bool,
+    ended: bool,
+}
+
+/// Reads the next elements of a hash map into the slices, and says how many; 0 at the end.
+pub(crate) fn get_some<K: aya::Pod, V: aya::Pod>(
+    map: BorrowedFd<'_>,
+    cursor: &mut Cursor,
+    keys: &mut [K],
+    values: &mut [V],
+) -> io::Result<usize> {
+    if cursor.ended {
+        return Ok(0);
+    }
+    let room = keys.len().min(values.len());
+    let from = cursor.position;
+    let mut attr = BatchAttr {
+        in_batch: if cursor.begun { address(&raw const from) } else { 0 },
+        out_batch: address(&raw mut cursor.position),
+        keys: address(keys.as_mut_ptr()),
+        values: address(values.as_mut_ptr()),
+        count: u32::try_from(room).unwrap_or(u32::MAX),
+        map: number(map),
+        elem_flags: 0,
+        flags: 0,
+    };
+    // SAFETY: the layout of BPF_MAP_LOOKUP_BATCH; the kernel writes at most `count` elements of the map's sizes.
+    let result = unsafe { bpf(MAP_LOOKUP_BATCH, &mut attr) };
+    cursor.begun = true;
+    // The last part comes with ENOENT.
+    cursor.ended = some(result)?.is_none();
+    Ok((attr.count as usize).min(room))
+}

@@ -1,0 +1,106 @@
+//! A BPF map with the types of its keys and values.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use super::error::EbpfError;
+use super::sys;
+
+/// Elements per call: some hundred kilobytes.
+const BATCH: usize = 4096;
+
+/// A map of the kernel.
+pub(crate) struct Table<K, V> {
+    name: &'static str,
+    map: OwnedFd,
+    types: PhantomData<(K, V)>,
+}
+
+impl<K, V> Table<K, V>
+where
+    K: aya::Pod + Default + Eq + Hash,
+    V: aya::Pod + Default,
+{
+    /// Opens the map of that name in the folder of pins.
+    pub(crate) fn open(pins: &Path, name: &'static str) -> Result<Self, EbpfError> {
+        let path = pins.join(name);
+        let fail = |source| EbpfError::Pin { path: path.clone(), source };
+        let map = sys::open_pinned(&path).map_err(fail)?;
+        let info = sys::map_info(map.as_fd()).map_err(fail)?;
+        let sizes = (info.key_size as usize, info.value_size as usize);
+        if sizes != (size_of::<K>(), size_of::<V>()) {
+            let other = io::Error::other("its keys or values have another size");
+            return Err(EbpfError::Pin { path, source: other });
+        }
+        Ok(Table { name, map, types: PhantomData })
+    }
+
+    fn fail(&self, source: io::Error) -> EbpfError {
+        EbpfError::Map { name: self.name, source }
+    }
+
+    pub(crate) fn put(&self, key: &K, value: &V) -> Result<(), EbpfError> {
+        sys::put(self.map.as_fd(), key, value).map_err(|e| self.fail(e))
+    }
+
+    pub(crate) fn get(&self, key: &K) -> Result<Option<V>, EbpfError> {
+        sys::get(self.map.as_fd(), key).map_err(|e| self.fail(e))
+    }
+
+    /// An element that is gone already counts as removed.
+    pub(crate) fn delete(&self, key: &K) -> Result<(), EbpfError> {
+        sys::delete(self.map.as_fd(), key).map(drop).map_err(|e| self.fail(e))
+    }
+
+    /// Adds or replaces many.
+    pub(crate) fn put_all(&self, keys: &[K], values: &[V]) -> Result<(), EbpfError> {
+        if let ([key], [value]) = (keys, values) {
+            return self.put(key, value);
+        }
+        for (keys, values) in keys.chunks(BATCH).zip(values.chunks(BATCH)) {
+            sys::put_all(self.map.as_fd(), keys, values).map_err(|(_, e)| self.fail(e))?;
+        }
+        Ok(())
+    }
+
+    /// Everything in it. What changes meanwhile may be there or not.
+    pub(crate) fn read(&self) -> Result<HashMap<K, V>, EbpfError> {
+        match self.read_in_bulk() {
+            // Not every kind of map can be read like that.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | 524)) => {
+                self.read_one_by_one()
+            }
+            read => read,
+        }
+        .map_err(|e| self.fail(e))
+    }
+
+    fn read_in_bulk(&self) -> io::Result<HashMap<K, V>> {
+        let mut found = HashMap::new();
+        let (mut keys, mut values) = (vec![K::default(); BATCH], vec![V::default(); BATCH]);
+        let mut cursor = sys::Cursor::default();
+        loop {
+            let map = self.map.as_fd();
+            match sys::get_some(map, &mut cursor, &mut keys, &mut values)? {
+                0 => return Ok(found),
+                count => found.extend(keys.iter().copied().zip(values.iter().copied()).take(count)),
+            }
+        }
+    }
+
+    fn read_one_by_one(&self) -> io::Result<HashMap<K, V>> {
+        let mut found = HashMap::new();
+        let mut last: Option<K> = None;
+        while let Some(key) = sys::next_key(self.map.as_fd(), last.as_ref())? {
+            if let Some(value) = sys::get(self.map.as_fd(), &key)? {
+                found.insert(key, value);
+            }
+            last = Some(key);
+        }
+        Ok(found)
+    }
+}

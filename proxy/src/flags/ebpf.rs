@@ -1,0 +1,34 @@
+//! The flags about the eBPF mode.
+
+use std::path::PathBuf;
+
+use clap::ArgAction;
+
+use crate::ebpf::EbpfConfig;
+
+#[derive(Debug, Default, clap::Args)]
+#[group(skip)]
+pub struct EbpfFlags {
+    /// Folder below /sys/fs/bpf that keeps the maps and programs of mode ebpf
+    #[arg(long, value_name = "PATH")]
+    pub ebpf_pins: Option<PathBuf>,
+    /// Mode ebpf: serve the sockets of processes in this cgroup (version 2) and below; without it, all
+    #[arg(long, value_name = "PATH")]
+    pub ebpf_cgroup: Option<PathBuf>,
+    /// Mode ebpf: serve sockets when they connect, which costs no packet any work (default true)
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", action = ArgAction::Set)]
+    pub ebpf_sockets: Option<bool>,
+}
+
+impl EbpfFlags {
+    /// What they say.
+    pub fn config(&self) -> EbpfConfig {
+        let default = EbpfConfig::default();
+        EbpfConfig {
+            pins: self.ebpf_pins.clone().unwrap_or(default.pins.clone()),
+            cgroup: self.ebpf_cgroup.clone(),
+            sockets: self.ebpf_sockets.unwrap_or(default.sockets),
+            ..default
+        }
+    }
+}
