@@ -216,6 +216,8 @@ impl Ebpf {
             pod_ranges: maps.pod_ranges.read()?.into_iter().collect(),
             service_ranges: maps.service_ranges.read()?.into_iter().collect(),
             flags: found.flags,
+            address4: found.address4,
+            address6: found.address6,
         };
         let mut operations = self.refresh_node(kernel)?;
         if found.host_cookie != self.cookie {
@@ -234,9 +236,10 @@ impl Ebpf {
         operations += replace(&maps.pod_ranges, &self.node.pod_ranges, &wanted.pod_ranges)?;
         operations +=
             replace(&maps.service_ranges, &self.node.service_ranges, &wanted.service_ranges)?;
-        let flags_changed = self.node.flags != wanted.flags;
+        let settings = |node: &NodeState| (node.flags, node.address4, node.address6);
+        let changed = settings(&self.node) != settings(&wanted);
         self.node = wanted;
-        if flags_changed {
+        if changed {
             let found = kernel.maps.settings.get(&0)?.unwrap_or_default();
             self.write_settings(kernel, found.numbers)?;
             operations += 1;
@@ -251,7 +254,8 @@ impl Ebpf {
     }
 
     fn write_settings(&self, kernel: &Kernel, numbers: u32) -> Result<(), EbpfError> {
-        let settings = Settings { host_cookie: self.cookie, flags: self.node.flags, numbers };
+        let NodeState { flags, address4, address6, .. } = self.node;
+        let settings = Settings { host_cookie: self.cookie, flags, numbers, address4, address6 };
         kernel.maps.settings.put(&0, &settings)
     }
 
@@ -262,15 +266,13 @@ impl Ebpf {
     /// Attaches what is not attached yet, and the other way round.
     fn attach(&self, kernel: &Kernel) -> Result<usize, EbpfError> {
         let (interfaces, sockets) = (self.interfaces(), self.config.ebpf.sockets);
-        let mut operations = 0;
-        for index in &interfaces {
-            operations += kernel.links.serve_interface(&kernel.programs, &self.netns, *index)?;
-        }
+        let Kernel { links, programs, .. } = kernel;
+        let mut operations = links.serve_packets(programs, &self.netns, &interfaces)?;
         if sockets {
             let cgroup = self.config.ebpf.cgroup()?;
-            operations += kernel.links.serve_sockets(&kernel.programs, &cgroup)?;
+            operations += links.serve_sockets(programs, &cgroup)?;
         }
-        Ok(operations + kernel.links.remove_others(sockets, &interfaces))
+        Ok(operations + links.remove_others(sockets, &interfaces))
     }
 
     fn apply_known(&mut self, changes: &[Change]) -> Result<Applied, EbpfError> {

@@ -12,6 +12,10 @@ pub struct Settings {
     pub flags: u32,
     /// Numbers of pools and frontends below this one may have been used; for user space alone.
     pub numbers: u32,
+    /// What the node's own sockets are taken to speak from, where loadBalancerSourceRanges ask; zero when it
+    /// has no address of that family.
+    pub address4: Address,
+    pub address6: Address,
 }
 
 /// Pods can be told from other sources.
@@ -67,7 +71,7 @@ pub const INTERFACE_PODS: u32 = 1;
 pub const INTERFACE_NO_LINK_HEADER: u32 = 2;
 
 layout! {
-    Settings: 16,
+    Settings: 48,
     RangeKey: 16,
     RangePrefix: 20,
     Interface: 36,

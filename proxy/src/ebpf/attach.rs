@@ -26,9 +26,9 @@ pub(crate) const SOCKET_PROGRAMS: &[(&str, AttachType)] = &[
     ("getpeername6", AttachType::GetPeerName6),
     ("sock_release", AttachType::SockRelease),
 ];
-/// Programs for packets.
+/// Programs for packets, in the order in which they are attached.
 pub(crate) const PACKET_PROGRAMS: &[(&str, AttachType)] =
-    &[("ingress", AttachType::TcxIngress), ("egress", AttachType::TcxEgress)];
+    &[("egress", AttachType::TcxEgress), ("ingress", AttachType::TcxIngress)];
 
 /// The pinned links.
 pub(crate) struct Links {
@@ -67,28 +67,29 @@ impl Links {
         Ok(operations)
     }
 
-    /// Attaches the programs for packets to an interface of that namespace.
-    pub(crate) fn serve_interface(
+    /// Attaches the programs for packets to interfaces of that namespace.
+    pub(crate) fn serve_packets(
         &self,
         programs: &Programs,
         netns: &Netns,
-        index: u32,
+        interfaces: &HashSet<u32>,
     ) -> Result<usize, EbpfError> {
         let mut operations = 0;
+        // What begins at one interface must find the other program at all others.
         for (name, attach_type) in PACKET_PROGRAMS {
             let Some(program) = programs.get(name) else { continue };
-            // An index counts in the thread's own namespace.
-            let create = || {
-                let created = netns.run(|| sys::create_link(program.as_fd(), index, *attach_type));
-                created.map_err(io::Error::other)?
-            };
-            match self.ensure(&format!("{name}-{index}"), program, index.into(), create) {
-                Ok(changed) => operations += usize::from(changed),
-                // It is gone already.
-                Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {}
-                Err(source) => {
-                    let target = format!("interface {index}");
-                    return Err(EbpfError::Attach { program: name, target, source });
+            for index in interfaces {
+                let create = || sys::create_link(program.as_fd(), *index, *attach_type);
+                // An index counts in the thread's own namespace.
+                let create = || netns.run(create).map_err(io::Error::other)?;
+                match self.ensure(&format!("{name}-{index}"), program, (*index).into(), create) {
+                    Ok(changed) => operations += usize::from(changed),
+                    // It is gone already.
+                    Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {}
+                    Err(source) => {
+                        let target = format!("interface {index}");
+                        return Err(EbpfError::Attach { program: name, target, source });
+                    }
                 }
             }
         }

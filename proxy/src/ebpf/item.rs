@@ -7,7 +7,7 @@ use keelson_ebpf_abi::{
     VERDICT_DROP, VERDICT_FORWARD, VERDICT_REJECT,
 };
 
-use super::numbering::{NumberedPool, NumberedPort};
+use super::numbering::{NumberedPool, NumberedPort, scope_of};
 use crate::model::{self, At, Family, Masquerade, PortPlan, Protocol, Target};
 
 /// Where an element is. In the order in which elements are published; they are taken away in reverse.
@@ -168,12 +168,12 @@ fn pool_items(plan: &PortPlan, pool: &NumberedPool, out: &mut Vec<Item>) {
 
 fn routes(route: model::Route, numbers: &NumberedPort) -> (Route, Route) {
     let to = |target, masquerade| {
-        let (verdict, pool) = match target {
-            Target::Forward(scope) => (VERDICT_FORWARD, numbers.pool(scope)),
-            // Flows to endpoints that drain find their pool by the frontend after a restart.
-            Target::Reject => (VERDICT_REJECT, numbers.cluster.as_ref()),
-            Target::Drop => (VERDICT_DROP, numbers.local.as_ref()),
+        let verdict = match target {
+            Target::Forward(_) => VERDICT_FORWARD,
+            Target::Reject => VERDICT_REJECT,
+            Target::Drop => VERDICT_DROP,
         };
+        let pool = numbers.pool(scope_of(target));
         Route { pool: pool.map_or(0, |pool| pool.number), verdict, masquerade, zero: 0 }
     };
     match route {

@@ -73,7 +73,8 @@ fn forget_services(maps: &Maps) -> Result<(), EbpfError> {
     let addresses = maps.addresses.read()?.into_keys().map(Key::Address);
     let ranges = maps.service_ranges.read()?.into_keys();
     ranges.into_iter().try_for_each(|range| maps.service_ranges.delete(&range))?;
-    let services = frontends.chain(addresses);
+    // First what guards a ClusterIP, else its ports would be refused for a moment.
+    let services = addresses.chain(frontends);
     let sources = maps.sources.read()?.into_keys().map(Key::Source);
     let members = maps.members.read()?.into_keys().map(Key::Member);
     let pools = maps.pools.read()?.into_keys().map(Key::Pool);

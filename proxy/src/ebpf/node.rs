@@ -23,6 +23,9 @@ pub(crate) struct NodeState {
     pub(crate) service_ranges: BTreeMap<RangePrefix, u32>,
     /// `SETTING_*`.
     pub(crate) flags: u32,
+    /// The node's first address of each family.
+    pub(crate) address4: Address,
+    pub(crate) address6: Address,
 }
 
 /// Reads links and addresses.
@@ -49,6 +52,8 @@ impl NodeState {
             service_ranges: ranges(&config.service_ranges),
             // Connections from the time of another mode are netfilter's.
             flags: pods | SETTING_PASSES_UNKNOWN,
+            address4: any_of_node(links, addresses, true).map_or(Address::ANY6, Address::from),
+            address6: any_of_node(links, addresses, false).map_or(Address::ANY6, Address::from),
         }
     }
 }
@@ -110,19 +115,19 @@ fn masquerade_address(
     addresses: &[LinkAddress],
     v4: bool,
 ) -> Option<IpAddr> {
-    let usable = |address: &&LinkAddress| {
-        let ip = address.network.ip();
-        let elsewhere = match ip {
-            IpAddr::V4(ip) => ip.is_loopback() || ip.is_link_local(),
-            IpAddr::V6(ip) => ip.is_loopback() || ip.is_unicast_link_local(),
-        };
-        ip.is_ipv4() == v4 && !elsewhere
+    address_on(link.index, addresses, v4).or_else(|| any_of_node(links, addresses, v4))
+}
+
+fn any_of_node(links: &[Link], addresses: &[LinkAddress], v4: bool) -> Option<IpAddr> {
+    links.iter().find_map(|link| address_on(link.index, addresses, v4))
+}
+
+/// An address that others can answer to.
+fn address_on(index: u32, addresses: &[LinkAddress], v4: bool) -> Option<IpAddr> {
+    let usable = |ip: &IpAddr| match ip {
+        IpAddr::V4(ip) => !ip.is_loopback() && !ip.is_link_local(),
+        IpAddr::V6(ip) => !ip.is_loopback() && !ip.is_unicast_link_local(),
     };
-    let on = |index: u32| move |address: &&LinkAddress| address.link == index;
-    let own = addresses.iter().filter(usable).find(on(link.index));
-    let others = || {
-        let order = links.iter().map(|link| link.index);
-        order.filter_map(|index| addresses.iter().filter(usable).find(on(index))).next()
-    };
-    own.or_else(others).map(|address| address.network.ip())
+    let on_link = addresses.iter().filter(|address| address.link == index);
+    on_link.map(|address| address.network.ip()).find(|ip| ip.is_ipv4() == v4 && usable(ip))
 }

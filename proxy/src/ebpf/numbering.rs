@@ -3,7 +3,7 @@
 //! No number is given out twice: flows, clients that stick and counters may remember it.
 
 use crate::diff::place;
-use crate::model::{Endpoint, PortPlan, Scope, ServicePlan};
+use crate::model::{Endpoint, PortPlan, Route, Scope, ServicePlan, Target};
 
 /// The next numbers, and up to where they are marked as used in the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,6 +70,25 @@ pub(crate) trait Before {
     fn frontend(&self, key: &crate::model::FrontendKey) -> Option<u32>;
 }
 
+/// The list whose number a frontend carries. Where it forwards to none, that of the endpoints that would have been
+/// chosen, so that flows to those that drain can be told after a restart.
+pub(crate) fn scope_of(target: Target) -> Scope {
+    match target {
+        Target::Forward(scope) => scope,
+        Target::Reject => Scope::Cluster,
+        Target::Drop => Scope::Local,
+    }
+}
+
+fn leads_to(route: Route, scope: Scope) -> bool {
+    match route {
+        Route::Same { target, .. } => scope_of(target) == scope,
+        Route::BySource { inside, outside } => {
+            scope_of(inside) == scope || scope_of(outside) == scope
+        }
+    }
+}
+
 /// Numbers a plan.
 pub(crate) fn number(
     plan: &ServicePlan,
@@ -81,8 +100,10 @@ pub(crate) fn number(
         .map(|port| {
             let mut pool = |scope| {
                 let wanted = port.pool(scope);
-                // Flows to endpoints that drain need a pool to belong to.
-                if wanted.is_empty() && port.draining.is_empty() {
+                // Flows to endpoints that drain need a pool to belong to, and a frontend that tells which.
+                let drains = !port.draining.is_empty()
+                    && port.frontends.iter().any(|frontend| leads_to(frontend.route, scope));
+                if wanted.is_empty() && !drains {
                     return None;
                 }
                 let (number, slots) = match before.pool(port, scope) {

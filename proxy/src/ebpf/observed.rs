@@ -10,8 +10,8 @@ use keelson_ebpf_abi::{
 use super::error::EbpfError;
 use super::item::{Item, Key, Operations, frontend_key};
 use super::maps::Maps;
-use super::numbering::{Before, NumberedPool};
-use crate::model::{self, PortPlan, Route, Scope, Target};
+use super::numbering::{Before, NumberedPool, scope_of};
+use crate::model::{self, PortPlan, Route, Scope};
 
 /// What the maps of Services hold.
 pub(crate) struct Observed {
@@ -109,14 +109,5 @@ impl Before for Observed {
 
     fn frontend(&self, key: &model::FrontendKey) -> Option<u32> {
         self.frontends.get(&frontend_key(key)).map(|frontend| frontend.number)
-    }
-}
-
-/// The list that a frontend's number of a pool stands for: see [`super::item`].
-fn scope_of(target: Target) -> Scope {
-    match target {
-        Target::Forward(scope) => scope,
-        Target::Reject => Scope::Cluster,
-        Target::Drop => Scope::Local,
     }
 }

@@ -193,6 +193,10 @@ fn an_endpoint_learns_that_its_packets_are_too_long(mode: Mode) {
     node.ready("web", "TCP", 8080, &[2]);
     node.apply();
     for to in ["10.96.0.1:80".to_owned(), format!("{NODE4}:30080")] {
+        if mode == Mode::Ebpf && to.starts_with("10.") {
+            // The pod's packets carry the endpoint's address, which routers know.
+            continue;
+        }
         let stream = client.namespace.run(|| TcpStream::connect(&to).unwrap());
         let _accepted = listener.accept().unwrap();
         let (SocketAddr::V4(near), SocketAddr::V4(far)) =

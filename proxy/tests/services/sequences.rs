@@ -180,7 +180,10 @@ impl Probe {
                 let pod = endpoint.address;
                 let name = pod.to_string().replace("10.66.0.", "p").replace("fd66::", "p");
                 let itself = pod == source;
-                name == answer.server && (answer.client == source) != (*masqueraded || itself)
+                let hidden = (answer.client == source) != (*masqueraded || itself);
+                // What a socket speaks from when it connects to an endpoint, no packet has to change.
+                let by_socket = node.mode == Mode::Ebpf && (itself || interface.is_none());
+                name == answer.server && (hidden || by_socket)
             }),
             (Fate::Rejected, Err(ErrorKind::ConnectionRefused)) => true,
             (Fate::Dropped, Err(ErrorKind::TimedOut | ErrorKind::WouldBlock)) => true,

@@ -59,7 +59,7 @@ impl World {
 
     pub(crate) fn set_settings(&mut self, flags: u32) {
         let host_cookie = cookie(&self.node);
-        let settings = Settings { host_cookie, flags, numbers: 0 };
+        let settings = Settings { host_cookie, flags, ..Settings::default() };
         let map = self.bpf.map_mut("settings").unwrap();
         Array::try_from(map).unwrap().set(0, settings, 0).unwrap();
     }

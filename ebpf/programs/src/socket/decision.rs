@@ -35,7 +35,7 @@ pub fn decide(ctx: &SockAddrContext, to: &SocketAddress, protocol: u8) -> Decisi
             None => Decision::Leave,
         },
         Found::Frontend(frontend) => match Client::of(ctx) {
-            Some(client) if client.may_use(ctx, to) => client.follow(frontend),
+            Some(client) if client.may_use(ctx, to) => client.follow(frontend, to),
             _ => Decision::Leave,
         },
     }
@@ -77,8 +77,8 @@ impl Client {
     }
 
     #[inline(always)]
-    fn follow(&self, frontend: &Frontend) -> Decision {
-        if frontend.flags & FRONTEND_HAS_SOURCES != 0 {
+    fn follow(&self, frontend: &Frontend, to: &SocketAddress) -> Decision {
+        if frontend.flags & FRONTEND_HAS_SOURCES != 0 && !self.is_let_in(frontend, to) {
             return Decision::Leave;
         }
         // A pod is one client by its address, also where packets must be masqueraded.
@@ -96,6 +96,14 @@ impl Client {
             VERDICT_REJECT => Decision::Refuse { frontend: frontend.number },
             _ => Decision::Leave,
         }
+    }
+
+    /// Whether loadBalancerSourceRanges are known to let it in. What a pod's socket will speak from is not known yet.
+    #[inline(always)]
+    fn is_let_in(&self, frontend: &Frontend, to: &SocketAddress) -> bool {
+        let Some(settings) = SETTINGS.get(0) else { return false };
+        let own = if to.address.is_v4() { &settings.address4 } else { &settings.address6 };
+        self.is_node && frontend::lets_in(frontend.number, own)
     }
 
     /// Whether its own address is the one that packets should carry; the node's is anyway.
