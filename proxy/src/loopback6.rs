@@ -2,7 +2,9 @@
 //!
 //! No kernel translates a connection from ::1 to another host: an address of the loopback interface
 //! never leaves it. So this process listens there and passes on what it gets to the node's own address,
-//! where the kernel serves the node port. TCP only: that is what people type `localhost` for.
+//! where the kernel serves the node port. The Service sees the node as its client.
+
+mod udp;
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -24,7 +26,7 @@ const CONNECTIONS: usize = 256;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Wanted {
-    ports: BTreeSet<u16>,
+    ports: BTreeSet<(Protocol, u16)>,
     /// An address of the node that serves node ports.
     to: Option<Ipv6Addr>,
 }
@@ -57,11 +59,11 @@ impl Loopback6 {
     }
 }
 
-fn ports_of(plan: &ServicePlan) -> impl Iterator<Item = u16> {
+fn ports_of(plan: &ServicePlan) -> impl Iterator<Item = (Protocol, u16)> {
     let frontends = plan.ports.iter().flat_map(|port| &port.frontends);
     let keys = frontends.map(|frontend| frontend.key);
-    keys.filter(|key| key.at == At::NodePort(Family::V6) && key.protocol == Protocol::Tcp)
-        .map(|key| key.port)
+    let here = keys.filter(|key| key.at == At::NodePort(Family::V6));
+    here.filter(|key| key.protocol != Protocol::Sctp).map(|key| (key.protocol, key.port))
 }
 
 fn target(config: &BackendConfig, own: &[IpAddr]) -> Option<Ipv6Addr> {
@@ -85,7 +87,7 @@ impl Drop for Relay {
 
 /// Keeps one relay per port, for ever.
 pub(crate) async fn serve(mut wanted: watch::Receiver<Wanted>) {
-    let mut relays: HashMap<u16, Relay> = HashMap::new();
+    let mut relays: HashMap<(Protocol, u16), Relay> = HashMap::new();
     let mut current = None;
     loop {
         let Wanted { ports, to } = wanted.borrow_and_update().clone();
@@ -95,8 +97,11 @@ pub(crate) async fn serve(mut wanted: watch::Receiver<Wanted>) {
         }
         relays.retain(|port, _| ports.contains(port));
         if let Some(to) = to {
-            for port in ports {
-                relays.entry(port).or_insert_with(|| Relay(tokio::spawn(relay(port, to))));
+            for (protocol, port) in ports {
+                relays.entry((protocol, port)).or_insert_with(|| match protocol {
+                    Protocol::Udp => Relay(tokio::spawn(udp::relay(port, to))),
+                    _ => Relay(tokio::spawn(relay(port, to))),
+                });
             }
         }
         if wanted.changed().await.is_err() {
@@ -105,19 +110,28 @@ pub(crate) async fn serve(mut wanted: watch::Receiver<Wanted>) {
     }
 }
 
-async fn relay(port: u16, to: Ipv6Addr) {
-    let here = SocketAddr::new(Ipv6Addr::LOCALHOST.into(), port);
-    let listener = loop {
-        match TcpListener::bind(here).await {
-            Ok(listener) => break listener,
+/// Keeps trying while somebody else has the port; nothing where nobody can ask.
+async fn listen<L>(port: u16, bind: impl Fn() -> std::io::Result<L>) -> Option<L> {
+    loop {
+        match bind() {
+            Ok(listener) => return Some(listener),
             // Without IPv6 nobody asks on ::1.
-            Err(error) if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => return,
+            Err(error) if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => return None,
             Err(error) => {
                 tracing::info!(port, %error, "The node port does not answer on ::1, retrying");
                 tokio::time::sleep(RETRY).await;
             }
         }
+    }
+}
+
+async fn relay(port: u16, to: Ipv6Addr) {
+    let bind = || {
+        let listener = std::net::TcpListener::bind((Ipv6Addr::LOCALHOST, port))?;
+        listener.set_nonblocking(true)?;
+        TcpListener::from_std(listener)
     };
+    let Some(listener) = listen(port, bind).await else { return };
     let mut connections = JoinSet::new();
     loop {
         while connections.len() >= CONNECTIONS {

@@ -242,28 +242,41 @@ fn what_happened_in_a_gap_of_the_watch_is_not_lost(mode: Mode) {
 /// Rows 32 and 33.
 fn node_ports_answer_on_both_loopback_addresses(mode: Mode) {
     let node = bare(mode);
-    let _server = node.pod("one", 2).serving("TCP", 8080);
+    let _server = node.pod("one", 2).serving("TCP", 8080).serving("UDP", 8080);
     let folder = tempfile::tempdir().unwrap();
-    let spec = with(
-        spec("10.96.0.1", 30080),
-        json!({"clusterIPs": ["10.96.0.1", "fd96::1"], "ipFamilies": ["IPv4", "IPv6"]}),
-    );
-    let mut six = endpoint("web", "fd66::2");
-    six["metadata"]["name"] = json!("web-6");
-    six["addressType"] = json!("IPv6");
+    let both_families =
+        json!({"clusterIPs": ["10.96.0.1", "fd96::1"], "ipFamilies": ["IPv4", "IPv6"]});
+    let spec = with(spec("10.96.0.1", 30080), both_families);
+    let dns = json!({
+        "type": "NodePort", "clusterIP": "fd96::2", "clusterIPs": ["fd96::2"],
+        "ports": [{"port": 53, "nodePort": 30053, "protocol": "UDP"}],
+    });
+    let six = |service: &str, protocol: &str| {
+        let mut six = endpoint(service, "fd66::2");
+        six["metadata"]["name"] = json!(format!("{service}-6"));
+        six["addressType"] = json!("IPv6");
+        six["ports"][0]["protocol"] = json!(protocol);
+        six
+    };
     let mut both = node_object();
     both["status"]["addresses"] = json!([
         {"type": "InternalIP", "address": NODE4}, {"type": "InternalIP", "address": NODE6},
     ]);
     let lists = json!({
-        "services": [service("web", spec)],
-        "endpointslices": [endpoint("web", "10.66.0.2"), six],
+        "services": [service("web", spec), service("dns", dns)],
+        "endpointslices": [endpoint("web", "10.66.0.2"), six("web", "TCP"), six("dns", "UDP")],
         "nodes": [both],
     });
     with_proxy(&node, lists, folder.path(), |world| {
         assert_eq!(node.namespace.tcp("127.0.0.1:30080").unwrap().server, "one");
         let answer = eventually("::1 answers", || node.namespace.tcp("[::1]:30080").ok());
         assert_eq!(answer.server, "one");
+        eventually("::1 answers datagrams", || node.namespace.udp("[::1]:30053").ok());
+        // Two clients at a time, each of which keeps its port.
+        let sockets = [(); 2].map(|()| node.namespace.udp_socket("[::1]:30053"));
+        for socket in sockets.iter().chain(&sockets) {
+            assert_eq!(udp_exchange(socket, silence()).unwrap().server, "one");
+        }
         world.tell("services", "DELETED", service("web", json!({})));
         eventually("nobody listens on ::1", || {
             let refused = Err(ErrorKind::ConnectionRefused);
