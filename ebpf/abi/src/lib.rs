@@ -10,6 +10,7 @@ mod counters;
 mod drops;
 mod events;
 mod flow;
+mod sctp;
 mod service;
 mod settings;
 mod socket;
@@ -19,6 +20,7 @@ pub use counters::Counters;
 pub use drops::*;
 pub use events::*;
 pub use flow::*;
+pub use sctp::sctp_checksum_change;
 pub use service::{
     Affinity, AffinityKey, ENDPOINT_HERE, Endpoint, FRONTEND_HAS_SOURCES, FRONTEND_STICKY,
     Frontend, FrontendKey, MASQUERADE_ALWAYS, MASQUERADE_NEVER, MASQUERADE_UNLESS_POD,

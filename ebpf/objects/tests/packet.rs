@@ -20,6 +20,8 @@ mod network;
 mod node;
 #[path = "packet/refusal.rs"]
 mod refusal;
+#[path = "packet/speed.rs"]
+mod speed;
 #[path = "packet/states.rs"]
 mod states;
 #[path = "packet/translation.rs"]

@@ -21,6 +21,10 @@ pub(crate) enum Body {
     Tcp(u8),
     Udp,
     UdpWithoutChecksum,
+    /// With a first chunk of this kind.
+    Sctp(u8),
+    /// The checksum is left to others.
+    SctpWithoutChecksum(u8),
 }
 
 pub(crate) const FIN: u8 = 1;
@@ -70,6 +74,7 @@ impl Sent {
         match self.body {
             Body::Tcp(_) => 6,
             Body::Udp | Body::UdpWithoutChecksum => 17,
+            Body::Sctp(_) | Body::SctpWithoutChecksum(_) => 132,
         }
     }
 
@@ -126,9 +131,17 @@ impl Sent {
                 body.extend([0; 2]);
                 6
             }
+            Body::Sctp(chunk) | Body::SctpWithoutChecksum(chunk) => {
+                body.extend([1, 2, 3, 4, 0, 0, 0, 0, chunk, 0]);
+                body.extend(u16::try_from(4 + self.payload.len()).unwrap().to_be_bytes());
+                8
+            }
         };
         body.extend(&self.payload);
-        if self.body != Body::UdpWithoutChecksum {
+        if matches!(self.body, Body::Sctp(_)) {
+            let sum = crc32c(&body);
+            body[8..12].copy_from_slice(&sum.to_le_bytes());
+        } else if matches!(self.body, Body::Tcp(_) | Body::Udp) {
             let sum =
                 transport_sum(self.source.ip(), self.destination.ip(), self.protocol(), &body);
             body[checksum_at..checksum_at + 2].copy_from_slice(&sum.to_be_bytes());
@@ -202,4 +215,15 @@ pub(crate) fn checksum(bytes: &[u8]) -> u16 {
         sum = (sum & 0xffff) + (sum >> 16);
     }
     !u16::try_from(sum).unwrap()
+}
+
+fn crc32c(bytes: &[u8]) -> u32 {
+    let mut crc = u32::MAX;
+    for byte in bytes {
+        crc ^= u32::from(*byte);
+        for _ in 0..8 {
+            crc = if crc & 1 == 0 { crc >> 1 } else { crc >> 1 ^ 0x82f6_3b78 };
+        }
+    }
+    !crc
 }

@@ -163,6 +163,20 @@ impl Kernel {
         (result.return_value.cast_signed(), out)
     }
 
+    /// Nanoseconds that a program takes for a packet on average.
+    pub(crate) fn time(&self, program: &str, packet: &Sent, runs: u32) -> u128 {
+        let program: &SchedClassifier = self.ebpf.program(program).unwrap().try_into().unwrap();
+        let result = program
+            .test_run(TestRunOptions {
+                data_in: Some(&packet.bytes()),
+                ctx_in: Some(&context(77)),
+                repeat: runs,
+                ..TestRunOptions::default()
+            })
+            .unwrap();
+        result.duration.as_nanos()
+    }
+
     pub(crate) fn flows(&mut self, map: &str) -> Vec<(Tuple, Flow)> {
         self.hash(map).iter().map(Result::unwrap).collect()
     }

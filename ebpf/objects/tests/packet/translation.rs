@@ -70,6 +70,22 @@ fn datagrams_go_there_and_back_with_checksum_and_without() {
 }
 
 #[test]
+fn sctp_goes_there_and_back() {
+    const INIT: u8 = 1;
+    const INIT_ACK: u8 = 2;
+    const DATA: u8 = 0;
+    let mut kernel = kernel();
+    for way in WAYS {
+        kernel.frontend(way[1], 132, to_pool(9, 1 + u32::from(way[1].starts_with('[')), 0));
+        let [a, b, _] = way;
+        for body in [Body::Sctp, Body::SctpWithoutChecksum] {
+            let packets = [INIT, INIT_ACK, DATA].map(|chunk| sent(body(chunk), a, b));
+            goes_there_and_back(&mut kernel, packets, way);
+        }
+    }
+}
+
+#[test]
 fn options_and_extension_headers_are_skipped() {
     let mut kernel = kernel();
     for (way, is_v4) in WAYS.into_iter().zip([true, false]) {

@@ -7,7 +7,7 @@ use aya_ebpf::bindings::bpf_hdr_start_off::BPF_HDR_START_NET;
 use aya_ebpf::bindings::{__sk_buff, BPF_F_RECOMPUTE_CSUM, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC};
 use aya_ebpf::helpers::{
     bpf_csum_diff, bpf_redirect, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_load_bytes,
-    bpf_skb_load_bytes_relative,
+    bpf_skb_load_bytes_relative, bpf_skb_store_bytes,
 };
 use keelson_ebpf_abi::{
     Address, DROP_FAILED, DROP_UNANSWERED, PROTOCOL_ICMP, PROTOCOL_ICMP6, PROTOCOL_TCP, SIGN_RESET,
@@ -15,7 +15,7 @@ use keelson_ebpf_abi::{
 
 use crate::maps::Scratch;
 use crate::parse::{Packet, Tcp, load};
-use crate::rewrite::{Refused, network_offset, store};
+use crate::rewrite::{Refused, done, network_offset, store};
 use crate::verdict::dropped;
 
 const TTL: u8 = 64;
@@ -25,13 +25,16 @@ const TCP: u32 = 20;
 const ICMP: u32 = 8;
 /// What an ICMP error quotes of the transport's header.
 const QUOTED: u32 = 8;
-/// What an ICMP error quotes at most, a power of two.
-const QUOTE: u32 = 128;
+/// What an ICMP error quotes at most, so that the answer's body is at most [`BODY`] long.
+const QUOTE: u32 = BODY - ICMP;
+/// A power of two.
+const BODY: u32 = 128;
 
 /// What follows the IP header of an answer.
 #[repr(C)]
 pub struct Body {
-    words: [u32; (ICMP + QUOTE) as usize / 4],
+    /// With room for as much as a length can be for the verifier, behind the header.
+    words: [u32; (ICMP + BODY) as usize / 4],
 }
 
 /// Sends the answer back by the interface of the packet: `into` is 0, or `BPF_F_INGRESS` when the node itself is
@@ -103,16 +106,7 @@ fn reset(skb: *mut __sk_buff, packet: &Packet, body: &mut Body) -> Option<u32> {
 #[inline(always)]
 fn unreachable(skb: *mut __sk_buff, packet: &Packet, body: &mut Body) -> Option<u32> {
     let quoted = packet.transport + QUOTED;
-    if quoted < IPV4 || quoted > QUOTE {
-        return None;
-    }
-    let to = (&raw mut body.words).cast::<u8>();
-    // SAFETY: the buffer has room for `QUOTE` bytes behind the header.
-    let result = unsafe {
-        let to = to.add(ICMP as usize).cast();
-        bpf_skb_load_bytes_relative(skb.cast(), 0, to, quoted, BPF_HDR_START_NET)
-    };
-    if result != 0 {
+    if quoted > QUOTE || load_quote(skb, body, quoted) != 0 {
         return None;
     }
     let (kind, code, sum) = if packet.is_v4 {
@@ -180,7 +174,7 @@ fn send(skb: *mut __sk_buff, packet: &Packet, body: &Body, length: u32) -> Resul
     } else {
         store(skb, network, &ipv6(packet, length), BPF_F_RECOMPUTE_CSUM)?;
     }
-    store_body(skb, network + header, body, length)
+    done(store_body(skb, network + header, body, length))
 }
 
 #[inline(always)]
@@ -241,21 +235,25 @@ fn answering_protocol(packet: &Packet) -> u8 {
     }
 }
 
-#[inline(always)]
-fn store_body(skb: *mut __sk_buff, at: u32, body: &Body, length: u32) -> Result<(), Refused> {
-    use aya_ebpf::helpers::bpf_skb_store_bytes;
-    if length < TCP || length > ICMP + QUOTE {
-        return Err(Refused);
-    }
+#[inline(never)]
+fn store_body(skb: *mut __sk_buff, at: u32, body: &Body, length: u32) -> i64 {
+    let from = body.words.as_ptr().cast();
     // SAFETY: `body` has that many bytes; the helper checks the offset.
-    let result = unsafe {
-        bpf_skb_store_bytes(
-            skb,
-            at,
-            body.words.as_ptr().cast(),
-            length,
-            BPF_F_RECOMPUTE_CSUM.into(),
-        )
-    };
-    if result == 0 { Ok(()) } else { Err(Refused) }
+    unsafe { bpf_skb_store_bytes(skb, at, from, bounded(length), BPF_F_RECOMPUTE_CSUM.into()) }
+}
+
+#[inline(never)]
+fn load_quote(skb: *mut __sk_buff, body: &mut Body, length: u32) -> i64 {
+    // SAFETY: the buffer has room for `BODY` bytes behind the header.
+    unsafe {
+        let to = (&raw mut body.words).cast::<u8>().add(ICMP as usize).cast();
+        bpf_skb_load_bytes_relative(skb.cast(), 0, to, bounded(length), BPF_HDR_START_NET)
+    }
+}
+
+/// A length that is known to be between 1 and [`BODY`], in a form that tells verifiers, too. Those before Linux 6.3
+/// forget what a comparison tells as soon as the compiler makes it on a copy.
+#[inline(always)]
+fn bounded(length: u32) -> u32 {
+    (length.wrapping_sub(1) & (BODY - 1)) + 1
 }

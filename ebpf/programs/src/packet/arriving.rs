@@ -25,8 +25,8 @@ pub fn handle(skb: *mut __sk_buff) -> i32 {
 
 #[inline(always)]
 fn with_ports(skb: *mut __sk_buff, scratch: &mut Scratch) -> i32 {
-    let now = flow::now();
     if let Some(flow) = flow::find(&FLOWS_IN, &scratch.packet.tuple) {
+        let now = flow::now();
         scratch.to = flow.to;
         if flow::is_valid(flow, scratch, now) {
             flow::note(flow, scratch, now, &FLOWS_OUT);
@@ -41,9 +41,9 @@ fn with_ports(skb: *mut __sk_buff, scratch: &mut Scratch) -> i32 {
             let _ = FLOWS_IN.remove(&scratch.packet.tuple);
         }
     }
-    let mut opened = open::decide(skb, scratch, now, Sender::Other);
+    let mut opened = open::decide(skb, scratch, Sender::Other);
     if opened == Opened::TRANSLATE {
-        opened = open::connect(scratch, now);
+        opened = open::connect(scratch);
     }
     open::count(scratch, opened);
     events::tell_opened(skb, scratch, opened);

@@ -70,15 +70,15 @@ pub fn note(flow: &mut Flow, scratch: &mut Scratch, now_ns: u64, theirs: &'stati
     }
 }
 
-/// Enters `scratch.flow` at `scratch.opposite`, unless another connection that is not over has that.
+/// Enters `scratch.flow`, seen now, at `scratch.opposite`, unless another connection that is not over has that.
 #[inline(always)]
-pub fn claim(flows: &'static Flows, scratch: &Scratch, now_ns: u64) -> bool {
+pub fn claim(flows: &'static Flows, scratch: &Scratch) -> bool {
     let Scratch { opposite, flow, .. } = scratch;
     if flows.insert(opposite, flow, u64::from(BPF_NOEXIST)).is_ok() {
         return true;
     }
     match find(flows, opposite) {
-        Some(other) if other.to.is(&flow.to) || other.is_over(now_ns) => {
+        Some(other) if other.to.is(&flow.to) || other.is_over(flow.last_seen_ns) => {
             enter(flows, opposite, flow)
         }
         _ => false,

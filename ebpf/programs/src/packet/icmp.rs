@@ -10,7 +10,8 @@ use keelson_ebpf_abi::{DROP_FAILED, FLOW_MASQUERADE_SOON, Tuple};
 use crate::maps::{FLOWS_IN, FLOWS_OUT, Flows, Scratch};
 use crate::parse::{Kind, Packet, load, parse_ip};
 use crate::rewrite::{
-    IPV4_CHECKSUM, Refused, addresses_difference, network_offset, rewrite, store, store_addresses,
+    IPV4_CHECKSUM, Refused, addresses_difference, network_offset, rewrite_addresses, store,
+    store_addresses,
 };
 use crate::verdict::{PASS, dropped};
 use crate::{flow, own};
@@ -109,7 +110,7 @@ fn translate(
     if !outer.destination.is(&key.destination) {
         to.destination = outer.destination;
     }
-    rewrite(skb, network, packet, to)
+    rewrite_addresses(skb, network, packet, to)
 }
 
 /// Corrects the error's checksum.

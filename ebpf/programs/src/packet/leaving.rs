@@ -64,10 +64,9 @@ fn with_ports(skb: *mut __sk_buff, scratch: &mut Scratch) -> i32 {
 /// The node itself begins a connection, of whatever kind.
 #[inline(always)]
 fn begins_here(skb: *mut __sk_buff, scratch: &mut Scratch) -> i32 {
-    let now = flow::now();
-    let mut opened = open::decide(skb, scratch, now, Sender::Node);
+    let mut opened = open::decide(skb, scratch, Sender::Node);
     if opened == Opened::TRANSLATE {
-        opened = own::connect(skb, scratch, now);
+        opened = own::connect(skb, scratch);
     }
     open::count(scratch, opened);
     events::tell_opened(skb, scratch, opened);

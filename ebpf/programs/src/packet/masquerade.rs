@@ -30,12 +30,12 @@ pub fn choose(skb: *mut __sk_buff, scratch: &mut Scratch, now: u64) -> u32 {
     }
     scratch.to.source = address;
     scratch.flow.role = FLOW_UNMASQUERADE;
+    scratch.flow.last_seen_ns = now;
     scratch.flow.to = key.reversed();
-    if !claim_port(scratch, now) {
+    if !claim_port(scratch) {
         return DROP_NO_PORT;
     }
     scratch.flow.role = FLOW_MASQUERADE;
-    scratch.flow.last_seen_ns = now;
     scratch.flow.to = scratch.to;
     if flow::enter(&FLOWS_OUT, &key, &scratch.flow) { CHOSEN } else { DROP_FAILED }
 }
@@ -43,14 +43,14 @@ pub fn choose(skb: *mut __sk_buff, scratch: &mut Scratch, now: u64) -> u32 {
 /// Finds a port that no other connection to this endpoint has. A privileged one is kept if that is possible,
 /// since some servers ask for such.
 #[inline(always)]
-fn claim_port(scratch: &mut Scratch, now: u64) -> bool {
+fn claim_port(scratch: &mut Scratch) -> bool {
     const PRIVILEGED: u16 = 1024;
     for attempt in 0..ATTEMPTS {
         if attempt > 0 || u16::from_be(scratch.to.source_port_be) >= PRIVILEGED {
             scratch.to.source_port_be = random_port().to_be();
         }
         scratch.opposite = scratch.to.reversed();
-        if flow::claim(&FLOWS_IN, scratch, now) {
+        if flow::claim(&FLOWS_IN, scratch) {
             return true;
         }
     }

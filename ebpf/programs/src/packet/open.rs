@@ -46,17 +46,14 @@ const ATTEMPTS: u32 = 16;
 /// whether the client shall be hidden, and that `scratch.flow` is the translation of the answers; nothing of it
 /// is in the maps yet.
 #[inline(never)]
-pub fn decide(skb: *mut __sk_buff, scratch: &mut Scratch, now: u64, sender: Sender) -> Opened {
+pub fn decide(skb: *mut __sk_buff, scratch: &mut Scratch, sender: Sender) -> Opened {
     let tuple = &scratch.packet.tuple;
     scratch.flow.frontend = 0;
     let found = match frontend::find(&tuple.destination, tuple.destination_port_be, tuple.protocol)
     {
         frontend::Found::Frontend(found) => found,
         frontend::Found::NoSuchPort => return unknown(scratch.packet.signs),
-        frontend::Found::Nothing if frontend::is_in_service_range(&tuple.destination) => {
-            return Opened(DROP_NO_SUCH_ADDRESS);
-        }
-        frontend::Found::Nothing => return Opened::PASS,
+        frontend::Found::Nothing => return nothing(scratch),
     };
     scratch.flow.frontend = found.number;
     if scratch.packet.signs & SIGN_START == 0 {
@@ -65,7 +62,18 @@ pub fn decide(skb: *mut __sk_buff, scratch: &mut Scratch, now: u64, sender: Send
     if found.flags & FRONTEND_HAS_SOURCES != 0 && !frontend::lets_in(found.number, &tuple.source) {
         return Opened(DROP_SOURCE);
     }
-    follow(skb, scratch, found, now, sender)
+    follow(skb, scratch, found, sender)
+}
+
+/// What becomes of a packet that is not for a Service, unless it is for an address that only a Service could have.
+#[inline(always)]
+fn nothing(scratch: &Scratch) -> Opened {
+    let begins = scratch.packet.signs & SIGN_START != 0;
+    if begins && frontend::is_in_service_range(&scratch.packet.tuple.destination) {
+        Opened(DROP_NO_SUCH_ADDRESS)
+    } else {
+        Opened::PASS
+    }
 }
 
 /// What becomes of a packet to a Service that goes nowhere. One that begins nothing is of a connection that
@@ -77,13 +85,7 @@ fn unknown(signs: u8) -> Opened {
 }
 
 #[inline(always)]
-fn follow(
-    skb: *mut __sk_buff,
-    scratch: &mut Scratch,
-    found: &Frontend,
-    now: u64,
-    sender: Sender,
-) -> Opened {
+fn follow(skb: *mut __sk_buff, scratch: &mut Scratch, found: &Frontend, sender: Sender) -> Opened {
     let client = &scratch.packet.tuple.source;
     let is_pod = sender == Sender::Other && is_pod(skb, client);
     let route = if is_pod || sender == Sender::Node { &found.inside } else { &found.outside };
@@ -107,7 +109,7 @@ fn follow(
     };
     scratch.flow = Flow {
         to: scratch.packet.tuple.reversed(),
-        last_seen_ns: now,
+        last_seen_ns: flow::now(),
         pool: route.pool,
         frontend: found.number,
         role: FLOW_FROM_ENDPOINT,
@@ -134,8 +136,8 @@ fn is_pod(skb: *mut __sk_buff, source: &Address) -> bool {
 /// Enters the translations of a connection that arrives. All that it needs is in `scratch`, so that the verifier
 /// meets it in one state only.
 #[inline(never)]
-pub fn connect(scratch: &mut Scratch, now: u64) -> Opened {
-    if !claim_answers(&FLOWS_OUT, scratch, now) {
+pub fn connect(scratch: &mut Scratch) -> Opened {
+    if !claim_answers(&FLOWS_OUT, scratch) {
         return Opened(DROP_NO_PORT);
     }
     scratch.flow.to = scratch.to;
@@ -156,13 +158,13 @@ pub fn connect(scratch: &mut Scratch, now: u64) -> Opened {
 /// Enters the translation of the answers. The endpoint may know the client's port already, by a connection
 /// through another address of the Service: then this connection gets another port.
 #[inline(always)]
-pub fn claim_answers(flows: &'static Flows, scratch: &mut Scratch, now: u64) -> bool {
+pub fn claim_answers(flows: &'static Flows, scratch: &mut Scratch) -> bool {
     for attempt in 0..ATTEMPTS {
         if attempt > 0 {
             scratch.to.source_port_be = random_port().to_be();
         }
         scratch.opposite = scratch.to.reversed();
-        if flow::claim(flows, scratch, now) {
+        if flow::claim(flows, scratch) {
             return true;
         }
     }

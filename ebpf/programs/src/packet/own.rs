@@ -29,7 +29,7 @@ const AF_INET6: u8 = 10;
 
 /// Enters the translations of a connection that the node makes; `open::decide` was before.
 #[inline(never)]
-pub fn connect(skb: *mut __sk_buff, scratch: &mut Scratch, now: u64) -> Opened {
+pub fn connect(skb: *mut __sk_buff, scratch: &mut Scratch) -> Opened {
     let Some(interface) = interface_to(skb, scratch) else { return Opened(DROP_NO_ROUTE) };
     if scratch.hides {
         // SAFETY: the map is not preallocated.
@@ -42,7 +42,7 @@ pub fn connect(skb: *mut __sk_buff, scratch: &mut Scratch, now: u64) -> Opened {
     scratch.flow.node_interface = unsafe { (*skb).ifindex };
     scratch.flow.endpoint_interface = interface;
     scratch.flow.node_link = link_of_sender(skb);
-    if !claim_answers(&FLOWS_IN, scratch, now) {
+    if !claim_answers(&FLOWS_IN, scratch) {
         return Opened(DROP_NO_PORT);
     }
     scratch.flow.role = FLOW_TO_ENDPOINT;

@@ -10,13 +10,13 @@ use aya_ebpf::helpers::{
 use keelson_ebpf::counters;
 use keelson_ebpf::maps::INTERFACES;
 use keelson_ebpf_abi::{
-    Address, DROP_FAILED, INTERFACE_NO_LINK_HEADER, PROTOCOL_ICMP6, PROTOCOL_TCP, PROTOCOL_UDP,
-    Tuple,
+    Address, DROP_FAILED, INTERFACE_NO_LINK_HEADER, PROTOCOL_ICMP6, PROTOCOL_SCTP, PROTOCOL_TCP,
+    PROTOCOL_UDP, Tuple, sctp_checksum_change,
 };
 
 use crate::fragment;
 use crate::maps::Scratch;
-use crate::parse::Packet;
+use crate::parse::{Packet, load};
 use crate::verdict::{PASS, dropped};
 
 const ETHERNET: u32 = 14;
@@ -26,6 +26,7 @@ const IPV6_SOURCE: u32 = 8;
 const TCP_CHECKSUM: u32 = 16;
 const UDP_CHECKSUM: u32 = 6;
 const ICMP6_CHECKSUM: u32 = 2;
+const SCTP_CHECKSUM: u32 = 8;
 
 /// A step that the kernel refused, maybe after others that it did not.
 pub struct Refused;
@@ -45,14 +46,16 @@ pub fn network_offset(skb: *mut __sk_buff) -> u32 {
 }
 
 /// Makes the packet carry `scratch.to`, and counts it.
-#[inline(always)]
+#[inline(never)]
 pub fn translate(skb: *mut __sk_buff, scratch: &Scratch, frontend: u32) -> i32 {
     let network = network_offset(skb);
     let packet = &scratch.packet;
     if packet.is_fragment && packet.has_ports {
         fragment::remember(packet);
     }
-    if rewrite(skb, network, packet, &scratch.to).is_err() {
+    if rewrite_addresses(skb, network, packet, &scratch.to).is_err()
+        || rewrite_ports(skb, network, packet, &scratch.to).is_err()
+    {
         return dropped(skb, scratch, DROP_FAILED);
     }
     // SAFETY: fields of the context.
@@ -64,9 +67,9 @@ pub fn translate(skb: *mut __sk_buff, scratch: &Scratch, frontend: u32) -> i32 {
     PASS
 }
 
-/// Makes `packet` carry `to`. `network` is where its IP header is.
+/// Makes `packet` carry the addresses of `to`. `network` is where its IP header is.
 #[inline(always)]
-pub fn rewrite(
+pub fn rewrite_addresses(
     skb: *mut __sk_buff,
     network: u32,
     packet: &Packet,
@@ -91,10 +94,23 @@ pub fn rewrite(
         }
         store_addresses(skb, network, to, packet.is_v4, flags)?;
     }
+    Ok(())
+}
+
+/// Makes `packet` carry the ports of `to`.
+#[inline(always)]
+fn rewrite_ports(
+    skb: *mut __sk_buff,
+    network: u32,
+    packet: &Packet,
+    to: &Tuple,
+) -> Result<(), Refused> {
+    let from = &packet.tuple;
+    let transport = network + packet.transport;
     let ports = [to.source_port_be, to.destination_port_be];
     let had = [from.source_port_be, from.destination_port_be];
     if packet.has_ports && ports != had {
-        if let Some(at) = checksum {
+        if let Some(at) = checksum_offset(packet) {
             let word = |[a, b]: [u16; 2]| u64::from(a) | u64::from(b) << 16;
             replace_transport(
                 skb,
@@ -104,9 +120,31 @@ pub fn rewrite(
                 flags(from.protocol) | 4,
             )?;
         }
+        if from.protocol == PROTOCOL_SCTP && correct_sctp(skb, packet, transport, to) != 0 {
+            return Err(Refused);
+        }
         store(skb, transport, &ports, 0)?;
     }
     Ok(())
+}
+
+/// Corrects SCTP's checksum, which covers no addresses, for a change of ports. 0 when that is done.
+#[inline(never)]
+fn correct_sctp(skb: *mut __sk_buff, packet: &Packet, transport: u32, to: &Tuple) -> i64 {
+    let Some(checksum) = load::<u32>(skb, packet.transport + SCTP_CHECKSUM) else { return -1 };
+    if checksum == 0 {
+        // Hardware, or the receiver's kernel, is still to compute it.
+        return 0;
+    }
+    if packet.is_fragment {
+        // It depends on how long the whole packet is.
+        return -1;
+    }
+    let from = [packet.tuple.source_port_be, packet.tuple.destination_port_be];
+    let ports = [to.source_port_be, to.destination_port_be];
+    let length = packet.length.saturating_sub(packet.transport);
+    let checksum = checksum ^ sctp_checksum_change(from, ports, length);
+    if store(skb, transport + SCTP_CHECKSUM, &checksum, 0).is_ok() { 0 } else { -1 }
 }
 
 /// Writes a tuple's addresses into the IP header at `at`.
@@ -177,6 +215,6 @@ pub fn store<T>(skb: *mut __sk_buff, at: u32, value: &T, flags: u32) -> Result<(
 }
 
 #[inline(always)]
-fn done(result: i64) -> Result<(), Refused> {
+pub fn done(result: i64) -> Result<(), Refused> {
     if result == 0 { Ok(()) } else { Err(Refused) }
 }
