@@ -15,8 +15,9 @@ use crate::report::{Report, Row, Unit};
 use crate::stats::Samples;
 use crate::subject::node::NODE_NAME;
 
-/// The Service that exists before a proxy starts; those that come later have the next numbers.
-const LAST: &str = "last-of-all";
+/// The Service that exists before a proxy starts; those that come later have the next numbers. The last one by name,
+/// too: that is the order in which some put them in force.
+const LAST: &str = "zz-last-of-all";
 
 pub(super) struct Work<'a> {
     pub(super) ground: &'a Ground<'a>,
