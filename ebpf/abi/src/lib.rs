@@ -32,7 +32,10 @@ pub use settings::{
     Interface, RangeKey, RangePrefix, SETTING_EVENTS, SETTING_EXEMPTS_NAMESPACES,
     SETTING_KNOWS_PODS, SETTING_PASSES_UNKNOWN, SETTING_PODS_BY_INTERFACE, Settings,
 };
-pub use socket::{CONVERSATIONS, Conversation, Conversations, Peer, client_of_namespace};
+pub use socket::{
+    CONVERSATIONS, Connected, Conversation, Conversations, PLACES, Peer, client_of_namespace,
+    place_of,
+};
 
 /// Part of the folder's name that maps, programs and links are pinned in.
 pub const VERSION: u32 = 1;

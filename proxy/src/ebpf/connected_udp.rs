@@ -9,7 +9,7 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 
-use keelson_ebpf_abi::{Address, Endpoint, MemberKey};
+use keelson_ebpf_abi::{Address, Endpoint, MemberKey, Peer};
 use keelson_netlink::netns::Netns;
 use keelson_netlink::route::OpenError;
 use keelson_netlink::sock_diag::{SockDiag, UdpSocket};
@@ -41,26 +41,27 @@ pub(crate) enum EndError {
 
 /// Sockets that rest on a membership that there is no more, by their cookie.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Orphans(HashMap<u64, MemberKey>);
+pub(crate) struct Orphans(HashMap<u64, Peer>);
 
 /// What became of orphans.
 #[derive(Debug, Default)]
 pub(crate) struct Ended {
     /// Those that were found and ended.
     pub(crate) count: usize,
-    /// What can be removed from `connected_udp`, if the value is still that one: a socket may be
-    /// connected again meanwhile.
-    pub(crate) settled: Vec<(u64, MemberKey)>,
+    /// What is to be [`Peer::ended`] in `connected_udp` if it is still that: a socket may be connected
+    /// again meanwhile.
+    pub(crate) settled: Vec<(u64, Peer)>,
     pub(crate) troubles: Vec<EndError>,
 }
 
 impl Orphans {
     /// Out of all entries of `connected_udp`.
     pub(crate) fn among(
-        connected: impl IntoIterator<Item = (u64, MemberKey)>,
+        connected: impl IntoIterator<Item = (u64, Peer)>,
         is_member: impl Fn(&MemberKey) -> bool,
     ) -> Self {
-        Orphans(connected.into_iter().filter(|(_, rests_on)| !is_member(rests_on)).collect())
+        let is_orphan = |peer: &Peer| peer.pool != 0 && !is_member(&peer.rests_on());
+        Orphans(connected.into_iter().filter(|(_, peer)| is_orphan(peer)).collect())
     }
 
     /// Looks for them in one namespace after the other until all are found.
@@ -89,21 +90,21 @@ impl Orphans {
             .connected_udp()
             .map_err(|source| EndError::List { namespace: namespace(), source })?;
         for socket in sockets {
-            let Some(rests_on) = self.take(&socket) else { continue };
+            let Some(peer) = self.take(&socket) else { continue };
             let was_there = kernel.end(&socket).map_err(|source| {
                 let local = socket.local;
                 EndError::End { local, namespace: namespace(), source }
             })?;
             ended.count += usize::from(was_there);
-            ended.settled.push((socket.cookie, rests_on));
+            ended.settled.push((socket.cookie, peer));
         }
         Ok(())
     }
 
     /// An orphan that is still connected to the endpoint that it lost.
-    fn take(&mut self, socket: &UdpSocket) -> Option<MemberKey> {
-        let rests_on = *self.0.get(&socket.cookie)?;
-        if !is_at(socket.remote, &rests_on.endpoint) {
+    fn take(&mut self, socket: &UdpSocket) -> Option<Peer> {
+        let peer = self.0.get(&socket.cookie)?;
+        if !is_at(socket.remote, &peer.endpoint) {
             return None;
         }
         self.0.remove(&socket.cookie)
@@ -119,31 +120,37 @@ fn is_at(remote: SocketAddr, endpoint: &Endpoint) -> bool {
 mod tests {
     use super::*;
 
-    fn rests_on(endpoint: &str) -> MemberKey {
+    fn peer(endpoint: &str) -> Peer {
         let at: SocketAddr = endpoint.parse().unwrap();
         let (address, port_be) = (at.ip().into(), at.port().to_be());
-        MemberKey { pool: 7, endpoint: Endpoint { address, port_be, flags: 0 } }
+        Peer { pool: 7, endpoint: Endpoint { address, port_be, flags: 0 }, ..Peer::default() }
     }
 
     #[test]
     fn who_lost_its_endpoint_is_an_orphan() {
-        let (gone, there) = (rests_on("10.66.0.2:53"), rests_on("10.66.0.3:53"));
+        let (gone, there) = (peer("10.66.0.2:53"), peer("10.66.0.3:53"));
         let connected = [(1, gone), (2, there), (3, gone)];
-        let orphans = Orphans::among(connected, |member| *member == there);
+        let orphans = Orphans::among(connected, |member| *member == there.rests_on());
         assert_eq!(orphans, Orphans([(1, gone), (3, gone)].into()));
     }
 
     #[test]
+    fn who_was_ended_is_none_any_more() {
+        let gone = peer("10.66.0.2:53").ended();
+        assert_eq!(Orphans::among([(1, gone)], |_| false), Orphans::default());
+    }
+
+    #[test]
     fn the_same_endpoint_of_another_pool_is_another_membership() {
-        let mine = rests_on("10.66.0.2:53");
-        let other = MemberKey { pool: 8, ..mine };
+        let mine = peer("10.66.0.2:53");
+        let other = MemberKey { pool: 8, ..mine.rests_on() };
         assert_ne!(Orphans::among([(1, mine)], |member| *member == other), Orphans::default());
     }
 
     #[test]
     fn ipv6_sockets_that_speak_ipv4_are_compared_as_such() {
         let check =
-            |remote: &str, endpoint| is_at(remote.parse().unwrap(), &rests_on(endpoint).endpoint);
+            |remote: &str, endpoint| is_at(remote.parse().unwrap(), &peer(endpoint).endpoint);
         assert!(check("10.66.0.2:53", "10.66.0.2:53"));
         assert!(check("[::ffff:10.66.0.2]:53", "10.66.0.2:53"));
         assert!(check("[fd00::2]:53", "[fd00::2]:53"));
@@ -164,7 +171,7 @@ mod tests {
 
     #[test]
     fn who_is_nowhere_is_settled() {
-        let gone = rests_on("10.66.0.2:53");
+        let gone = peer("10.66.0.2:53");
         let ended = Orphans::among([(1, gone)], |_| false).end([]);
         assert_eq!((ended.count, ended.settled), (0, vec![(1, gone)]));
     }

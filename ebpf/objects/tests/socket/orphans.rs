@@ -3,12 +3,13 @@
 use std::io::ErrorKind;
 use std::net::UdpSocket;
 
-use keelson_ebpf_abi::{MEMBER_DRAINING, MemberKey};
+use aya::maps::Array;
+use keelson_ebpf_abi::{Connected, MEMBER_DRAINING, MemberKey, PLACES, Peer};
 use keelson_netlink::netns;
 
 use super::connected_udp::Orphans;
 use super::families::{ALL, Family, Servers};
-use super::world::{UDP, World, cookie, endpoint_of};
+use super::world::{TCP, UDP, World, cookie, endpoint_of};
 
 /// As the proxy does it.
 fn end(world: &mut World) -> usize {
@@ -17,13 +18,13 @@ fn end(world: &mut World) -> usize {
     let orphans = Orphans::among(connected(world), |member| members.contains(member));
     let ended = orphans.end([world.pod.try_clone().unwrap()]);
     assert!(ended.troubles.is_empty(), "{:?}", ended.troubles);
-    for (cookie, _) in ended.settled {
-        world.map::<u64, MemberKey>("connected_udp").remove(&cookie).unwrap();
+    for (cookie, peer) in ended.settled {
+        world.map("connected_udp").insert(cookie, peer.ended(), 0).unwrap();
     }
     ended.count
 }
 
-fn connected(world: &mut World) -> Vec<(u64, MemberKey)> {
+fn connected(world: &mut World) -> Vec<(u64, Peer)> {
     world.map("connected_udp").iter().map(Result::unwrap).collect()
 }
 
@@ -69,7 +70,7 @@ fn exactly_the_sockets_that_lost_their_endpoint_are_ended() {
 }
 
 #[test]
-fn only_connected_udp_sockets_are_kept_book_of() {
+fn the_books_of_connected_udp_sockets_are_right() {
     let mut world = World::new();
     let family = Family::V4;
     let (vip, endpoint) = (family.vip(53), family.endpoint(1, 8053));
@@ -80,7 +81,8 @@ fn only_connected_udp_sockets_are_kept_book_of() {
         client
     });
     let rests_on = MemberKey { pool, endpoint: endpoint_of(endpoint) };
-    assert_eq!(connected(&mut world).iter().map(|entry| entry.1).collect::<Vec<_>>(), [rests_on]);
+    let all: Vec<_> = connected(&mut world).iter().map(|(_, peer)| peer.rests_on()).collect();
+    assert_eq!(all, [rests_on]);
     let again = client.try_clone().unwrap();
     drop(client);
     assert_eq!(connected(&mut world).len(), 1);
@@ -94,8 +96,59 @@ fn only_connected_udp_sockets_are_kept_book_of() {
         client.connect(endpoint).unwrap();
         client
     });
-    assert_eq!(connected(&mut world), []);
+    let all: Vec<_> = connected(&mut world).into_iter().map(|(_, peer)| peer).collect();
+    assert_eq!(all, [Peer::default()]);
     drop(client);
+    assert_eq!((connected(&mut world), counted(&mut world)), (vec![], 0));
+}
+
+#[test]
+fn connected_tcp_sockets_are_forgotten_with_the_socket() {
+    let mut world = World::new();
+    let family = Family::V4;
+    let (vip, endpoint) = (family.vip(80), family.endpoint(1, 8080));
+    world.service(vip, TCP, &[endpoint]);
+    let clients = world.in_pod(|| {
+        let _servers = Servers::start(&[endpoint]);
+        let through: Vec<_> = (0..3).map(|_| family.connect(vip).unwrap()).collect();
+        (through, family.connect(endpoint).unwrap())
+    });
+    assert_eq!(counted(&mut world), 3);
+    drop(clients);
+    assert_eq!(counted(&mut world), 0);
+}
+
+#[test]
+fn a_tcp_socket_whose_place_is_taken_is_known_all_the_same() {
+    let mut world = World::new();
+    let family = Family::V4;
+    let (vip, endpoint) = (family.vip(80), family.endpoint(1, 8080));
+    world.service(vip, TCP, &[endpoint]);
+    let hashed = |world: &mut World| world.map::<u64, Peer>("connected_tcp").keys().count();
+    // All places are taken.
+    let mut places: Array<_, Connected> =
+        Array::try_from(world.bpf.map_mut("connected").unwrap()).unwrap();
+    for place in 0..PLACES {
+        places.set(place, Connected { count: 1, ..Connected::default() }, 0).unwrap();
+    }
+    let client = world.in_pod(|| {
+        let _servers = Servers::start(&[endpoint]);
+        let client = family.connect(vip).unwrap();
+        assert_eq!(client.peer_addr().unwrap(), vip);
+        client
+    });
+    assert_eq!(hashed(&mut world), 1);
+    assert_eq!(counted(&mut world), u64::from(PLACES) + 1);
+    drop(client);
+    assert_eq!(hashed(&mut world), 0);
+    assert_eq!(counted(&mut world), u64::from(PLACES));
+}
+
+/// How many sockets there are, as the programs count.
+fn counted(world: &mut World) -> u64 {
+    let places: Array<_, Connected> = Array::try_from(world.bpf.map("connected").unwrap()).unwrap();
+    let count = |place: Connected| (place.count & 0xffff_ffff) + (place.count >> 32);
+    places.iter().map(|place| count(place.unwrap())).sum()
 }
 
 #[test]

@@ -1,21 +1,24 @@
-//! Maps of the socket layer alone.
+//! Maps of the socket layer alone. What is in them goes with the sockets.
 
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
-use aya_ebpf::btf_maps::{HashMap, SkStorage};
+use aya_ebpf::btf_maps::{Array, HashMap, SkStorage};
 use aya_ebpf::macros::btf_map;
-use keelson_ebpf_abi::{Conversations, MemberKey, Peer};
+use keelson_ebpf_abi::{Connected, Conversations, PLACES, Peer};
 
 const GROWING: usize = BPF_F_NO_PREALLOC as usize;
 
-/// Of sockets that were connected to a Service.
-#[btf_map(name = "peers")]
-pub static PEERS: SkStorage<Peer> = SkStorage::new();
+/// Where a connected TCP socket is found first.
+#[btf_map(name = "connected")]
+pub static CONNECTED: Array<Connected, { PLACES as usize }> = Array::new();
 
-/// Cookies of connected UDP sockets, with the membership that they rest on. User space ends those whose
-/// endpoint goes, since the kernel asks nobody again. Entries go with their sockets; when it is full, UDP
-/// sockets are left to the packet layer.
+/// TCP sockets whose place in `connected` was taken. When it is full, they are left to the packet layer.
+#[btf_map(name = "connected_tcp")]
+pub static CONNECTED_TCP: HashMap<u64, Peer, 65_536, GROWING> = HashMap::new();
+
+/// Connected UDP sockets. User space ends those whose endpoint goes, since the kernel asks nobody again.
+/// When it is full, they are left to the packet layer.
 #[btf_map(name = "connected_udp")]
-pub static CONNECTED_UDP: HashMap<u64, MemberKey, 262_144, GROWING> = HashMap::new();
+pub static CONNECTED_UDP: HashMap<u64, Peer, 65_536, GROWING> = HashMap::new();
 
 /// Of UDP sockets that send to Services without being connected.
 #[btf_map(name = "conversations")]

@@ -3,16 +3,17 @@
 use aya_ebpf::programs::SockAddrContext;
 use keelson_ebpf_abi::Peer;
 
-use crate::sockaddr::{Family, SocketAddress};
+use crate::sockaddr::{self, Family, SocketAddress};
 use crate::{conversation, peer};
 
 /// recvfrom(2) and recvmsg(2) on UDP sockets, when the sender's address is asked for.
 #[inline(always)]
 pub fn receive<F: Family>(ctx: &SockAddrContext) {
     let from = F::read(ctx);
-    let service = match peer::get(ctx).filter(|peer| peer::is_at(peer, &from)) {
-        Some(peer) => Some(service_of(peer)),
-        None => conversation::service_behind(ctx, &from),
+    let peer = if sockaddr::is_connected(ctx) { peer::get(ctx) } else { None };
+    let service = match peer {
+        Some(peer) if peer::is_at(peer, &from) => Some(service_of(peer)),
+        _ => conversation::service_behind(ctx, &from),
     };
     if let Some(service) = service {
         F::write(ctx, &service);

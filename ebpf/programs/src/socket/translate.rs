@@ -75,10 +75,7 @@ pub fn send<F: Family>(ctx: &SockAddrContext) -> Outcome {
         Decision::Refuse { frontend } => return refuse(frontend),
         Decision::NoSuchPort => return fail(),
         // Answers from there are its own from now on.
-        Decision::Leave => {
-            peer::forget_at(ctx, &to);
-            conversation::forget_at(ctx, &to);
-        }
+        Decision::Leave => conversation::forget_at(ctx, &to),
     }
     Outcome::GoOn
 }
