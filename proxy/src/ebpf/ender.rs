@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Sender, channel};
 
-use keelson_ebpf_abi::MemberKey;
+use keelson_ebpf_abi::{MemberKey, Peer};
 use keelson_netlink::netns;
 
 use super::connected_udp::Orphans;
@@ -25,7 +25,7 @@ impl Ender {
     /// Works on the maps in that folder, until dropped.
     pub(crate) fn start(maps: &Path, folders: Vec<PathBuf>) -> Result<Self, EbpfError> {
         let members: Table<MemberKey, u32> = Table::open(maps, "members")?;
-        let connected: Table<u64, MemberKey> = Table::open(maps, "connected_udp")?;
+        let connected: Table<u64, Peer> = Table::open(maps, "connected_udp")?;
         let (sender, inbox) = channel();
         let work = move || {
             while let Ok(()) = inbox.recv() {
@@ -52,7 +52,7 @@ impl Ender {
 
 fn end_orphans(
     members: &Table<MemberKey, u32>,
-    connected: &Table<u64, MemberKey>,
+    connected: &Table<u64, Peer>,
     folders: &[PathBuf],
 ) -> Result<(), EbpfError> {
     let connected_now = connected.read()?;
@@ -66,9 +66,9 @@ fn end_orphans(
     if ended.count > 0 {
         tracing::info!(sockets = ended.count, "Ended connected UDP sockets whose endpoint is gone");
     }
-    for (cookie, rested_on) in ended.settled {
-        if connected.get(&cookie)? == Some(rested_on) {
-            connected.delete(&cookie)?;
+    for (cookie, peer) in ended.settled {
+        if connected.get(&cookie)? == Some(peer) {
+            connected.replace(&cookie, &peer.ended())?;
         }
     }
     Ok(())

@@ -20,6 +20,9 @@ const LINK_CREATE: i64 = 28;
 const LINK_UPDATE: i64 = 29;
 const LINK_DETACH: i64 = 34;
 
+/// `BPF_EXIST`.
+const EXIST: u64 = 2;
+
 /// What a program is attached as (`enum bpf_attach_type`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
@@ -273,6 +276,17 @@ pub(crate) fn put<K: aya::Pod, V: aya::Pod>(
     let mut attr = ElementAttr::new(map, key, value);
     // SAFETY: the layout of BPF_MAP_UPDATE_ELEM; the caller has compared the types' sizes with the map's.
     unsafe { bpf(MAP_UPDATE_ELEM, &mut attr) }.map(drop)
+}
+
+/// Changes an element; false when there is none.
+pub(crate) fn replace<K: aya::Pod, V: aya::Pod>(
+    map: BorrowedFd<'_>,
+    key: &K,
+    value: &V,
+) -> io::Result<bool> {
+    let mut attr = ElementAttr { flags: EXIST, ..ElementAttr::new(map, key, value) };
+    // SAFETY: as above.
+    some(unsafe { bpf(MAP_UPDATE_ELEM, &mut attr) }).map(|found| found.is_some())
 }
 
 /// Removes an element; false when there is none.

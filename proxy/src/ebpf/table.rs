@@ -51,6 +51,11 @@ where
         sys::get(self.map.as_fd(), key).map_err(|e| self.fail(e))
     }
 
+    /// Changes an element, unless it is gone.
+    pub(crate) fn replace(&self, key: &K, value: &V) -> Result<(), EbpfError> {
+        sys::replace(self.map.as_fd(), key, value).map(drop).map_err(|e| self.fail(e))
+    }
+
     /// An element that is gone already counts as removed.
     pub(crate) fn delete(&self, key: &K) -> Result<(), EbpfError> {
         sys::delete(self.map.as_fd(), key).map(drop).map_err(|e| self.fail(e))
