@@ -60,6 +60,16 @@ impl Address {
         a | b | d == 0 && (c == 0 || c == MAPPED_BE)
     }
 
+    /// A copy word by word: BPF programs have `memmove` only byte by byte.
+    #[inline(always)]
+    pub const fn set(&mut self, from: &Self) {
+        let [a, b, c, d] = from.words_be;
+        self.words_be[0] = a;
+        self.words_be[1] = b;
+        self.words_be[2] = c;
+        self.words_be[3] = d;
+    }
+
     /// 127.0.0.0/8 or `::1`.
     #[inline(always)]
     #[must_use]

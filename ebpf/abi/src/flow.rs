@@ -41,6 +41,16 @@ impl Tuple {
             && self.protocol == other.protocol
     }
 
+    /// A copy word by word: BPF programs have `memmove` only byte by byte.
+    #[inline(always)]
+    pub const fn set(&mut self, from: &Self) {
+        self.source.set(&from.source);
+        self.destination.set(&from.destination);
+        self.source_port_be = from.source_port_be;
+        self.destination_port_be = from.destination_port_be;
+        self.protocol = from.protocol;
+    }
+
     /// What an answer carries.
     #[inline(always)]
     #[must_use]

@@ -11,8 +11,14 @@ const ONE: u32 = 1 << 31;
 const LENGTH_BITS: usize = 16;
 const NIBBLES: usize = u32::BITS as usize / 4;
 
-/// What each value of each nibble becomes by a multiplication.
-type Products = [[u32; 16]; NIBBLES];
+/// What each value of each nibble becomes by a multiplication. Were its size a power of two, the compiler would put
+/// offsets together by `or`, after which verifiers of old kernels know nothing of them any more.
+#[derive(Clone, Copy)]
+struct Products {
+    values: [[u32; 16]; NIBBLES],
+    #[expect(dead_code, reason = "the type's size must share low bits with offsets in it")]
+    odd: u32,
+}
 
 /// Element `k` stands for the bit `k` of a length: 0, and 2 to the power of `k` bytes.
 static LENGTHS: [[Products; 2]; LENGTH_BITS] = lengths();
@@ -33,7 +39,7 @@ pub fn sctp_checksum_change(from: [u16; 2], to: [u16; 2], length: u32) -> u32 {
 #[inline(always)]
 fn product(products: &Products, a: u32) -> u32 {
     let mut product = 0;
-    for (nibble, values) in products.iter().enumerate() {
+    for (nibble, values) in products.values.iter().enumerate() {
         product ^= values[(a >> (4 * nibble) & 15) as usize];
     }
     product
@@ -58,12 +64,12 @@ const fn multiply(mut a: u32, mut b: u32) -> u32 {
 }
 
 const fn products(factor: u32) -> Products {
-    let mut products = [[0; 16]; NIBBLES];
+    let mut products = Products { values: [[0; 16]; NIBBLES], odd: 0 };
     let mut nibble = 0;
     while nibble < NIBBLES {
         let mut value = 0u32;
         while value < 16 {
-            products[nibble][value as usize] = multiply(value << (4 * nibble), factor);
+            products.values[nibble][value as usize] = multiply(value << (4 * nibble), factor);
             value += 1;
         }
         nibble += 1;

@@ -51,6 +51,9 @@ pub fn refuse(skb: *mut __sk_buff, scratch: &mut Scratch, into: u64) -> i32 {
     unsafe { bpf_redirect((*skb).ifindex, into) as i32 }
 }
 
+/// How functions of their own say that they failed; so their stack is not the caller's.
+const FAILED: u32 = 0;
+
 #[inline(always)]
 fn answer(skb: *mut __sk_buff, packet: &Packet, body: &mut Body) -> Option<()> {
     body.words = [0; _];
@@ -59,7 +62,7 @@ fn answer(skb: *mut __sk_buff, packet: &Packet, body: &mut Body) -> Option<()> {
     } else {
         unreachable(skb, packet, body)
     };
-    send(skb, packet, body, length?).ok()
+    (length != FAILED && send(skb, packet, body, length) == 0).then_some(())
 }
 
 /// Nobody answers a reset, or somebody who is not one host.
@@ -77,13 +80,13 @@ fn is_answered(packet: &Packet) -> bool {
 }
 
 /// RFC 9293, 3.5.2, group 1.
-#[inline(always)]
-fn reset(skb: *mut __sk_buff, packet: &Packet, body: &mut Body) -> Option<u32> {
+#[inline(never)]
+fn reset(skb: *mut __sk_buff, packet: &Packet, body: &mut Body) -> u32 {
     const FIN: u8 = 1;
     const SYN: u8 = 2;
     const RST: u8 = 4;
     const ACK: u8 = 16;
-    let tcp = load::<Tcp>(skb, packet.transport)?;
+    let Some(tcp) = load::<Tcp>(skb, packet.transport) else { return FAILED };
     let (sequence, acknowledged, flags) = if tcp.flags & ACK != 0 {
         (u32::from_be(tcp.acknowledged_be), 0, RST)
     } else {
@@ -99,15 +102,15 @@ fn reset(skb: *mut __sk_buff, packet: &Packet, body: &mut Body) -> Option<u32> {
     body.words[3] = u32::from_ne_bytes([5 << 4, flags, 0, 0]);
     let sum = pseudo_header(packet, PROTOCOL_TCP, TCP);
     body.words[4] = u32::from(checksum(body, sum));
-    Some(TCP)
+    TCP
 }
 
 /// ICMP: RFC 792; ICMPv6: RFC 4443, 3.1.
-#[inline(always)]
-fn unreachable(skb: *mut __sk_buff, packet: &Packet, body: &mut Body) -> Option<u32> {
+#[inline(never)]
+fn unreachable(skb: *mut __sk_buff, packet: &Packet, body: &mut Body) -> u32 {
     let quoted = packet.transport + QUOTED;
     if quoted > QUOTE || load_quote(skb, body, quoted) != 0 {
-        return None;
+        return FAILED;
     }
     let (kind, code, sum) = if packet.is_v4 {
         (3, 3, 0)
@@ -116,7 +119,7 @@ fn unreachable(skb: *mut __sk_buff, packet: &Packet, body: &mut Body) -> Option<
     };
     body.words[0] = u32::from_ne_bytes([kind, code, 0, 0]);
     body.words[0] |= u32::from(checksum(body, sum)) << 16;
-    Some(ICMP + quoted)
+    ICMP + quoted
 }
 
 #[inline(always)]
@@ -151,8 +154,13 @@ fn folded(sum: u32) -> u16 {
 }
 
 /// Makes the packet consist of its link header, a new IP header, and `length` bytes of `body`.
+#[inline(never)]
+fn send(skb: *mut __sk_buff, packet: &Packet, body: &Body, length: u32) -> i64 {
+    if write(skb, packet, body, length).is_ok() { 0 } else { -1 }
+}
+
 #[inline(always)]
-fn send(skb: *mut __sk_buff, packet: &Packet, body: &Body, length: u32) -> Result<(), Refused> {
+fn write(skb: *mut __sk_buff, packet: &Packet, body: &Body, length: u32) -> Result<(), Refused> {
     let network = network_offset(skb);
     let header = if packet.is_v4 { IPV4 } else { IPV6 };
     // Up to the first bytes of the transport's header, behind where its checksum begins.

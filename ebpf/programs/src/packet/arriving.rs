@@ -27,7 +27,7 @@ pub fn handle(skb: *mut __sk_buff) -> i32 {
 fn with_ports(skb: *mut __sk_buff, scratch: &mut Scratch) -> i32 {
     if let Some(flow) = flow::find(&FLOWS_IN, &scratch.packet.tuple) {
         let now = flow::now();
-        scratch.to = flow.to;
+        scratch.to.set(&flow.to);
         if flow::is_valid(flow, scratch, now) {
             flow::note(flow, scratch, now, &FLOWS_OUT);
             let verdict = translate(skb, scratch, flow.frontend);

@@ -46,7 +46,7 @@ pub fn later(skb: *mut __sk_buff, scratch: &mut Scratch, flows: &'static Flows) 
     let Some(flow) = flow::find(flows, &packet.tuple) else {
         return unless_to_a_service(skb, scratch);
     };
-    scratch.to = flow.to;
+    scratch.to.set(&flow.to);
     translate(skb, scratch, flow.frontend)
 }
 

@@ -31,21 +31,20 @@ pub fn leaving(skb: *mut __sk_buff, scratch: &mut Scratch) -> i32 {
 
 #[inline(always)]
 fn translate_error(skb: *mut __sk_buff, scratch: &mut Scratch, flows: &'static Flows) -> i32 {
-    let Scratch { packet, quoted, to, opposite, .. } = scratch;
-    if !is_error(skb, packet) || !parse_quoted(skb, packet, quoted) {
+    if !is_error(skb, &scratch.packet) || !parse_quoted(skb, scratch) {
         return PASS;
     }
-    *opposite = quoted.tuple.reversed();
-    let Some(flow) = flow::find(flows, opposite) else { return PASS };
+    scratch.opposite = scratch.quoted.tuple.reversed();
+    let Some(flow) = flow::find(flows, &scratch.opposite) else { return PASS };
     if flow.role == FLOW_MASQUERADE_SOON {
         return PASS;
     }
-    *to = flow.to;
-    if translate(skb, packet, quoted, opposite, to).is_err() {
+    scratch.to.set(&flow.to);
+    if translate(skb, scratch) != 0 {
         return dropped(skb, scratch, DROP_FAILED);
     }
     // The endpoint's error now comes from the Service, as its answers do.
-    if flow.node_interface != 0 && !to.source.is(&packet.tuple.source) {
+    if flow.node_interface != 0 && !scratch.to.source.is(&scratch.packet.tuple.source) {
         return own::receive(skb, scratch, flow);
     }
     PASS
@@ -59,8 +58,9 @@ fn is_error(skb: *mut __sk_buff, packet: &Packet) -> bool {
 }
 
 /// Reads the packet that an error is about.
-#[inline(always)]
-fn parse_quoted(skb: *mut __sk_buff, packet: &Packet, quoted: &mut Packet) -> bool {
+#[inline(never)]
+fn parse_quoted(skb: *mut __sk_buff, scratch: &mut Scratch) -> bool {
+    let Scratch { packet, quoted, .. } = scratch;
     let kind = parse_ip(skb, quoted, packet.is_v4, packet.transport + ICMP_HEADER);
     if kind != Kind::Ports || quoted.is_later_fragment {
         return false;
@@ -73,10 +73,17 @@ fn parse_quoted(skb: *mut __sk_buff, packet: &Packet, quoted: &mut Packet) -> bo
     true
 }
 
+/// 0 when the error is about what its receiver knows.
+#[inline(never)]
+fn translate(skb: *mut __sk_buff, scratch: &mut Scratch) -> i64 {
+    let Scratch { packet, quoted, opposite, to, .. } = scratch;
+    if rewrite(skb, packet, quoted, opposite, to).is_ok() { 0 } else { -1 }
+}
+
 /// `key` is the reversed quoted tuple, `to` what it is translated to. The checksum of the quoted transport stays as
 /// it is: what is quoted is cut off, so nobody can check it.
 #[inline(always)]
-fn translate(
+fn rewrite(
     skb: *mut __sk_buff,
     packet: &mut Packet,
     quoted: &Packet,

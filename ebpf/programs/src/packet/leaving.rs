@@ -30,11 +30,10 @@ pub fn handle(skb: *mut __sk_buff) -> i32 {
 fn with_ports(skb: *mut __sk_buff, scratch: &mut Scratch) -> i32 {
     if let Some(flow) = flow::find(&FLOWS_OUT, &scratch.packet.tuple) {
         let now = flow::now();
-        scratch.to = flow.to;
+        scratch.to.set(&flow.to);
         if flow::is_valid(flow, scratch, now) {
             if flow.role == FLOW_MASQUERADE_SOON {
-                scratch.flow = *flow;
-                let reason = masquerade::choose(skb, scratch, now);
+                let reason = masquerade::choose(skb, scratch, flow, now);
                 if reason != masquerade::CHOSEN {
                     return dropped(skb, scratch, reason);
                 }

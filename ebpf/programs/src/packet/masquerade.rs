@@ -4,7 +4,7 @@ use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::bpf_get_prandom_u32;
 use keelson_ebpf::maps::INTERFACES;
 use keelson_ebpf_abi::{
-    Address, DROP_FAILED, DROP_NO_ADDRESS, DROP_NO_PORT, FLOW_MASQUERADE, FLOW_UNMASQUERADE,
+    Address, DROP_FAILED, DROP_NO_ADDRESS, DROP_NO_PORT, FLOW_MASQUERADE, FLOW_UNMASQUERADE, Flow,
 };
 
 use crate::flow;
@@ -16,9 +16,9 @@ pub const CHOSEN: u32 = u32::MAX;
 const ATTEMPTS: u32 = 32;
 
 /// Masquerades the connection that the packet at hand belongs to with the address of the interface that it
-/// leaves by. `scratch.flow` is its entry in `flows_out`; the choice is in `scratch.to`.
+/// leaves by. `flow` is its entry in `flows_out`; the choice is in `scratch.to`.
 #[inline(never)]
-pub fn choose(skb: *mut __sk_buff, scratch: &mut Scratch, now: u64) -> u32 {
+pub fn choose(skb: *mut __sk_buff, scratch: &mut Scratch, flow: &Flow, now: u64) -> u32 {
     // SAFETY: a field of the context; the map is not preallocated.
     let Some(interface) = (unsafe { INTERFACES.get((*skb).ifindex) }) else {
         return DROP_NO_ADDRESS;
@@ -28,6 +28,10 @@ pub fn choose(skb: *mut __sk_buff, scratch: &mut Scratch, now: u64) -> u32 {
     if address.is(&Address::ANY6) {
         return DROP_NO_ADDRESS;
     }
+    scratch.flow.pool = flow.pool;
+    scratch.flow.frontend = flow.frontend;
+    scratch.flow.state = flow.state;
+    scratch.flow.node_interface = 0;
     scratch.to.source = address;
     scratch.flow.role = FLOW_UNMASQUERADE;
     scratch.flow.last_seen_ns = now;
@@ -36,7 +40,7 @@ pub fn choose(skb: *mut __sk_buff, scratch: &mut Scratch, now: u64) -> u32 {
         return DROP_NO_PORT;
     }
     scratch.flow.role = FLOW_MASQUERADE;
-    scratch.flow.to = scratch.to;
+    scratch.flow.to.set(&scratch.to);
     if flow::enter(&FLOWS_OUT, &key, &scratch.flow) { CHOSEN } else { DROP_FAILED }
 }
 

@@ -140,7 +140,7 @@ pub fn connect(scratch: &mut Scratch) -> Opened {
     if !claim_answers(&FLOWS_OUT, scratch) {
         return Opened(DROP_NO_PORT);
     }
-    scratch.flow.to = scratch.to;
+    scratch.flow.to.set(&scratch.to);
     if scratch.hides {
         scratch.flow.role = FLOW_MASQUERADE_SOON;
         if !flow::enter(&FLOWS_OUT, &scratch.to, &scratch.flow) {

@@ -46,7 +46,7 @@ pub fn connect(skb: *mut __sk_buff, scratch: &mut Scratch) -> Opened {
         return Opened(DROP_NO_PORT);
     }
     scratch.flow.role = FLOW_TO_ENDPOINT;
-    scratch.flow.to = scratch.to;
+    scratch.flow.to.set(&scratch.to);
     if flow::enter(&FLOWS_OUT, &scratch.packet.tuple, &scratch.flow) {
         Opened::TRANSLATE
     } else {

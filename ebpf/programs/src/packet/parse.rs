@@ -32,6 +32,7 @@ pub enum Kind {
 /// What is read of a packet.
 #[repr(C)]
 pub struct Packet {
+    /// What is zero in it is so since the map was made.
     pub tuple: Tuple,
     /// Where the header after IP's begins, from IP's on.
     pub transport: u32,
@@ -159,7 +160,6 @@ pub fn parse_ip(skb: *mut __sk_buff, packet: &mut Packet, is_v4: bool, at: u32) 
     packet.has_ports = false;
     packet.is_fragment = false;
     packet.is_later_fragment = false;
-    packet.tuple.zero = [0; 3];
     if !(if is_v4 { parse_v4(skb, packet, at) } else { parse_v6(skb, packet, at) }) {
         return Kind::Other;
     }
