@@ -46,7 +46,7 @@ fn a_service_with_very_many_endpoints_is_one_like_others(mode: Mode) {
     // Under emulation everything takes tens of times as long, and the programs of iptables take long anywhere.
     let emulated = std::env::var_os("KEELSON_TEST_OWN_MACHINE").is_some();
     let slices = match mode {
-        _ if emulated => 10,
+        _ if emulated => 2,
         Mode::Iptables(_) => 20,
         _ => 100,
     };
