@@ -178,8 +178,9 @@ impl Iptables {
         let (programs, figures) = (&self.programs, &mut self.figures);
         self.alarm.during(operations, blocks, |pids| {
             for (family, script) in &scripts {
-                let restored = programs.restore(*family, script);
-                pids.push(restored.inspect_err(|_| figures.of_mut(*family).failures += 1)?);
+                programs
+                    .restore(*family, script, pids)
+                    .inspect_err(|_| figures.of_mut(*family).failures += 1)?;
             }
             Ok::<_, IptablesError>(())
         })??;

@@ -67,7 +67,7 @@ pub(super) fn remove_with(
         for (dirty, hooks) in [(emptied, &hooks), (gone, &Hooks::new())] {
             let script = script(family, &dirty, hooks, limit, Table::Nat);
             if script.blocks > 0 {
-                programs.restore(family, &script)?;
+                programs.restore(family, &script, &mut Vec::new())?;
             }
         }
         removed += saved.chains.len();

@@ -90,7 +90,7 @@ impl Programs {
         if let Some(table) = table {
             command.args(["-t", table]);
         }
-        let (_, output) = self.run(&program, command, None)?;
+        let output = self.run(&program, command, None, &mut Vec::new())?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         // With the program's exit code 0: somebody's rules in there that iptables cannot show.
         let incompatible = ["nat", "filter"].iter().any(|table| {
@@ -104,16 +104,22 @@ impl Programs {
         Ok(text)
     }
 
-    /// Puts changes in force; what is not named in them stays. Returns the program's process id.
-    pub(crate) fn restore(&self, family: Family, script: &Script) -> Result<u32, ProgramError> {
+    /// Puts changes in force; what is not named in them stays. Notes the program's process id, also when it fails:
+    /// some of its transactions may have taken effect.
+    pub(crate) fn restore(
+        &self,
+        family: Family,
+        script: &Script,
+        pids: &mut Vec<u32>,
+    ) -> Result<(), ProgramError> {
         let (program, mut command) = self.command(family, "restore")?;
         command.args(["--noflush", "--wait=10"]);
-        match self.run(&program, command, Some(script.text.as_bytes())) {
+        match self.run(&program, command, Some(script.text.as_bytes()), pids) {
             Err(ProgramError::Failed { program, complaint }) => {
                 let complaint = with_line(&complaint, &script.text);
                 Err(ProgramError::Failed { program, complaint })
             }
-            result => Ok(result?.0),
+            result => result.map(drop),
         }
     }
 
@@ -121,7 +127,7 @@ impl Programs {
     pub(crate) fn test(&self, family: Family, script: &Script) -> Result<(), ProgramError> {
         let (program, mut command) = self.command(family, "restore")?;
         command.args(["--noflush", "--test"]);
-        self.run(&program, command, Some(script.text.as_bytes())).map(drop)
+        self.run(&program, command, Some(script.text.as_bytes()), &mut Vec::new()).map(drop)
     }
 
     /// Whether the family has any rules in this variant. Makes no tables.
@@ -173,13 +179,14 @@ impl Programs {
         program: &str,
         mut command: Command,
         input: Option<&[u8]>,
-    ) -> Result<(u32, Output), ProgramError> {
+        pids: &mut Vec<u32>,
+    ) -> Result<Output, ProgramError> {
         let stdin = if input.is_some() { Stdio::piped() } else { Stdio::null() };
         command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped());
         let fail = |source| ProgramError::Run { program: program.to_owned(), source };
         // The child starts in the namespace of the thread that makes it.
         let mut child = self.netns.run(|| command.spawn())?.map_err(fail)?;
-        let pid = child.id();
+        pids.push(child.id());
         let stdin = child.stdin.take();
         let (written, output) = std::thread::scope(|scope| {
             let writer = scope.spawn(move || match (stdin, input) {
@@ -198,7 +205,7 @@ impl Programs {
         if let Ok(Err(source)) = written {
             return Err(fail(source));
         }
-        Ok((pid, output))
+        Ok(output)
     }
 }
 
