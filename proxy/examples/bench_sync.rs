@@ -9,8 +9,10 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use keelson_proxy::backend::{Backend, BackendConfig, Mode, PodSources};
 use keelson_proxy::diff::{Plans, advance};
+use keelson_proxy::ebpf::EbpfConfig;
 use keelson_proxy::model::objects::{EndpointSlice, Service};
 use keelson_proxy::model::{Model, NodeFacts};
+use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use serde_json::json;
 
@@ -25,7 +27,7 @@ struct Flags {
     /// Changes to measure
     #[arg(long, default_value_t = 20)]
     changes: u32,
-    /// Backend: nftables, iptables-nft, iptables-legacy
+    /// Backend: nftables, iptables-nft, iptables-legacy, ebpf
     #[arg(long, default_value = "nftables")]
     mode: String,
     /// Endpoint changes a second in the churn phase; 0 leaves it out
@@ -41,7 +43,11 @@ struct Flags {
 
 fn main() -> anyhow::Result<()> {
     let flags = Flags::parse();
-    unshare(CloneFlags::CLONE_NEWNET)?;
+    unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS)?;
+    // What mode ebpf keeps in a BPF file system goes with the process.
+    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    mount(None::<&str>, "/", None::<&str>, private, None::<&str>)?;
+    mount(Some("bpf"), "/sys/fs/bpf", Some("bpf"), MsFlags::empty(), None::<&str>)?;
     let mut results = BTreeMap::new();
     let (mut model, mut plans) = (Model::new(node()), Plans::new());
     let modes = Mode::candidates(&flags.mode)
@@ -210,7 +216,9 @@ fn node() -> NodeFacts {
 
 fn config() -> anyhow::Result<BackendConfig> {
     let pods = PodSources::Ranges(vec!["10.0.0.0/8".parse()?]);
-    Ok(BackendConfig { pods, ..BackendConfig::default() })
+    // The sockets of this machine are not ours.
+    let ebpf = EbpfConfig { sockets: false, ..EbpfConfig::default() };
+    Ok(BackendConfig { pods, ebpf, ..BackendConfig::default() })
 }
 
 fn resident_mb() -> anyhow::Result<f64> {

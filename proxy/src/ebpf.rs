@@ -14,6 +14,7 @@
 
 mod alarm;
 mod attach;
+mod clsact;
 mod config;
 mod connected_udp;
 mod ender;
@@ -41,7 +42,7 @@ use crate::backend::{Applied, Backend, BackendConfig, BackendError, Difference};
 use crate::diff::{Change, Plans};
 use crate::model::{FrontendKey, PortPlan, Scope, ServiceKey, ServicePlan};
 use alarm::Alarm;
-use attach::Links;
+use attach::{Links, Way};
 pub use config::EbpfConfig;
 use ender::Ender;
 pub use error::EbpfError;
@@ -101,6 +102,7 @@ struct Kernel {
     maps: Maps,
     programs: Programs,
     links: Links,
+    way: Way,
     ender: Ender,
 }
 
@@ -149,7 +151,8 @@ impl Ebpf {
         let folder = Programs::maps_folder(pins);
         let maps = Maps::open(&folder)?;
         let ender = Ender::start(&folder, self.config.ebpf.namespaces.clone())?;
-        Ok((Kernel { maps, programs, links: Links::open(pins)?, ender }, operations))
+        let way = Way::find(&programs, &self.netns)?;
+        Ok((Kernel { maps, programs, links: Links::open(pins)?, way, ender }, operations))
     }
 
     fn adopt_all(&mut self, plans: &Plans) -> Result<Applied, EbpfError> {
@@ -203,22 +206,7 @@ impl Ebpf {
 
     /// Writes what belongs to the node itself.
     fn adopt_node(&mut self, kernel: &Kernel, found: Settings) -> Result<usize, EbpfError> {
-        let maps = &kernel.maps;
-        let of_node = |flags: &u32| flags & ADDRESS_NODE != 0;
-        self.node = NodeState {
-            addresses: maps
-                .addresses
-                .read()?
-                .into_iter()
-                .filter(|(_, flags)| of_node(flags))
-                .collect(),
-            interfaces: maps.interfaces.read()?.into_iter().collect(),
-            pod_ranges: maps.pod_ranges.read()?.into_iter().collect(),
-            service_ranges: maps.service_ranges.read()?.into_iter().collect(),
-            flags: found.flags,
-            address4: found.address4,
-            address6: found.address6,
-        };
+        self.node = read_node(&kernel.maps, found)?;
         let mut operations = self.refresh_node(kernel)?;
         if found.host_cookie != self.cookie {
             self.write_settings(kernel, found.numbers)?;
@@ -266,8 +254,8 @@ impl Ebpf {
     /// Attaches what is not attached yet, and the other way round.
     fn attach(&self, kernel: &Kernel) -> Result<usize, EbpfError> {
         let (interfaces, sockets) = (self.interfaces(), self.config.ebpf.sockets);
-        let Kernel { links, programs, .. } = kernel;
-        let mut operations = links.serve_packets(programs, &self.netns, &interfaces)?;
+        let Kernel { links, programs, way, .. } = kernel;
+        let mut operations = links.serve_packets(programs, *way, &self.netns, &interfaces)?;
         if sockets {
             let cgroup = self.config.ebpf.cgroup()?;
             operations += links.serve_sockets(programs, &cgroup)?;
@@ -325,6 +313,20 @@ impl Ebpf {
         }
         Ok(applied)
     }
+}
+
+/// What the maps say of the node.
+fn read_node(maps: &Maps, settings: Settings) -> Result<NodeState, EbpfError> {
+    let addresses = maps.addresses.read()?.into_iter();
+    Ok(NodeState {
+        addresses: addresses.filter(|(_, flags)| flags & ADDRESS_NODE != 0).collect(),
+        interfaces: maps.interfaces.read()?.into_iter().collect(),
+        pod_ranges: maps.pod_ranges.read()?.into_iter().collect(),
+        service_ranges: maps.service_ranges.read()?.into_iter().collect(),
+        flags: settings.flags,
+        address4: settings.address4,
+        address6: settings.address6,
+    })
 }
 
 /// A Service's change on its way into the kernel.
@@ -401,7 +403,9 @@ impl Ebpf {
             Some(last) if next.len() == LOOK_AT_ONCE => *last,
             _ => 0,
         };
-        !kernel.links.missing(self.config.ebpf.sockets, next).is_empty()
+        let Kernel { links, way, .. } = kernel;
+        let missing = links.missing(self.config.ebpf.sockets, next.into_iter(), *way, &self.netns);
+        !missing.is_empty()
     }
 
     fn differences(&mut self, plans: &Plans) -> Result<Vec<Difference>, EbpfError> {
@@ -414,9 +418,21 @@ impl Ebpf {
             differs(None, "no maps are pinned".to_owned());
             return Ok(found);
         };
-        let links = Links::open(&pins)?;
-        for pin in links.missing(self.config.ebpf.sockets, self.interfaces()) {
+        let Some(programs) = Programs::found(&pins)? else {
+            differs(None, "no programs are pinned".to_owned());
+            return Ok(found);
+        };
+        let node = self.observe_node()?;
+        let (links, way) = (Links::open(&pins)?, Way::find(&programs, &self.netns)?);
+        let interfaces = node.interfaces.keys().copied();
+        for pin in links.missing(self.config.ebpf.sockets, interfaces, way, &self.netns) {
             differs(None, format!("{pin} is not attached"));
+        }
+        if read_node(&maps, maps.settings.get(&0)?.unwrap_or_default())? != node {
+            differs(
+                None,
+                "what the programs know of the node's interfaces and addresses".to_owned(),
+            );
         }
         let mut observed = Observed::read(&maps)?;
         let mut numbers = self.numbers;
@@ -473,6 +489,7 @@ impl Backend for Ebpf {
     fn cleanup(&mut self) -> Result<(), BackendError> {
         self.kernel = None;
         self.programmed.clear();
-        Ok(Ebpf::remove(&self.config.ebpf)?)
+        let removed = self.netns.run(|| Ebpf::remove(&self.config.ebpf));
+        Ok(removed.map_err(EbpfError::from)??)
     }
 }

@@ -58,6 +58,8 @@ const MODULES: &[&str] = &[
     "ip_vs_sed",
     "ip_vs_nq",
     "udp_diag",
+    "cls_bpf",
+    "sch_ingress",
 ];
 
 /// What the tests run on: a kernel and its modules.

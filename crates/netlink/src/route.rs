@@ -5,6 +5,7 @@
 //! one round trip for all of them.
 
 mod address;
+mod classifier;
 mod event;
 mod link;
 mod neighbour;
@@ -15,6 +16,7 @@ mod table;
 use std::time::Duration;
 
 pub use address::{Address, address_message};
+pub use classifier::{Classifier, Direction};
 pub use event::{Event, Group, Monitor};
 pub use link::{
     InetSetting, Link, LinkChange, LinkRef, Mac, VethEnd, VethPair, link_change_message,

@@ -9,7 +9,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use keelson_netlink::netns::Netns;
+use keelson_netlink::route::Rtnl;
 
+use super::clsact;
 use super::error::EbpfError;
 use super::programs::Programs;
 use super::sys::{self, AttachType};
@@ -29,6 +31,28 @@ pub(crate) const SOCKET_PROGRAMS: &[(&str, AttachType)] = &[
 /// Programs for packets, in the order in which they are attached.
 pub(crate) const PACKET_PROGRAMS: &[(&str, AttachType)] =
     &[("egress", AttachType::TcxEgress), ("ingress", AttachType::TcxIngress)];
+
+/// How packets come to the programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// By links, from Linux 6.6 on.
+    Tcx,
+    Clsact,
+}
+
+impl Way {
+    /// What the kernel of that namespace can do: tried with the loopback interface.
+    pub(crate) fn find(programs: &Programs, netns: &Netns) -> Result<Self, EbpfError> {
+        const LOOPBACK: u32 = 1;
+        let Some(program) = programs.get("egress") else { return Ok(Way::Tcx) };
+        let attempt = || sys::create_link(program.as_fd(), LOOPBACK, AttachType::TcxEgress);
+        match netns.run(attempt)? {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(Way::Clsact),
+            // Detached again as nobody holds it.
+            _ => Ok(Way::Tcx),
+        }
+    }
+}
 
 /// The pinned links.
 pub(crate) struct Links {
@@ -71,9 +95,13 @@ impl Links {
     pub(crate) fn serve_packets(
         &self,
         programs: &Programs,
+        way: Way,
         netns: &Netns,
         interfaces: &HashSet<u32>,
     ) -> Result<usize, EbpfError> {
+        if way == Way::Clsact {
+            return clsact::serve(&mut Rtnl::open_in(netns)?, programs, interfaces.iter().copied());
+        }
         let mut operations = 0;
         // What begins at one interface must find the other program at all others.
         for (name, attach_type) in PACKET_PROGRAMS {
@@ -127,14 +155,20 @@ impl Links {
     pub(crate) fn missing(
         &self,
         sockets: bool,
-        interfaces: impl IntoIterator<Item = u32>,
+        interfaces: impl Iterator<Item = u32>,
+        way: Way,
+        netns: &Netns,
     ) -> Vec<String> {
         let sockets =
             SOCKET_PROGRAMS.iter().filter(|_| sockets).map(|(name, _)| (*name).to_owned());
-        let packets = interfaces.into_iter().flat_map(|index| {
-            PACKET_PROGRAMS.iter().map(move |(name, _)| format!("{name}-{index}"))
-        });
-        sockets.chain(packets).filter(|pin| !self.works(pin)).collect()
+        let missing = |pin: &String| !self.works(pin);
+        match (way, Rtnl::open_in(netns)) {
+            (Way::Clsact, Ok(mut rtnl)) => {
+                let filters = clsact::missing(&mut rtnl, interfaces);
+                sockets.filter(missing).chain(filters).collect()
+            }
+            _ => sockets.chain(packets(interfaces)).filter(missing).collect(),
+        }
     }
 
     fn works(&self, pin: &str) -> bool {
@@ -158,10 +192,18 @@ impl Links {
         });
     }
 
-    /// Detaches everything that any process attached for these pins.
-    pub(crate) fn remove_all(pins: &Path) {
+    /// Detaches everything that any process attached for these pins, and the filters of the calling thread's namespace.
+    pub(crate) fn remove_all(pins: &Path) -> Result<(), EbpfError> {
         remove(&pins.join("links"), |_| true);
+        let mut rtnl = Rtnl::open().map_err(EbpfError::Observe)?;
+        clsact::remove(&mut rtnl).map_err(EbpfError::Filter)
     }
+}
+
+/// The pins of links to interfaces.
+fn packets(interfaces: impl Iterator<Item = u32>) -> impl Iterator<Item = String> {
+    interfaces
+        .flat_map(|index| PACKET_PROGRAMS.iter().map(move |(name, _)| format!("{name}-{index}")))
 }
 
 fn remove(folder: &Path, which: impl Fn(&str) -> bool) -> usize {

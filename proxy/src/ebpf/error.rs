@@ -21,6 +21,8 @@ pub enum EbpfError {
     Verify { program: String, source: Box<dyn std::error::Error + Send + Sync> },
     #[error("cannot attach the BPF program {program} to {target}")]
     Attach { program: &'static str, target: String, source: io::Error },
+    #[error("cannot attach BPF programs as filters of interfaces")]
+    Filter(#[source] NetlinkError),
     #[error("there is no cgroup2 file system: mount one, or name its folder")]
     NoCgroup2,
     #[error("cannot read {path}")]

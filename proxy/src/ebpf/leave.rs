@@ -23,7 +23,7 @@ impl Ebpf {
             return Ok(());
         }
         // Sockets and packets first: without maps they would be refused what they may have.
-        Links::remove_all(&config.pins);
+        Links::remove_all(&config.pins)?;
         programs::remove(&config.pins).map_err(fail)
     }
 

@@ -64,10 +64,10 @@ impl Programs {
     /// Takes over the programs that an earlier process of this version left, or loads them. Makes the maps
     /// that are missing.
     pub(crate) fn ready(pins: &Path) -> Result<Self, EbpfError> {
-        let maps = Self::maps_folder(pins);
-        if let Some(by_name) = stamp(&maps)?.and_then(|stamp| pinned(&pins.join(stamp))) {
-            return Ok(Programs { by_name, fresh: false });
+        if let Some(found) = Self::found(pins)? {
+            return Ok(found);
         }
+        let maps = Self::maps_folder(pins);
         let by_name = load(&maps)?;
         let missing =
             || EbpfError::Pin { path: maps.clone(), source: io::ErrorKind::NotFound.into() };
@@ -75,6 +75,13 @@ impl Programs {
         keep(&by_name, &folder)?;
         remove_others(pins, &folder);
         Ok(Programs { by_name, fresh: true })
+    }
+
+    /// The programs that an earlier process of this version left.
+    pub(crate) fn found(pins: &Path) -> Result<Option<Self>, EbpfError> {
+        let stamp = stamp(&Self::maps_folder(pins))?;
+        let by_name = stamp.and_then(|stamp| pinned(&pins.join(stamp)));
+        Ok(by_name.map(|by_name| Programs { by_name, fresh: false }))
     }
 
     pub(crate) fn get(&self, name: &str) -> Option<&OwnedFd> {
