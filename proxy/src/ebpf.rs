@@ -22,6 +22,7 @@ mod error;
 mod item;
 mod leave;
 mod maps;
+mod monitor;
 mod node;
 mod numbering;
 mod observed;
@@ -34,7 +35,7 @@ use std::hash::Hash;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use keelson_ebpf_abi::{ADDRESS_NODE, Settings};
+use keelson_ebpf_abi::{ADDRESS_NODE, SETTING_EVENTS, Settings};
 use keelson_netlink::netns::Netns;
 use keelson_netlink::route::Rtnl;
 
@@ -48,6 +49,7 @@ use ender::Ender;
 pub use error::EbpfError;
 use item::{Item, Key, Operations, guard_item, items_of};
 use maps::Maps;
+pub use monitor::{MonitorArgs, monitor};
 use node::NodeState;
 use numbering::{Before, NumberedPool, NumberedPort, Numbers, number};
 use observed::Observed;
@@ -323,7 +325,8 @@ fn read_node(maps: &Maps, settings: Settings) -> Result<NodeState, EbpfError> {
         interfaces: maps.interfaces.read()?.into_iter().collect(),
         pod_ranges: maps.pod_ranges.read()?.into_iter().collect(),
         service_ranges: maps.service_ranges.read()?.into_iter().collect(),
-        flags: settings.flags,
+        // Somebody may listen.
+        flags: settings.flags & !SETTING_EVENTS,
         address4: settings.address4,
         address6: settings.address6,
     })

@@ -37,7 +37,7 @@ pub struct Flags {
     #[arg(long, value_name = "NAME")]
     pub hostname_override: Option<String>,
     /// How to program the kernel: nftables, iptables (or iptables-nft, iptables-legacy to choose the
-    /// variant), ipvs, or auto for the first that works here
+    /// variant), ipvs, ebpf, or auto for the first that works here
     #[arg(long, value_name = "MODE")]
     pub proxy_mode: Option<String>,
     /// Pod ranges of the cluster, one per IP family

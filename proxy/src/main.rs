@@ -2,9 +2,11 @@
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Parser, Subcommand};
 use keelson_proxy::cleanup;
+use keelson_proxy::ebpf::{MonitorArgs, monitor};
 use keelson_proxy::explain::Question;
 use keelson_proxy::flags::{Cleanup, Flags};
 use tokio::signal::unix::{SignalKind, signal};
@@ -25,6 +27,8 @@ struct Command {
 enum Task {
     /// Show what is programmed for a Service and why, or where a packet would go
     Explain(Question),
+    /// Mode ebpf: show each decision about packets, until interrupted
+    Monitor(MonitorArgs),
 }
 
 fn main() -> ExitCode {
@@ -41,6 +45,7 @@ fn main() -> ExitCode {
     let done = match task {
         None => run(flags),
         Some(Task::Explain(question)) => explain(flags, &question),
+        Some(Task::Monitor(wanted)) => show_decisions(&flags, &wanted),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -58,6 +63,27 @@ fn level_name(level: u8) -> &'static str {
         4 | 5 => "keelson_proxy=debug,info",
         _ => "keelson_proxy=trace,debug",
     }
+}
+
+fn show_decisions(flags: &Flags, wanted: &MonitorArgs) -> anyhow::Result<()> {
+    static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+    // What is written into the settings must be taken back.
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    runtime.spawn(async {
+        let (Ok(mut terminate), Ok(mut interrupt)) =
+            (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+        else {
+            return;
+        };
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        INTERRUPTED.store(true, Ordering::Relaxed);
+    });
+    let stop = || INTERRUPTED.load(Ordering::Relaxed);
+    monitor(&flags.ebpf.config(), wanted, &mut std::io::stdout().lock(), stop)
 }
 
 fn explain(flags: Flags, question: &Question) -> anyhow::Result<()> {

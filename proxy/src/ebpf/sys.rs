@@ -67,6 +67,15 @@ fn number(fd: BorrowedFd<'_>) -> u32 {
     fd.as_raw_fd().unsigned_abs()
 }
 
+/// An event as a program wrote it.
+pub(crate) fn read_event(bytes: &[u8]) -> Option<keelson_ebpf_abi::Event> {
+    if bytes.len() < size_of::<keelson_ebpf_abi::Event>() {
+        return None;
+    }
+    // SAFETY: long enough, and plain data that any bytes are a value of.
+    Some(unsafe { std::ptr::read_unaligned(bytes.as_ptr().cast()) })
+}
+
 #[repr(C)]
 struct ObjectAttr {
     path: u64,
