@@ -56,6 +56,11 @@ pub(crate) fn run(args: &EbpfArgs) -> Result<()> {
     Ok(())
 }
 
+/// Fails when an object in the repository is not what its source gives.
+pub(crate) fn check() -> Result<()> {
+    run(&EbpfArgs { check: true })
+}
+
 /// bpf-linker of the version that objects are linked with, built when it is not there yet.
 fn linker() -> Result<PathBuf> {
     let root = build::target_dir().join("bpf-linker");

@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use clap::ValueEnum;
 
 use crate::build::{self, Profile};
-use crate::{install, shell, vm};
+use crate::{ebpf, install, shell, vm};
 
 #[derive(clap::Args)]
 pub(crate) struct TestArgs {
@@ -25,6 +25,8 @@ enum Lane {
     Lint,
     /// Pure functions, tables and properties: needs nothing
     Unit,
+    /// The BPF objects of the repository are what their source gives: needs Debian's compiler for BPF
+    Ebpf,
     /// Real containerd, runc, kernel, nftables, registry and kubectl: needs root
     Node,
     /// Agent and proxy against kube-apiserver and etcd: needs root and `KUBEBUILDER_ASSETS`
@@ -47,7 +49,8 @@ enum Outcome {
 
 pub(crate) fn run(args: &TestArgs) -> Result<()> {
     install::for_test()?;
-    let all = [Lane::Lint, Lane::Unit, Lane::Node, Lane::Apiserver, Lane::Vm, Lane::VmNode];
+    let all =
+        [Lane::Lint, Lane::Unit, Lane::Ebpf, Lane::Node, Lane::Apiserver, Lane::Vm, Lane::VmNode];
     let chosen: Vec<Lane> = if args.lane.is_empty() { all.to_vec() } else { args.lane.clone() };
     let mut outcomes = Vec::new();
     for lane in chosen {
@@ -55,6 +58,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
         let outcome = match lane {
             Lane::Lint => lint(),
             Lane::Unit => unit(),
+            Lane::Ebpf => objects(),
             Lane::Node => node(),
             Lane::Apiserver => apiserver(),
             Lane::Vm => in_machine(|kernel| vm::run(kernel, &args.suite)),
@@ -111,6 +115,17 @@ fn unit() -> Outcome {
     let mut tests = build::cargo("test", Profile::Dev);
     tests.args(["--workspace", "--lib", "--bins", "--no-fail-fast"]);
     all_of(&mut [tests])
+}
+
+/// Without the compiler nobody can say whether they are right.
+fn objects() -> Outcome {
+    if let Err(error) = install::for_ebpf() {
+        return Outcome::Skipped(format!("{error:#}"));
+    }
+    match ebpf::check() {
+        Ok(()) => Outcome::Passed,
+        Err(error) => Outcome::Failed(format!("{error:#}")),
+    }
 }
 
 fn node() -> Outcome {
