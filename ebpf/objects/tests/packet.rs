@@ -12,6 +12,8 @@ mod fragments;
 mod kernel;
 #[path = "packet/masquerade.rs"]
 mod masquerade;
+#[path = "packet/model.rs"]
+mod model;
 #[path = "packet/monitor.rs"]
 mod monitor;
 #[path = "packet/network.rs"]

@@ -12,7 +12,7 @@ use keelson_ebpf_abi::{
 };
 
 use crate::kernel::{ip, to_pool};
-use crate::node::{NODE, Node, OUTSIDE, POD_A, POD_B, node_at, of};
+use crate::node::{NODE, Node, OUTSIDE, POD_A, POD_B, POD_C, POD_D, node_at, of};
 
 /// Only a failure takes so long.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -164,6 +164,30 @@ fn an_endpoint_may_be_a_process_of_the_node() {
             assert_eq!(seen, of(from, v6, 0).ip());
         }
     }
+}
+
+/// Packets pass the programs twice, at the bridge and at its port. Answers between its pods do not even pass the node's
+/// routing.
+#[test]
+fn pods_on_a_bridge_reach_each_other_and_themselves() {
+    let mut node = node(MASQUERADE_UNLESS_POD);
+    for (v6, service) in [false, true].into_iter().zip(SERVICES) {
+        let service: SocketAddr = service.parse().unwrap();
+        let endpoint = of(POD_C, v6, 8080);
+        let slot = (&*endpoint.to_string(), ENDPOINT_HERE, MEMBER_SERVING);
+        node.kernel.pool(1 + u32::from(v6), &[slot]);
+        let port = SocketAddr::new(node_at(OUTSIDE, v6), 30080);
+        for (from, to, seen) in [
+            (POD_D, service, of(POD_D, v6, 0).ip()),
+            (POD_A, service, of(POD_A, v6, 0).ip()),
+            (POD_C, service, node_at(POD_C, v6)),
+            (POD_D, port, node_at(POD_C, v6)),
+            (OUTSIDE, port, node_at(POD_C, v6)),
+        ] {
+            assert_eq!(transfer_with(&node, from, to, (POD_C, endpoint)), seen);
+        }
+    }
+    assert_eq!(node.kernel.drops().iter().sum::<u64>(), 0);
 }
 
 /// The pod's kernel answers with ICMP, which the client must recognise.

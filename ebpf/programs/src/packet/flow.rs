@@ -63,6 +63,8 @@ pub fn note(flow: &mut Flow, scratch: &mut Scratch, now_ns: u64, theirs: &'stati
         }
         // Of another connection by now.
         Some(_) => {}
+        // It may have been taken away for one that nobody translates.
+        None if flow.is_over(now_ns) => {}
         None => {
             // Another CPU may have been faster; without room it is tried again in a second.
             let _ = theirs.insert(&scratch.opposite, &scratch.flow, u64::from(BPF_NOEXIST));
