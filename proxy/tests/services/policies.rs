@@ -3,10 +3,12 @@
 use std::io::ErrorKind;
 
 use crate::stage::*;
+use keelson_netlink::route::Route;
 use serde_json::json;
 
 rows![
     external_traffic_policy_local_keeps_the_client_and_stays_on_the_node,
+    a_pod_of_another_node_is_no_pod_of_this_one,
     internal_traffic_policy_local_never_leaves_the_node,
     endpoints_that_terminate_serve_when_no_other_is_left,
     external_and_load_balancer_addresses_answer_and_source_ranges_hold,
@@ -49,6 +51,33 @@ fn external_traffic_policy_local_keeps_the_client_and_stays_on_the_node(mode: Mo
     node.endpoints("web", "TCP", 8080, &[]);
     node.apply();
     assert_eq!(node.outside.tcp(&port), Err(ErrorKind::ConnectionRefused));
+}
+
+/// Case 25, where pods are told by the node's own range.
+fn a_pod_of_another_node_is_no_pod_of_this_one(mode: Mode) {
+    let pods = PodSources::Ranges(vec!["10.66.0.0/24".parse().unwrap()]);
+    let mut node = Node::with(mode, BackendConfig { pods, ..BackendConfig::default() });
+    node.outside.route("10.66.0.0/24", NODE4);
+    let client = node.pod("client", 10);
+    let _there = node.pod("there", 3).serving("TCP", 8080);
+    // A pod over there: it comes with its own address.
+    let there = "10.66.9.9";
+    node.outside.address("lo", &format!("{there}/32"));
+    let mut rtnl = node.outside.rtnl();
+    let eth0 = rtnl.link("eth0").unwrap().unwrap().index;
+    let to_node = Route::host(NODE4.parse().unwrap(), eth0);
+    rtnl.ensure_route(&Route { source: Some(there.parse().unwrap()), ..to_node }).unwrap();
+    let spec = with(node_port(cluster_ip(1, "TCP", 80), 30080), local("externalTrafficPolicy"));
+    node.service("web", spec);
+    node.endpoints("web", "TCP", 8080, &[(3, "here", json!({"ready": true}))]);
+    node.apply();
+    let port = format!("{NODE4}:30080");
+    assert_eq!(node.outside.tcp(&port).unwrap().client.to_string(), there);
+    // The only endpoint is on another node.
+    node.endpoints("web", "TCP", 8080, &[(3, "other", json!({"ready": true}))]);
+    node.apply();
+    assert_eq!(node.outside.tcp(&port), Err(ErrorKind::TimedOut));
+    assert_eq!(servers(&client.namespace, &port, 5), ["there"]);
 }
 
 fn internal_traffic_policy_local_never_leaves_the_node(mode: Mode) {
