@@ -18,6 +18,8 @@ use super::sys::{self, AttachType};
 
 /// Programs for sockets, and where they are called.
 pub(crate) const SOCKET_PROGRAMS: &[(&str, AttachType)] = &[
+    // Before those that remember sockets: it takes them away again.
+    ("sock_release", AttachType::SockRelease),
     ("connect4", AttachType::Connect4),
     ("connect6", AttachType::Connect6),
     ("sendmsg4", AttachType::SendMsg4),
@@ -26,7 +28,6 @@ pub(crate) const SOCKET_PROGRAMS: &[(&str, AttachType)] = &[
     ("recvmsg6", AttachType::RecvMsg6),
     ("getpeername4", AttachType::GetPeerName4),
     ("getpeername6", AttachType::GetPeerName6),
-    ("sock_release", AttachType::SockRelease),
 ];
 /// Programs for packets, in the order in which they are attached.
 pub(crate) const PACKET_PROGRAMS: &[(&str, AttachType)] =

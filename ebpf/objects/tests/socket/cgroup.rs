@@ -80,3 +80,15 @@ fn remove_leftovers(parent: &Path) {
         }
     }
 }
+
+#[test]
+fn what_killed_runs_left_is_removed() {
+    // No process has such a number.
+    let left = own().unwrap().join(format!("{PREFIX}4194305-0"));
+    fs::create_dir(&left).unwrap();
+    let mine = Cgroup::make().unwrap();
+    assert!(!left.exists());
+    let path = mine.path.clone();
+    drop(mine);
+    assert!(!path.exists());
+}
