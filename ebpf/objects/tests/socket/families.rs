@@ -2,6 +2,13 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+/// Only ends a test that would wait for ever.
+const PATIENCE_MS: u16 = 20_000;
 
 /// What the client's sockets are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,8 +66,7 @@ impl Family {
     pub(crate) fn udp(self) -> UdpSocket {
         let any = if self == Family::V4 { "0.0.0.0:0" } else { "[::]:0" };
         let socket = UdpSocket::bind(any).unwrap();
-        // Only ends a test that would wait for ever.
-        socket.set_read_timeout(Some(std::time::Duration::from_secs(20))).unwrap();
+        socket.set_read_timeout(Some(Duration::from_millis(PATIENCE_MS.into()))).unwrap();
         socket
     }
 }
@@ -75,23 +81,16 @@ pub(crate) struct Servers {
 impl Servers {
     /// In the calling thread's namespace.
     pub(crate) fn start(addresses: &[SocketAddr]) -> Self {
-        let udp: Vec<_> = addresses.iter().map(|at| UdpSocket::bind(at).unwrap()).collect();
-        for server in &udp {
-            server.set_nonblocking(true).unwrap();
-        }
+        let udp = addresses.iter().map(|at| UdpSocket::bind(at).unwrap()).collect();
         let tcp = addresses.iter().map(|at| TcpListener::bind(at).unwrap()).collect();
         Servers { tcp, udp, addresses: addresses.to_vec() }
     }
 
     /// Which of them took a connection that was just made.
     pub(crate) fn accepted(&self) -> usize {
-        for (position, listener) in self.tcp.iter().enumerate() {
-            listener.set_nonblocking(true).unwrap();
-            if listener.accept().is_ok() {
-                return position;
-            }
-        }
-        panic!("none of {:?} was connected to", self.addresses);
+        let position = self.ready(&self.tcp);
+        self.tcp[position].accept().unwrap();
+        position
     }
 
     /// Answers the one datagram that was just sent, with its own content; who did.
@@ -103,12 +102,17 @@ impl Servers {
 
     /// Who got the one datagram that was just sent, and from whom.
     pub(crate) fn received(&self) -> (usize, SocketAddr) {
-        for (position, server) in self.udp.iter().enumerate() {
-            if let Ok((_, from)) = server.recv_from(&mut [0; 64]) {
-                return (position, from);
-            }
-        }
-        panic!("none of {:?} got a datagram", self.addresses);
+        let position = self.ready(&self.udp);
+        (position, self.udp[position].recv_from(&mut [0; 64]).unwrap().1)
+    }
+
+    /// The kernel may deliver a little later, even here.
+    fn ready(&self, servers: &[impl AsFd]) -> usize {
+        let wait = |server| PollFd::new(server, PollFlags::POLLIN);
+        let mut waiting: Vec<_> = servers.iter().map(|server| wait(server.as_fd())).collect();
+        poll(&mut waiting, PollTimeout::from(PATIENCE_MS)).unwrap();
+        let first = waiting.iter().position(|server| server.any() == Some(true));
+        first.unwrap_or_else(|| panic!("nothing came to {:?}", self.addresses))
     }
 
     pub(crate) fn send(&self, position: usize, to: SocketAddr) {
