@@ -28,3 +28,5 @@ mod speed;
 mod states;
 #[path = "packet/translation.rs"]
 mod translation;
+#[path = "packet/tunnel.rs"]
+mod tunnel;

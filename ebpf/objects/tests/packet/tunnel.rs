@@ -1,0 +1,113 @@
+//! An interface whose packets begin with the IP header.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::os::fd::{AsFd, AsRawFd};
+
+use aya::programs::{SchedClassifier, TcAttachType, tc};
+use keelson_ebpf_abi::{
+    ADDRESS_CLUSTER_IP, INTERFACE_NO_LINK_HEADER, Interface, MASQUERADE_NEVER, MEMBER_SERVING,
+};
+use keelson_netlink::route::{Route, Rtnl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::bytes::{ACK, RST, SYN, checksum, tcp, transport_sum};
+use crate::kernel::{ip, to_pool};
+use crate::node::{Node, POD_A, of};
+
+const NAME: &str = "tunnel";
+const CLIENT: &str = "203.0.113.7:40001";
+
+/// The end of a tunnel that the node has, as the file that its packets come out of.
+fn tunnel(node: &mut Node) -> File {
+    let file = node
+        .netns
+        .run(|| {
+            let file = OpenOptions::new().read(true).write(true).open("/dev/net/tun").unwrap();
+            create(&file);
+            file
+        })
+        .unwrap();
+    let mut rtnl = Rtnl::open_in(&node.netns).unwrap();
+    rtnl.set_up(NAME).unwrap();
+    let link = rtnl.link(NAME).unwrap().unwrap().index;
+    let route = Route { link: Some(link), ..Route::to("203.0.113.0/24".parse().unwrap()) };
+    rtnl.ensure_route(&route).unwrap();
+    let interface = Interface { flags: INTERFACE_NO_LINK_HEADER, ..Interface::default() };
+    node.kernel.hash("interfaces").insert(link, interface, 0).unwrap();
+    let Node { kernel, netns, .. } = node;
+    netns
+        .run(|| {
+            tc::qdisc_add_clsact(NAME).unwrap();
+            for (program, kind) in
+                [("ingress", TcAttachType::Ingress), ("egress", TcAttachType::Egress)]
+            {
+                let program: &mut SchedClassifier = kernel.program_mut(program);
+                program.attach(NAME, kind).unwrap();
+            }
+        })
+        .unwrap();
+    file
+}
+
+fn create(file: &File) {
+    const NO_PACKET_INFO: i16 = 0x1000;
+    const TUN: i16 = 1;
+    // SAFETY: integers and arrays of them.
+    #[allow(unsafe_code, reason = "a kernel structure")]
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(NAME.bytes()) {
+        *to = from.cast_signed();
+    }
+    request.ifr_ifru.ifru_flags = TUN | NO_PACKET_INFO;
+    // SAFETY: the request lives for the call.
+    #[allow(unsafe_code, reason = "no crate at hand makes tunnels")]
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+}
+
+/// The next TCP packet that comes out.
+fn next(file: &mut File) -> Vec<u8> {
+    let mut buffer = vec![0; 65536];
+    loop {
+        // Only a failure takes so long.
+        let patience = PollTimeout::from(20_000u16);
+        let ready = poll(&mut [PollFd::new(file.as_fd(), PollFlags::POLLIN)], patience).unwrap();
+        assert_eq!(ready, 1, "nothing comes out");
+        let length = file.read(&mut buffer).unwrap();
+        if buffer[0] >> 4 == 4 && buffer[9] == 6 {
+            return buffer[..length].to_vec();
+        }
+    }
+}
+
+#[track_caller]
+fn comes_from(packet: &[u8], service: &str, flags: u8) {
+    let service: std::net::SocketAddrV4 = service.parse().unwrap();
+    assert_eq!(packet[12..16], service.ip().octets());
+    assert_eq!(packet[20..22], service.port().to_be_bytes());
+    assert_eq!(packet[33], flags);
+    assert_eq!(checksum(&packet[..20]), 0);
+    let sum = transport_sum((*service.ip()).into(), ip("203.0.113.7"), 6, &packet[20..]);
+    assert_eq!(sum, 0);
+}
+
+#[test]
+fn packets_without_a_link_header_are_translated_and_refused() {
+    let mut node = Node::new();
+    let endpoint = of(POD_A, false, 8080);
+    node.kernel.pool(1, &[(&endpoint.to_string(), 0, MEMBER_SERVING)]);
+    node.kernel.frontend("10.96.0.10:80", 6, to_pool(1, 1, MASQUERADE_NEVER));
+    node.kernel.address("10.96.0.10", ADDRESS_CLUSTER_IP);
+    let _listener = node.inside(POD_A, || TcpListener::bind(endpoint)).unwrap();
+    let mut tunnel = tunnel(&mut node);
+    let mut packet = tcp(SYN, CLIENT, "10.96.0.10:80");
+    packet.payload.clear();
+    tunnel.write_all(&packet.packet()).unwrap();
+    comes_from(&next(&mut tunnel), "10.96.0.10:80", SYN | ACK);
+    packet = packet.to("10.96.0.10:81");
+    tunnel.write_all(&packet.packet()).unwrap();
+    comes_from(&next(&mut tunnel), "10.96.0.10:81", RST | ACK);
+    assert_eq!(node.kernel.drops().iter().sum::<u64>(), 0);
+}
