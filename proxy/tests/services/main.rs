@@ -10,6 +10,7 @@ mod behaviour;
 mod clock;
 mod corners;
 mod crash;
+mod ebpf;
 mod flows;
 mod guards;
 mod harness;
@@ -39,6 +40,7 @@ fn rows() -> Vec<Row> {
         corners::ROWS,
         flows::ROWS,
         ipvs::ROWS,
+        ebpf::ROWS,
         whole::ROWS,
         metrics::ROWS,
         clock::ROWS,
