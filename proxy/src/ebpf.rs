@@ -12,6 +12,7 @@
 //! A Service is elements of these maps; layouts are in `ebpf/abi`. Maps, programs and links are pinned in a
 //! BPF file system: Services go on while no proxy runs, and a restart reads the maps and changes what differs.
 
+mod adopt;
 mod alarm;
 mod attach;
 mod clsact;
@@ -19,6 +20,7 @@ mod config;
 mod connected_udp;
 mod ender;
 mod error;
+mod follow;
 mod item;
 mod leave;
 mod maps;
@@ -26,78 +28,35 @@ mod monitor;
 mod node;
 mod numbering;
 mod observed;
+mod programmed;
 mod programs;
 mod sys;
 mod table;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
-use std::hash::Hash;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use keelson_ebpf_abi::{ADDRESS_NODE, SETTING_EVENTS, Settings};
 use keelson_netlink::netns::Netns;
-use keelson_netlink::route::Rtnl;
 
 use crate::backend::{Applied, Backend, BackendConfig, BackendError, Difference};
 use crate::diff::{Change, Plans};
-use crate::model::{FrontendKey, PortPlan, Scope, ServiceKey, ServicePlan};
+use crate::model::ServiceKey;
 use alarm::Alarm;
 use attach::{Links, Way};
 pub use config::EbpfConfig;
 use ender::Ender;
 pub use error::EbpfError;
-use item::{Item, Key, Operations, guard_item, items_of};
+use item::Operations;
 use maps::Maps;
 pub use monitor::{MonitorArgs, monitor};
 use node::NodeState;
-use numbering::{Before, NumberedPool, NumberedPort, Numbers, number};
-use observed::Observed;
+use numbering::{Numbers, number};
+use programmed::{Pending, Programmed, together};
 use programs::Programs;
-use table::Table;
 
 /// Interfaces whose links are looked at each time.
 const LOOK_AT_ONCE: usize = 16;
-
-/// What is in force for one Service.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Programmed {
-    plan: Arc<ServicePlan>,
-    ports: Box<[NumberedPort]>,
-}
-
-impl Programmed {
-    /// Its elements, in order.
-    fn items(&self) -> Vec<Item> {
-        let mut items = Vec::new();
-        for (plan, numbers) in self.plan.ports.iter().zip(&self.ports) {
-            items_of(plan, numbers, &mut items);
-        }
-        items.extend(self.plan.guarded.iter().map(|address| guard_item(*address)));
-        items.sort_unstable();
-        items
-    }
-}
-
-impl Before for Option<&Programmed> {
-    fn pool(&mut self, port: &PortPlan, scope: Scope) -> Option<NumberedPool> {
-        let before = self.as_ref()?;
-        let same = |p: &PortPlan| {
-            (&p.name, p.protocol, p.family, p.affinity_secs)
-                == (&port.name, port.protocol, port.family, port.affinity_secs)
-        };
-        let index = before.plan.ports.iter().position(same)?;
-        before.ports.get(index)?.pool(scope).cloned()
-    }
-
-    fn frontend(&self, key: &FrontendKey) -> Option<u32> {
-        let ports = self.as_ref().map(|before| before.plan.ports.iter().zip(&before.ports));
-        ports.into_iter().flatten().find_map(|(plan, numbers)| {
-            let index = plan.frontends.iter().position(|frontend| frontend.key == *key)?;
-            numbers.frontends.get(index).copied()
-        })
-    }
-}
 
 /// What is open once something was put in force.
 struct Kernel {
@@ -155,98 +114,6 @@ impl Ebpf {
         let ender = Ender::start(&folder, self.config.ebpf.namespaces.clone())?;
         let way = Way::find(&programs, &self.netns)?;
         Ok((Kernel { maps, programs, links: Links::open(pins)?, way, ender }, operations))
-    }
-
-    fn adopt_all(&mut self, plans: &Plans) -> Result<Applied, EbpfError> {
-        // The old descriptors are of no use if somebody removed the pins.
-        self.kernel = None;
-        let (kernel, mut operations) = self.kernel()?;
-        let settings = kernel.maps.settings.get(&0)?.unwrap_or_default();
-        self.numbers = Numbers::after(settings.numbers);
-        self.node = NodeState::default();
-        operations += self.adopt_node(&kernel, settings)?;
-        let mut observed = Observed::read(&kernel.maps)?;
-        let mut applied = self.adopt_services(&kernel, plans, &mut observed)?;
-        let leftovers = Operations { puts: Vec::new(), deletes: observed.leftovers() };
-        kernel.maps.perform(&leftovers)?;
-        // Last: now every connection finds its Service.
-        operations += leftovers.len() + self.attach(&kernel)?;
-        applied.operations += operations;
-        // Endpoints may have gone while no proxy ran.
-        kernel.ender.look();
-        self.kernel = Some(kernel);
-        self.alarm.start_clock()?;
-        Ok(applied)
-    }
-
-    fn adopt_services(
-        &mut self,
-        kernel: &Kernel,
-        plans: &Plans,
-        observed: &mut Observed,
-    ) -> Result<Applied, EbpfError> {
-        self.programmed.clear();
-        let mut wanted: Vec<_> = plans.iter().collect();
-        wanted.sort_unstable_by_key(|(service, _)| *service);
-        let mut all = Vec::new();
-        for (service, plan) in wanted {
-            let ports = number(plan, observed, &mut self.numbers);
-            let programmed = Programmed { plan: Arc::clone(plan), ports };
-            let mut operations = Operations::default();
-            for item in programmed.items() {
-                observed.settle(&item, &mut operations);
-            }
-            all.push(Pending {
-                service: service.clone(),
-                before: None,
-                after: Some(programmed),
-                operations,
-            });
-        }
-        self.perform(kernel, all)
-    }
-
-    /// Writes what belongs to the node itself.
-    fn adopt_node(&mut self, kernel: &Kernel, found: Settings) -> Result<usize, EbpfError> {
-        self.node = read_node(&kernel.maps, found)?;
-        let mut operations = self.refresh_node(kernel)?;
-        if found.host_cookie != self.cookie {
-            self.write_settings(kernel, found.numbers)?;
-            operations += 1;
-        }
-        Ok(operations)
-    }
-
-    /// Follows changes of interfaces and addresses.
-    fn refresh_node(&mut self, kernel: &Kernel) -> Result<usize, EbpfError> {
-        let wanted = self.observe_node()?;
-        let maps = &kernel.maps;
-        let mut operations = replace(&maps.addresses, &self.node.addresses, &wanted.addresses)?;
-        operations += replace(&maps.interfaces, &self.node.interfaces, &wanted.interfaces)?;
-        operations += replace(&maps.pod_ranges, &self.node.pod_ranges, &wanted.pod_ranges)?;
-        operations +=
-            replace(&maps.service_ranges, &self.node.service_ranges, &wanted.service_ranges)?;
-        let settings = |node: &NodeState| (node.flags, node.address4, node.address6);
-        let changed = settings(&self.node) != settings(&wanted);
-        self.node = wanted;
-        if changed {
-            let found = kernel.maps.settings.get(&0)?.unwrap_or_default();
-            self.write_settings(kernel, found.numbers)?;
-            operations += 1;
-        }
-        Ok(operations)
-    }
-
-    fn observe_node(&self) -> Result<NodeState, EbpfError> {
-        let mut rtnl = Rtnl::open_in(&self.netns)?;
-        let (links, addresses) = node::observe(&mut rtnl).map_err(EbpfError::Observe)?;
-        Ok(NodeState::new(&self.config, &links, &addresses))
-    }
-
-    fn write_settings(&self, kernel: &Kernel, numbers: u32) -> Result<(), EbpfError> {
-        let NodeState { flags, address4, address6, .. } = self.node;
-        let settings = Settings { host_cookie: self.cookie, flags, numbers, address4, address6 };
-        kernel.maps.settings.put(&0, &settings)
     }
 
     fn interfaces(&self) -> HashSet<u32> {
@@ -317,47 +184,6 @@ impl Ebpf {
     }
 }
 
-/// What the maps say of the node.
-fn read_node(maps: &Maps, settings: Settings) -> Result<NodeState, EbpfError> {
-    let addresses = maps.addresses.read()?.into_iter();
-    Ok(NodeState {
-        addresses: addresses.filter(|(_, flags)| flags & ADDRESS_NODE != 0).collect(),
-        interfaces: maps.interfaces.read()?.into_iter().collect(),
-        pod_ranges: maps.pod_ranges.read()?.into_iter().collect(),
-        service_ranges: maps.service_ranges.read()?.into_iter().collect(),
-        // Somebody may listen.
-        flags: settings.flags & !SETTING_EVENTS,
-        address4: settings.address4,
-        address6: settings.address6,
-    })
-}
-
-/// A Service's change on its way into the kernel.
-struct Pending {
-    service: ServiceKey,
-    before: Option<Programmed>,
-    after: Option<Programmed>,
-    operations: Operations,
-}
-
-impl Pending {
-    fn removes_members(&self) -> bool {
-        self.operations.deletes.iter().any(|key| matches!(key, Key::Member(_)))
-    }
-}
-
-/// All changes at once: everything is written before anything is removed.
-fn together(all: &[Pending]) -> Operations {
-    let mut puts: Vec<Item> = all.iter().flat_map(|p| p.operations.puts.iter().copied()).collect();
-    puts.sort_unstable();
-    // A key that one Service gives up may be another one's now.
-    let written: HashSet<Key> = puts.iter().map(Item::key).collect();
-    let deletes = all.iter().flat_map(|pending| pending.operations.deletes.iter().copied());
-    let mut deletes: Vec<Key> = deletes.filter(|key| !written.contains(key)).collect();
-    deletes.sort_unstable_by(|a, b| b.cmp(a));
-    Operations { puts, deletes }
-}
-
 /// Takes back what was done of a change that the kernel refused.
 fn undo(kernel: &Kernel, pending: &Pending) -> Result<(), EbpfError> {
     let before = pending.before.as_ref().map(Programmed::items).unwrap_or_default();
@@ -365,37 +191,7 @@ fn undo(kernel: &Kernel, pending: &Pending) -> Result<(), EbpfError> {
     kernel.maps.perform(&Operations::replace(&after, &before))
 }
 
-/// From one content of a map to another; says how many elements that took.
-fn replace<K, V>(
-    table: &Table<K, V>,
-    before: &BTreeMap<K, V>,
-    after: &BTreeMap<K, V>,
-) -> Result<usize, EbpfError>
-where
-    K: aya::Pod + Default + Ord + Hash,
-    V: aya::Pod + Default + Eq,
-{
-    let mut operations = 0;
-    for (key, value) in after.iter().filter(|(key, value)| before.get(key) != Some(value)) {
-        table.put(key, value)?;
-        operations += 1;
-    }
-    for key in before.keys().filter(|key| !after.contains_key(key)) {
-        table.delete(key)?;
-        operations += 1;
-    }
-    Ok(operations)
-}
-
 impl Ebpf {
-    /// Follows what happened to interfaces and addresses.
-    fn follow_node(&mut self) -> Result<(), EbpfError> {
-        let Some(kernel) = self.kernel.take() else { return Ok(()) };
-        let followed = self.refresh_node(&kernel).and_then(|_| self.attach(&kernel));
-        self.kernel = Some(kernel);
-        followed.map(drop)
-    }
-
     /// Whether a link is missing; not all of them are looked at each time.
     fn lacks_links(&mut self) -> bool {
         let Some(kernel) = &self.kernel else { return false };
@@ -409,50 +205,6 @@ impl Ebpf {
         let Kernel { links, way, .. } = kernel;
         let missing = links.missing(self.config.ebpf.sockets, next.into_iter(), *way, &self.netns);
         !missing.is_empty()
-    }
-
-    fn differences(&mut self, plans: &Plans) -> Result<Vec<Difference>, EbpfError> {
-        let mut found = Vec::new();
-        let mut differs = |service: Option<&ServiceKey>, what: String| {
-            found.push(Difference { service: service.cloned(), what });
-        };
-        let pins = self.config.ebpf.pins.clone();
-        let Ok(maps) = Maps::open(&Programs::maps_folder(&pins)) else {
-            differs(None, "no maps are pinned".to_owned());
-            return Ok(found);
-        };
-        let Some(programs) = Programs::found(&pins)? else {
-            differs(None, "no programs are pinned".to_owned());
-            return Ok(found);
-        };
-        let node = self.observe_node()?;
-        let (links, way) = (Links::open(&pins)?, Way::find(&programs, &self.netns)?);
-        let interfaces = node.interfaces.keys().copied();
-        for pin in links.missing(self.config.ebpf.sockets, interfaces, way, &self.netns) {
-            differs(None, format!("{pin} is not attached"));
-        }
-        if read_node(&maps, maps.settings.get(&0)?.unwrap_or_default())? != node {
-            differs(
-                None,
-                "what the programs know of the node's interfaces and addresses".to_owned(),
-            );
-        }
-        let mut observed = Observed::read(&maps)?;
-        let mut numbers = self.numbers;
-        let mut wanted: Vec<_> = plans.iter().collect();
-        wanted.sort_unstable_by_key(|(service, _)| *service);
-        for (service, plan) in wanted {
-            let ports = number(plan, &mut observed, &mut numbers);
-            let mut operations = Operations::default();
-            for item in (Programmed { plan: Arc::clone(plan), ports }).items() {
-                observed.settle(&item, &mut operations);
-            }
-            operations.puts.iter().for_each(|i| differs(Some(service), format!("missing in {i}")));
-        }
-        for key in observed.leftovers() {
-            differs(None, format!("belongs to no Service: {key:?}"));
-        }
-        Ok(found)
     }
 }
 

@@ -1,0 +1,116 @@
+//! Start and repair: reads the maps, keeps what is right, mends what is not.
+
+use std::sync::Arc;
+
+use super::attach::{Links, Way};
+use super::follow::read_node;
+use super::item::Operations;
+use super::maps::Maps;
+use super::node::NodeState;
+use super::numbering::{Numbers, number};
+use super::observed::Observed;
+use super::programmed::{Pending, Programmed};
+use super::programs::Programs;
+use super::{Ebpf, EbpfError, Kernel};
+use crate::backend::{Applied, Difference};
+use crate::diff::Plans;
+use crate::model::{ServiceKey, ServicePlan};
+
+impl Ebpf {
+    pub(super) fn adopt_all(&mut self, plans: &Plans) -> Result<Applied, EbpfError> {
+        // The old descriptors are of no use if somebody removed the pins.
+        self.kernel = None;
+        let (kernel, mut operations) = self.kernel()?;
+        let settings = kernel.maps.settings.get(&0)?.unwrap_or_default();
+        self.numbers = Numbers::after(settings.numbers);
+        self.node = NodeState::default();
+        operations += self.adopt_node(&kernel, settings)?;
+        let mut observed = Observed::read(&kernel.maps)?;
+        let mut applied = self.adopt_services(&kernel, plans, &mut observed)?;
+        let leftovers = Operations { puts: Vec::new(), deletes: observed.leftovers() };
+        kernel.maps.perform(&leftovers)?;
+        // Last: now every connection finds its Service.
+        operations += leftovers.len() + self.attach(&kernel)?;
+        applied.operations += operations;
+        // Endpoints may have gone while no proxy ran.
+        kernel.ender.look();
+        self.kernel = Some(kernel);
+        self.alarm.start_clock()?;
+        Ok(applied)
+    }
+
+    fn adopt_services(
+        &mut self,
+        kernel: &Kernel,
+        plans: &Plans,
+        observed: &mut Observed,
+    ) -> Result<Applied, EbpfError> {
+        self.programmed.clear();
+        let mut all = Vec::new();
+        for (service, plan) in sorted(plans) {
+            let ports = number(plan, observed, &mut self.numbers);
+            let programmed = Programmed { plan: Arc::clone(plan), ports };
+            let mut operations = Operations::default();
+            for item in programmed.items() {
+                observed.settle(&item, &mut operations);
+            }
+            all.push(Pending {
+                service: service.clone(),
+                before: None,
+                after: Some(programmed),
+                operations,
+            });
+        }
+        self.perform(kernel, all)
+    }
+
+    /// What adopting would change.
+    pub(super) fn differences(&mut self, plans: &Plans) -> Result<Vec<Difference>, EbpfError> {
+        let mut found = Vec::new();
+        let mut differs = |service: Option<&ServiceKey>, what: String| {
+            found.push(Difference { service: service.cloned(), what });
+        };
+        let pins = self.config.ebpf.pins.clone();
+        let Ok(maps) = Maps::open(&Programs::maps_folder(&pins)) else {
+            differs(None, "no maps are pinned".to_owned());
+            return Ok(found);
+        };
+        let Some(programs) = Programs::found(&pins)? else {
+            differs(None, "no programs are pinned".to_owned());
+            return Ok(found);
+        };
+        let node = self.observe_node()?;
+        let (links, way) = (Links::open(&pins)?, Way::find(&programs, &self.netns)?);
+        let interfaces = node.interfaces.keys().copied();
+        for pin in links.missing(self.config.ebpf.sockets, interfaces, way, &self.netns) {
+            differs(None, format!("{pin} is not attached"));
+        }
+        if read_node(&maps, maps.settings.get(&0)?.unwrap_or_default())? != node {
+            differs(
+                None,
+                "what the programs know of the node's interfaces and addresses".to_owned(),
+            );
+        }
+        let mut observed = Observed::read(&maps)?;
+        let mut numbers = self.numbers;
+        for (service, plan) in sorted(plans) {
+            let ports = number(plan, &mut observed, &mut numbers);
+            let mut operations = Operations::default();
+            for item in (Programmed { plan: Arc::clone(plan), ports }).items() {
+                observed.settle(&item, &mut operations);
+            }
+            operations.puts.iter().for_each(|i| differs(Some(service), format!("missing in {i}")));
+        }
+        for key in observed.leftovers() {
+            differs(None, format!("belongs to no Service: {key:?}"));
+        }
+        Ok(found)
+    }
+}
+
+/// In the order of names, so that numbers do not depend on chance.
+fn sorted(plans: &Plans) -> Vec<(&ServiceKey, &Arc<ServicePlan>)> {
+    let mut all: Vec<_> = plans.iter().collect();
+    all.sort_unstable_by_key(|(service, _)| *service);
+    all
+}

@@ -1,0 +1,106 @@
+//! Follows the node: its interfaces and addresses, and what the programs must know of it.
+
+use std::collections::BTreeMap;
+use std::hash::Hash;
+
+use keelson_ebpf_abi::{ADDRESS_NODE, SETTING_EVENTS, Settings};
+use keelson_netlink::route::Rtnl;
+
+use super::maps::Maps;
+use super::node::{self, NodeState};
+use super::table::Table;
+use super::{Ebpf, EbpfError, Kernel};
+
+impl Ebpf {
+    /// Follows what happened to interfaces and addresses.
+    pub(super) fn follow_node(&mut self) -> Result<(), EbpfError> {
+        let Some(kernel) = self.kernel.take() else { return Ok(()) };
+        let followed = self.refresh_node(&kernel).and_then(|_| self.attach(&kernel));
+        self.kernel = Some(kernel);
+        followed.map(drop)
+    }
+
+    /// Writes what belongs to the node itself.
+    pub(super) fn adopt_node(
+        &mut self,
+        kernel: &Kernel,
+        found: Settings,
+    ) -> Result<usize, EbpfError> {
+        self.node = read_node(&kernel.maps, found)?;
+        let mut operations = self.refresh_node(kernel)?;
+        if found.host_cookie != self.cookie {
+            self.write_settings(kernel, found.numbers)?;
+            operations += 1;
+        }
+        Ok(operations)
+    }
+
+    /// Follows changes of interfaces and addresses.
+    fn refresh_node(&mut self, kernel: &Kernel) -> Result<usize, EbpfError> {
+        let wanted = self.observe_node()?;
+        let maps = &kernel.maps;
+        let mut operations = replace(&maps.addresses, &self.node.addresses, &wanted.addresses)?;
+        operations += replace(&maps.interfaces, &self.node.interfaces, &wanted.interfaces)?;
+        operations += replace(&maps.pod_ranges, &self.node.pod_ranges, &wanted.pod_ranges)?;
+        operations +=
+            replace(&maps.service_ranges, &self.node.service_ranges, &wanted.service_ranges)?;
+        let settings = |node: &NodeState| (node.flags, node.address4, node.address6);
+        let changed = settings(&self.node) != settings(&wanted);
+        self.node = wanted;
+        if changed {
+            let found = kernel.maps.settings.get(&0)?.unwrap_or_default();
+            self.write_settings(kernel, found.numbers)?;
+            operations += 1;
+        }
+        Ok(operations)
+    }
+
+    pub(super) fn observe_node(&self) -> Result<NodeState, EbpfError> {
+        let mut rtnl = Rtnl::open_in(&self.netns)?;
+        let (links, addresses) = node::observe(&mut rtnl).map_err(EbpfError::Observe)?;
+        Ok(NodeState::new(&self.config, &links, &addresses))
+    }
+
+    pub(super) fn write_settings(&self, kernel: &Kernel, numbers: u32) -> Result<(), EbpfError> {
+        let NodeState { flags, address4, address6, .. } = self.node;
+        let settings = Settings { host_cookie: self.cookie, flags, numbers, address4, address6 };
+        kernel.maps.settings.put(&0, &settings)
+    }
+}
+
+/// What the maps say of the node.
+pub(super) fn read_node(maps: &Maps, settings: Settings) -> Result<NodeState, EbpfError> {
+    let addresses = maps.addresses.read()?.into_iter();
+    Ok(NodeState {
+        addresses: addresses.filter(|(_, flags)| flags & ADDRESS_NODE != 0).collect(),
+        interfaces: maps.interfaces.read()?.into_iter().collect(),
+        pod_ranges: maps.pod_ranges.read()?.into_iter().collect(),
+        service_ranges: maps.service_ranges.read()?.into_iter().collect(),
+        // Somebody may listen.
+        flags: settings.flags & !SETTING_EVENTS,
+        address4: settings.address4,
+        address6: settings.address6,
+    })
+}
+
+/// From one content of a map to another; says how many elements that took.
+fn replace<K, V>(
+    table: &Table<K, V>,
+    before: &BTreeMap<K, V>,
+    after: &BTreeMap<K, V>,
+) -> Result<usize, EbpfError>
+where
+    K: aya::Pod + Default + Ord + Hash,
+    V: aya::Pod + Default + Eq,
+{
+    let mut operations = 0;
+    for (key, value) in after.iter().filter(|(key, value)| before.get(key) != Some(value)) {
+        table.put(key, value)?;
+        operations += 1;
+    }
+    for key in before.keys().filter(|key| !after.contains_key(key)) {
+        table.delete(key)?;
+        operations += 1;
+    }
+    Ok(operations)
+}

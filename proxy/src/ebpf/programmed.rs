@@ -1,0 +1,74 @@
+//! What is in force for a Service, and how changes of several go into the kernel together. Pure.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use super::item::{Item, Key, Operations, guard_item, items_of};
+use super::numbering::{Before, NumberedPool, NumberedPort};
+use crate::model::{FrontendKey, PortPlan, Scope, ServiceKey, ServicePlan};
+
+/// What is in force for one Service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Programmed {
+    pub(crate) plan: Arc<ServicePlan>,
+    pub(crate) ports: Box<[NumberedPort]>,
+}
+
+impl Programmed {
+    /// Its elements, in order.
+    pub(crate) fn items(&self) -> Vec<Item> {
+        let mut items = Vec::new();
+        for (plan, numbers) in self.plan.ports.iter().zip(&self.ports) {
+            items_of(plan, numbers, &mut items);
+        }
+        items.extend(self.plan.guarded.iter().map(|address| guard_item(*address)));
+        items.sort_unstable();
+        items
+    }
+}
+
+impl Before for Option<&Programmed> {
+    fn pool(&mut self, port: &PortPlan, scope: Scope) -> Option<NumberedPool> {
+        let before = self.as_ref()?;
+        let same = |p: &PortPlan| {
+            (&p.name, p.protocol, p.family, p.affinity_secs)
+                == (&port.name, port.protocol, port.family, port.affinity_secs)
+        };
+        let index = before.plan.ports.iter().position(same)?;
+        before.ports.get(index)?.pool(scope).cloned()
+    }
+
+    fn frontend(&self, key: &FrontendKey) -> Option<u32> {
+        let ports = self.as_ref().map(|before| before.plan.ports.iter().zip(&before.ports));
+        ports.into_iter().flatten().find_map(|(plan, numbers)| {
+            let index = plan.frontends.iter().position(|frontend| frontend.key == *key)?;
+            numbers.frontends.get(index).copied()
+        })
+    }
+}
+
+/// A Service's change on its way into the kernel.
+pub(crate) struct Pending {
+    pub(crate) service: ServiceKey,
+    pub(crate) before: Option<Programmed>,
+    pub(crate) after: Option<Programmed>,
+    pub(crate) operations: Operations,
+}
+
+impl Pending {
+    pub(crate) fn removes_members(&self) -> bool {
+        self.operations.deletes.iter().any(|key| matches!(key, Key::Member(_)))
+    }
+}
+
+/// All changes at once: everything is written before anything is removed.
+pub(crate) fn together(all: &[Pending]) -> Operations {
+    let mut puts: Vec<Item> = all.iter().flat_map(|p| p.operations.puts.iter().copied()).collect();
+    puts.sort_unstable();
+    // A key that one Service gives up may be another one's now.
+    let written: HashSet<Key> = puts.iter().map(Item::key).collect();
+    let deletes = all.iter().flat_map(|pending| pending.operations.deletes.iter().copied());
+    let mut deletes: Vec<Key> = deletes.filter(|key| !written.contains(key)).collect();
+    deletes.sort_unstable_by(|a, b| b.cmp(a));
+    Operations { puts, deletes }
+}
