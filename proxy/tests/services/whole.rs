@@ -45,6 +45,11 @@ fn services_of_an_api_server_answer_and_follow_its_events(mode: Mode) {
 
         // Somebody flushes everything.
         damages(mode)[0].inflict(&node.namespace);
+        if mode == Mode::Ebpf {
+            // Programs whose pins are gone work for a moment yet.
+            let link = node.config.ebpf.pins.join("links/connect4");
+            eventually("the links are there again", || link.exists().then_some(()));
+        }
         eventually("mended", || client.namespace.tcp("10.96.0.1:80").ok());
 
         let health = node.namespace.get("127.0.0.1:10256", "/healthz");
