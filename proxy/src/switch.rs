@@ -50,6 +50,11 @@ fn in_order(modes: &[Mode]) -> Vec<Mode> {
 ///
 /// What cannot be removed stays and is named: Services work all the same.
 pub fn leave_others(current: Mode, ebpf: &EbpfConfig) {
+    if current == Mode::Ebpf
+        && let Err(error) = crate::ebpf::keep_translating()
+    {
+        tracing::warn!(error = with_sources(&error), "Connections of earlier modes may break");
+    }
     for other in Mode::ALL.into_iter().filter(|mode| *mode != current) {
         match leave(other, ebpf) {
             Ok(()) => tracing::debug!(mode = %other, "Nothing of this mode is left"),

@@ -25,12 +25,15 @@ impl Ebpf {
         self.numbers = Numbers::after(settings.numbers);
         self.node = NodeState::default();
         operations += self.adopt_node(&kernel, settings)?;
+        // What begins at one interface must find the programs at all others, so first all are attached. As long as they
+        // find no Service, they change nothing.
+        operations += self.attach(&kernel)?;
         let mut observed = Observed::read(&kernel.maps)?;
         let mut applied = self.adopt_services(&kernel, plans, &mut observed)?;
         let leftovers = Operations { puts: Vec::new(), deletes: observed.leftovers() };
         kernel.maps.perform(&leftovers)?;
-        // Last: now every connection finds its Service.
-        operations += leftovers.len() + self.attach(&kernel)?;
+        let node = self.observe_node()?;
+        operations += leftovers.len() + self.refresh_node(&kernel, node)?;
         applied.operations += operations;
         // Endpoints may have gone while no proxy ran.
         kernel.ender.look();

@@ -104,7 +104,6 @@ impl Links {
             return clsact::serve(&mut Rtnl::open_in(netns)?, programs, interfaces.iter().copied());
         }
         let mut operations = 0;
-        // What begins at one interface must find the other program at all others.
         for (name, attach_type) in PACKET_PROGRAMS {
             let Some(program) = programs.get(name) else { continue };
             for index in interfaces {

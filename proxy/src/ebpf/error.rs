@@ -33,6 +33,10 @@ pub enum EbpfError {
     Watch(#[source] NetlinkError),
     #[error("cannot read interfaces and addresses")]
     Observe(#[source] NetlinkError),
+    #[error("cannot look for connections that netfilter translates")]
+    Conntrack(#[source] keelson_netlink::conntrack::ConntrackError),
+    #[error("cannot keep netfilter translating the connections that there are")]
+    Netfilter(#[source] keelson_netlink::nft::NftError),
     #[error("cannot start a thread")]
     Thread(#[source] io::Error),
     #[error("cannot be woken")]

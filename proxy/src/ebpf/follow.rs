@@ -15,7 +15,10 @@ impl Ebpf {
     /// Follows what happened to interfaces and addresses.
     pub(super) fn follow_node(&mut self) -> Result<(), EbpfError> {
         let Some(kernel) = self.kernel.take() else { return Ok(()) };
-        let followed = self.refresh_node(&kernel).and_then(|_| self.attach(&kernel));
+        let followed = self
+            .observe_node()
+            .and_then(|node| self.refresh_node(&kernel, node))
+            .and_then(|_| self.attach(&kernel));
         self.kernel = Some(kernel);
         followed.map(drop)
     }
@@ -27,7 +30,10 @@ impl Ebpf {
         found: Settings,
     ) -> Result<usize, EbpfError> {
         self.node = read_node(&kernel.maps, found)?;
-        let mut operations = self.refresh_node(kernel)?;
+        // Addresses of Service ranges are nobody's only when all Services are in force.
+        let service_ranges = self.node.service_ranges.clone();
+        let wanted = NodeState { service_ranges, ..self.observe_node()? };
+        let mut operations = self.refresh_node(kernel, wanted)?;
         if found.host_cookie != self.cookie {
             self.write_settings(kernel, found.numbers)?;
             operations += 1;
@@ -36,8 +42,11 @@ impl Ebpf {
     }
 
     /// Follows changes of interfaces and addresses.
-    fn refresh_node(&mut self, kernel: &Kernel) -> Result<usize, EbpfError> {
-        let wanted = self.observe_node()?;
+    pub(super) fn refresh_node(
+        &mut self,
+        kernel: &Kernel,
+        wanted: NodeState,
+    ) -> Result<usize, EbpfError> {
         let maps = &kernel.maps;
         let mut operations = replace(&maps.addresses, &self.node.addresses, &wanted.addresses)?;
         operations += replace(&maps.interfaces, &self.node.interfaces, &wanted.interfaces)?;

@@ -19,6 +19,7 @@ impl Ebpf {
     /// Removes everything, also what another process left.
     pub(crate) fn remove(config: &EbpfConfig) -> Result<(), EbpfError> {
         let fail = |source| EbpfError::Pin { path: config.pins.clone(), source };
+        super::netfilter::remove()?;
         if !is_bpffs(&config.pins) {
             return Ok(());
         }
@@ -30,6 +31,8 @@ impl Ebpf {
     /// As [`Ebpf::remove`], for a node that goes on in another mode: sockets that are connected stay so, and packets of
     /// connections that were translated go on being translated until they end.
     pub(crate) fn leave(config: &EbpfConfig) -> Result<(), EbpfError> {
+        // The mode that follows translates, too.
+        super::netfilter::remove()?;
         let folder = Programs::maps_folder(&config.pins);
         let Ok(maps) = Maps::open(&folder) else { return Self::remove(config) };
         Links::remove_sockets(&config.pins);

@@ -16,6 +16,7 @@ use crate::stage::{Mode, NODE4, NODE6, Namespace, Node, Outcome, cluster_ip, nod
 
 rows![
     a_node_that_changes_its_mode_loses_nothing,
+    connections_outlive_a_change_to_ebpf_and_back,
     what_kube_proxy_left_goes_and_nothing_else,
     the_variant_of_iptables_is_the_one_that_the_node_uses,
     a_kernel_setting_is_given_back,
@@ -85,16 +86,21 @@ fn keep_asking(
     }
 }
 
+/// Between modes of netfilter, connection tracking knows which ports of a client an endpoint still remembers. Between
+/// these and eBPF nobody does: there, one new connection in a thousand has to try again.
 fn a_node_that_changes_its_mode_loses_nothing(mode: Mode) {
-    // With the last table that translates, the kernel stops translating connections that exist: between netfilter
-    // and eBPF that is not solved yet.
-    if mode == Mode::Ebpf {
-        skip("connections that netfilter translates do not outlive its last table yet");
-    }
-    let solved = |other: &Mode| *other != mode && *other != Mode::Ebpf;
-    let others: Vec<Mode> = backends().0.into_iter().filter(solved).collect();
+    change_modes(mode, |other| *other != Mode::Ebpf && mode != Mode::Ebpf, true);
+}
+
+fn connections_outlive_a_change_to_ebpf_and_back(mode: Mode) {
+    change_modes(mode, |other| *other == Mode::Ebpf || mode == Mode::Ebpf, false);
+}
+
+fn change_modes(mode: Mode, which: impl Fn(&Mode) -> bool, all_new_ones: bool) {
+    let others = backends().0.into_iter().filter(|other| *other != mode && which(other));
+    let others: Vec<Mode> = others.collect();
     if others.is_empty() {
-        skip("this is the only mode here");
+        skip("there is no other such mode here");
     }
     let mut node = Node::new(mode);
     let client = node.pod("client", 10);
@@ -152,7 +158,12 @@ fn a_node_that_changes_its_mode_loses_nothing(mode: Mode) {
         drop(stop);
         for asker in askers {
             let (asked, unwanted) = asker.join().unwrap();
-            assert_eq!(unwanted, [], "of {asked}");
+            match all_new_ones {
+                true => assert_eq!(unwanted, [], "of {asked}"),
+                false => {
+                    assert!(unwanted.len() < 5 + asked as usize / 100, "of {asked}: {unwanted:?}")
+                }
+            }
             assert!(asked > 0);
         }
     });

@@ -1,0 +1,112 @@
+//! Connections from the time of a netfilter mode. The kernel translates their packets only as long as some table
+//! asks for that, whatever its rules: one without any stays until the last of them has ended.
+
+use std::time::Duration;
+
+use keelson_netlink::conntrack::{Conntrack, ConntrackError, Flow};
+use keelson_netlink::nft::{
+    Base, Batch, ChainKind, Conntrack as Tracked, Hook, Nft, NftError, PRIORITY_DNAT,
+    PRIORITY_SNAT, Register, Rule, Table,
+};
+
+use super::EbpfError;
+use crate::switch::with_sources;
+
+const TABLE: &str = "keelson-proxy-ebpf";
+const CHAINS: [(&str, Hook, i32); 4] = [
+    ("prerouting", Hook::Prerouting, PRIORITY_DNAT),
+    ("output", Hook::Output, PRIORITY_DNAT),
+    ("postrouting", Hook::Postrouting, PRIORITY_SNAT),
+    ("input", Hook::Input, PRIORITY_SNAT),
+];
+const TCP: u8 = 6;
+const SCTP: u8 = 132;
+
+/// What works in the network namespace of the thread that opened it.
+struct Netfilter {
+    nft: Nft,
+    conntrack: Conntrack,
+}
+
+/// To be called before the tables of other modes go: keeps translations alive that are needed.
+pub(crate) fn keep_translating() -> Result<(), EbpfError> {
+    let Ok(mut netfilter) = Netfilter::open() else { return Ok(()) };
+    if !netfilter.translates().map_err(EbpfError::Conntrack)? {
+        return netfilter.remove().map_err(EbpfError::Netfilter);
+    }
+    netfilter.make().map_err(EbpfError::Netfilter)?;
+    tracing::info!(
+        "Connections that netfilter translates are left; its table goes when they have ended"
+    );
+    let thread = std::thread::Builder::new().name("proxy-ebpf-netfilter".to_owned());
+    thread.spawn(move || netfilter.see_off()).map_err(EbpfError::Thread)?;
+    Ok(())
+}
+
+/// Removes the table, in the calling thread's namespace.
+pub(crate) fn remove() -> Result<(), EbpfError> {
+    match Netfilter::open() {
+        Ok(mut netfilter) => netfilter.remove().map_err(EbpfError::Netfilter),
+        // A kernel without it has no table of it.
+        Err(_) => Ok(()),
+    }
+}
+
+impl Netfilter {
+    fn open() -> Result<Self, NftError> {
+        let mut nft = Nft::open()?;
+        nft.generation()?;
+        let conntrack = Conntrack::open().map_err(|_| NftError::Interrupted)?;
+        Ok(Netfilter { nft, conntrack })
+    }
+
+    /// Whether there is a connection that would break. UDP flows begin anew.
+    fn translates(&mut self) -> Result<bool, ConntrackError> {
+        let translated = |flow: &Flow| flow.answerer != flow.destination;
+        for family in [libc::AF_INET, libc::AF_INET6] {
+            for protocol in [TCP, SCTP] {
+                let family = u8::try_from(family).unwrap_or_default();
+                if !self.conntrack.select(family, protocol, translated)?.flows.is_empty() {
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    fn make(&mut self) -> Result<(), NftError> {
+        let table = Table::inet(TABLE);
+        let mut batch = Batch::new();
+        batch.add_table(table);
+        batch.delete_table(table);
+        batch.add_table(table);
+        for (name, hook, priority) in CHAINS {
+            batch.add_chain(table, name, Some(Base { kind: ChainKind::Nat, hook, priority }));
+        }
+        // Without a rule that asks for it, connections are not even tracked.
+        batch.add_rule(table, "prerouting", &Rule::new().conntrack(Tracked::State, Register(0)));
+        self.nft.commit(batch)
+    }
+
+    fn remove(&mut self) -> Result<(), NftError> {
+        let table = Table::inet(TABLE);
+        let mut batch = Batch::new();
+        // Deleting what may not be there: make it first, in the same transaction.
+        batch.add_table(table);
+        batch.delete_table(table);
+        self.nft.commit(batch)
+    }
+
+    fn see_off(mut self) {
+        const PERIOD: Duration = Duration::from_secs(10);
+        while self.translates().unwrap_or(false) {
+            std::thread::park_timeout(PERIOD);
+        }
+        if let Err(error) = self.remove() {
+            tracing::warn!(
+                error = with_sources(&error),
+                "Cannot remove the table of earlier connections"
+            );
+        }
+    }
+}
