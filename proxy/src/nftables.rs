@@ -294,7 +294,16 @@ impl Backend for Nftables {
     }
 
     fn verify(&mut self, plans: &Plans) -> Result<Vec<Difference>, BackendError> {
-        Ok(self.differences(plans)?)
+        // While the kernel lets a large map grow, a listing of it misses elements and repeats others.
+        const LOOKS: u32 = 10;
+        let mut found = self.differences(plans)?;
+        for _ in 1..LOOKS {
+            if found.is_empty() {
+                break;
+            }
+            found = self.differences(plans)?;
+        }
+        Ok(found)
     }
 
     fn alarm(&self) -> BorrowedFd<'_> {
