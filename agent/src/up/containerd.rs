@@ -84,6 +84,8 @@ fn start(layout: &Layout) -> Result<Child> {
     keelson_durable::write(&config, config_text(layout).as_bytes(), 0o600)?;
     let log = fs::OpenOptions::new().create(true).append(true).open(log_path(layout))?;
     let mut command = Command::new("containerd");
+    // It would tell whoever waits for us that it is ready itself.
+    command.env_remove("NOTIFY_SOCKET");
     command.arg("--config").arg(&config).stdin(Stdio::null());
     command.stdout(log.try_clone()?).stderr(log);
     // A Ctrl-C in keelson's terminal must not reach it: pods live longer than keelson.
