@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::time::Duration;
 
 use ipnetwork::IpNetwork;
 use keelson_netlink::route::{Group, Monitor};
@@ -59,8 +58,7 @@ impl Changes {
 
     /// Takes note of what was told until now; then the addresses are to be read anew.
     pub(crate) fn read(&mut self) {
-        // What stays unread is told again, and is older than what the caller is about to read.
-        if let Err(error) = self.0.events(Some(Duration::from_millis(1))) {
+        if let Err(error) = self.0.drain() {
             tracing::debug!(%error, "News of addresses were lost");
         }
     }

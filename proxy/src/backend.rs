@@ -3,6 +3,7 @@
 
 mod figures;
 
+use std::net::IpAddr;
 use std::os::fd::BorrowedFd;
 
 use ipnetwork::IpNetwork;
@@ -202,6 +203,14 @@ impl Default for BackendConfig {
 }
 
 impl BackendConfig {
+    /// Whether node ports answer on an address of the node, as far as `node_port_ranges` decide that.
+    #[must_use]
+    pub fn wants_node_ports_on(&self, address: IpAddr) -> bool {
+        let of_family = |range: &&IpNetwork| range.is_ipv4() == address.is_ipv4();
+        let mut ranges = self.node_port_ranges.iter().filter(of_family).peekable();
+        ranges.peek().is_none() || ranges.any(|range| range.contains(address))
+    }
+
     /// The bit of packet and connection marks that tells what IPVS works on, as a number.
     #[must_use]
     pub fn ipvs_mark(&self) -> u32 {

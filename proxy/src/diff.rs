@@ -8,6 +8,13 @@ use crate::model::{Endpoint, ServiceKey, ServicePlan};
 /// What is desired for all Services.
 pub type Plans = HashMap<ServiceKey, Arc<ServicePlan>>;
 
+/// All plans in the order of names, so that numbers that are given out do not depend on chance.
+pub(crate) fn sorted(plans: &Plans) -> Vec<(&ServiceKey, &Arc<ServicePlan>)> {
+    let mut all: Vec<_> = plans.iter().collect();
+    all.sort_unstable_by_key(|(service, _)| *service);
+    all
+}
+
 /// One Service's plan changed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Change {

@@ -86,16 +86,17 @@ pub struct Ebpf {
 impl Ebpf {
     /// Fails where the kernel does not take the programs.
     pub fn probe() -> Result<(), EbpfError> {
-        sys::netns_cookie().map_err(EbpfError::Cookie)?;
+        Netns::current()?.cookie().map_err(EbpfError::Cookie)?;
         EbpfConfig::default().cgroup()?;
         programs::try_load()
     }
 
     pub fn open(config: BackendConfig) -> Result<Self, EbpfError> {
+        let netns = Netns::current()?;
         Ok(Ebpf {
             config,
-            netns: Netns::current()?,
-            cookie: sys::netns_cookie().map_err(EbpfError::Cookie)?,
+            cookie: netns.cookie().map_err(EbpfError::Cookie)?,
+            netns,
             alarm: Alarm::open()?,
             looked_at: 0,
             kernel: None,
@@ -199,7 +200,7 @@ impl Ebpf {
         let Some(kernel) = &self.kernel else { return false };
         let interfaces = self.node.interfaces.keys().copied();
         let next: Vec<u32> =
-            interfaces.clone().filter(|index| *index > self.looked_at).take(LOOK_AT_ONCE).collect();
+            interfaces.filter(|index| *index > self.looked_at).take(LOOK_AT_ONCE).collect();
         self.looked_at = match next.last() {
             Some(last) if next.len() == LOOK_AT_ONCE => *last,
             _ => 0,

@@ -206,7 +206,7 @@ impl Ipvs {
             self.mend(&keys, &mut applied)?;
         }
         self.drain(keys.into_iter());
-        self.alarm.set_clock(!self.servers.is_empty() || !self.draining.is_empty());
+        self.alarm.set_clock(!self.servers.is_empty() || !self.draining.is_empty())?;
         Ok(applied)
     }
 

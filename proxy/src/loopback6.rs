@@ -67,11 +67,8 @@ fn ports_of(plan: &ServicePlan) -> impl Iterator<Item = (Protocol, u16)> {
 }
 
 fn target(config: &BackendConfig, own: &[IpAddr]) -> Option<Ipv6Addr> {
-    let ranges = || config.node_port_ranges.iter().filter(|range| range.is_ipv6());
     own.iter().find_map(|address| match address {
-        IpAddr::V6(v6) if ranges().next().is_none() || ranges().any(|r| r.contains(*address)) => {
-            Some(*v6)
-        }
+        IpAddr::V6(v6) if config.wants_node_ports_on(*address) => Some(*v6),
         _ => None,
     })
 }

@@ -5,8 +5,6 @@
 
 use std::net::IpAddr;
 
-use ipnetwork::IpNetwork;
-
 use crate::backend::{BackendConfig, PodSources};
 use crate::diff::Plans;
 use crate::model::{
@@ -134,9 +132,7 @@ impl<'a> Walk<'a> {
         if address.is_loopback() {
             return config.localhost_node_ports && address.is_ipv4();
         }
-        let of_family = |range: &&IpNetwork| range.is_ipv4() == address.is_ipv4();
-        let mut ranges = config.node_port_ranges.iter().filter(of_family).peekable();
-        ranges.peek().is_none() || ranges.any(|range| range.contains(address))
+        config.wants_node_ports_on(address)
     }
 
     fn is_pod(&self) -> bool {

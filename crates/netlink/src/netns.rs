@@ -7,7 +7,8 @@ mod existing;
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::net::{Ipv4Addr, UdpSocket};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -145,6 +146,15 @@ impl Netns {
         Ok((metadata.dev(), metadata.ino()))
     }
 
+    /// The number by which BPF programs know it (Linux 5.14).
+    ///
+    /// # Errors
+    /// When the namespace cannot be entered, or the kernel is older.
+    pub fn cookie(&self) -> Result<u64, NetnsError> {
+        let fail = |source| NetnsError { step: "number", path: self.path.clone(), source };
+        self.run(own_cookie)?.map_err(fail)
+    }
+
     /// Runs `work` inside, on a thread of its own, and returns what it returned. A panic in it continues here.
     ///
     /// # Errors
@@ -162,6 +172,23 @@ impl AsFd for Netns {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
+}
+
+#[expect(unsafe_code, reason = "nix has no SO_NETNS_COOKIE")]
+fn own_cookie() -> io::Result<u64> {
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+    let (mut cookie, mut length) = (0_u64, 8);
+    // SAFETY: the kernel writes at most `length` bytes, those of `cookie`.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Moves the calling thread for good. Only for programs that do so before they start any other thread.

@@ -212,8 +212,17 @@ impl Socket {
     /// # Errors
     /// [`NetlinkError::Overrun`] when messages were lost; a timeout shows as a socket error of kind `WouldBlock`.
     pub fn receive_bytes(&mut self) -> Result<&[u8], NetlinkError> {
+        self.receive_with(0)
+    }
+
+    /// As [`Socket::receive_bytes`], but where nothing is there the kind is `WouldBlock` at once.
+    pub(crate) fn receive_waiting_bytes(&mut self) -> Result<&[u8], NetlinkError> {
+        self.receive_with(libc::MSG_DONTWAIT)
+    }
+
+    fn receive_with(&mut self, flags: i32) -> Result<&[u8], NetlinkError> {
         let length = loop {
-            match self.inner.recv(&mut &mut self.buffer[..], libc::MSG_TRUNC) {
+            match self.inner.recv(&mut &mut self.buffer[..], libc::MSG_TRUNC | flags) {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => {
                     return Err(NetlinkError::Overrun);

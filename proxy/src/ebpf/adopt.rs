@@ -6,14 +6,13 @@ use super::attach::{Links, Way};
 use super::follow::read_node;
 use super::item::Operations;
 use super::maps::Maps;
-use super::node::NodeState;
 use super::numbering::{Numbers, number};
 use super::observed::Observed;
 use super::programmed::{Pending, Programmed};
 use super::programs::Programs;
 use super::{Ebpf, EbpfError, Kernel};
 use crate::backend::{Applied, Difference};
-use crate::diff::Plans;
+use crate::diff::{Plans, sorted};
 use crate::model::{ServiceKey, ServicePlan};
 
 impl Ebpf {
@@ -23,7 +22,6 @@ impl Ebpf {
         let (kernel, mut operations) = self.kernel()?;
         let settings = kernel.maps.settings.get(&0)?.unwrap_or_default();
         self.numbers = Numbers::after(settings.numbers);
-        self.node = NodeState::default();
         operations += self.adopt_node(&kernel, settings)?;
         // What begins at one interface must find the programs at all others, so first all are attached. As long as they
         // find no Service, they change nothing.
@@ -49,21 +47,10 @@ impl Ebpf {
         observed: &mut Observed,
     ) -> Result<Applied, EbpfError> {
         self.programmed.clear();
-        let mut all = Vec::new();
-        for (service, plan) in sorted(plans) {
-            let ports = number(plan, observed, &mut self.numbers);
-            let programmed = Programmed { plan: Arc::clone(plan), ports };
-            let mut operations = Operations::default();
-            for item in programmed.items() {
-                observed.settle(&item, &mut operations);
-            }
-            all.push(Pending {
-                service: service.clone(),
-                before: None,
-                after: Some(programmed),
-                operations,
-            });
-        }
+        let compared = sorted(plans).into_iter();
+        let all = compared
+            .map(|(service, plan)| compare(service, plan, observed, &mut self.numbers))
+            .collect();
         self.perform(kernel, all)
     }
 
@@ -97,12 +84,10 @@ impl Ebpf {
         let mut observed = Observed::read(&maps)?;
         let mut numbers = self.numbers;
         for (service, plan) in sorted(plans) {
-            let ports = number(plan, &mut observed, &mut numbers);
-            let mut operations = Operations::default();
-            for item in (Programmed { plan: Arc::clone(plan), ports }).items() {
-                observed.settle(&item, &mut operations);
+            let pending = compare(service, plan, &mut observed, &mut numbers);
+            for item in &pending.operations.puts {
+                differs(Some(service), format!("missing in {item}"));
             }
-            operations.puts.iter().for_each(|i| differs(Some(service), format!("missing in {i}")));
         }
         for key in observed.leftovers() {
             differs(None, format!("belongs to no Service: {key:?}"));
@@ -111,9 +96,18 @@ impl Ebpf {
     }
 }
 
-/// In the order of names, so that numbers do not depend on chance.
-fn sorted(plans: &Plans) -> Vec<(&ServiceKey, &Arc<ServicePlan>)> {
-    let mut all: Vec<_> = plans.iter().collect();
-    all.sort_unstable_by_key(|(service, _)| *service);
-    all
+/// What must change for one Service.
+fn compare(
+    service: &ServiceKey,
+    plan: &Arc<ServicePlan>,
+    observed: &mut Observed,
+    numbers: &mut Numbers,
+) -> Pending {
+    let ports = number(plan, observed, numbers);
+    let programmed = Programmed { plan: Arc::clone(plan), ports };
+    let mut operations = Operations::default();
+    for item in programmed.items() {
+        observed.settle(&item, &mut operations);
+    }
+    Pending { service: service.clone(), before: None, after: Some(programmed), operations }
 }

@@ -4,9 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use keelson_netlink::route::{Group, Monitor};
-use keelson_netlink::socket::NetlinkError;
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
@@ -54,20 +52,6 @@ impl Alarm {
             Ok(()) | Err(Errno::EAGAIN | Errno::EINTR) => {}
             Err(error) => return Err(EbpfError::Alarm(error)),
         }
-        let mut changed = false;
-        while self.is_readable() {
-            changed = true;
-            match self.monitor.events(Some(Duration::ZERO)) {
-                // Lost ones count as seen: what there is is read anew anyhow.
-                Ok(_) | Err(NetlinkError::Overrun) => {}
-                Err(error) => return Err(EbpfError::Watch(error)),
-            }
-        }
-        Ok(changed)
-    }
-
-    fn is_readable(&self) -> bool {
-        let mut waiting = [PollFd::new(self.monitor.as_fd(), PollFlags::POLLIN)];
-        poll(&mut waiting, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+        self.monitor.drain().map_err(EbpfError::Watch)
     }
 }

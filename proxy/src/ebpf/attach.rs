@@ -162,13 +162,13 @@ impl Links {
         let sockets =
             SOCKET_PROGRAMS.iter().filter(|_| sockets).map(|(name, _)| (*name).to_owned());
         let missing = |pin: &String| !self.works(pin);
-        match (way, Rtnl::open_in(netns)) {
-            (Way::Clsact, Ok(mut rtnl)) => {
-                let filters = clsact::missing(&mut rtnl, interfaces);
-                sockets.filter(missing).chain(filters).collect()
-            }
-            _ => sockets.chain(packets(interfaces)).filter(missing).collect(),
+        if way == Way::Clsact
+            && let Ok(mut rtnl) = Rtnl::open_in(netns)
+        {
+            let filters = clsact::missing(&mut rtnl, interfaces);
+            return sockets.filter(missing).chain(filters).collect();
         }
+        sockets.chain(packets(interfaces)).filter(missing).collect()
     }
 
     fn works(&self, pin: &str) -> bool {

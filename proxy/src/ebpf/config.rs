@@ -6,7 +6,6 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use serde::{Deserialize, Serialize};
 
-use super::ender::usual_namespaces;
 use super::error::EbpfError;
 
 /// Where BPF file systems are mounted.
@@ -24,7 +23,7 @@ pub struct EbpfConfig {
     pub cgroup: Option<PathBuf>,
     /// Whether sockets are served at all. Packets always are.
     pub sockets: bool,
-    /// Folders in which network namespaces of pods are pinned: where their sockets are looked for.
+    /// Folders in which network namespaces are pinned. Sockets are looked for there and wherever a process lives.
     pub namespaces: Vec<PathBuf>,
 }
 
@@ -34,7 +33,7 @@ impl Default for EbpfConfig {
             pins: Path::new(BPFFS).join("keelson-proxy"),
             cgroup: None,
             sockets: true,
-            namespaces: usual_namespaces(),
+            namespaces: vec![PathBuf::from("/run/netns")],
         }
     }
 }

@@ -11,11 +11,6 @@ use super::error::EbpfError;
 use super::table::Table;
 use crate::switch::with_sources;
 
-/// Where namespaces are pinned, beside those that processes live in.
-pub(crate) fn usual_namespaces() -> Vec<PathBuf> {
-    ["/run/netns", "/run/keelson/netns"].map(PathBuf::from).to_vec()
-}
-
 /// The thread's door.
 pub(crate) struct Ender {
     sender: Sender<()>,

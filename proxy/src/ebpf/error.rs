@@ -28,7 +28,7 @@ pub enum EbpfError {
     #[error("cannot read {path}")]
     Read { path: PathBuf, source: io::Error },
     #[error("cannot tell the node's network namespace from pods'")]
-    Cookie(#[source] io::Error),
+    Cookie(#[source] NetnsError),
     #[error("cannot watch interfaces and addresses")]
     Watch(#[source] NetlinkError),
     #[error("cannot read interfaces and addresses")]

@@ -8,18 +8,19 @@ use nix::time::{ClockId, clock_gettime};
 use super::attach::Links;
 use super::config::is_bpffs;
 use super::error::EbpfError;
-use super::item::{Item, Key};
+use super::item::Operations;
 use super::maps::Maps;
+use super::observed::Observed;
 use super::programs::{self, Programs};
 use super::table::Table;
-use super::{Ebpf, EbpfConfig};
+use super::{Ebpf, EbpfConfig, netfilter};
 use crate::switch::with_sources;
 
 impl Ebpf {
     /// Removes everything, also what another process left.
     pub(crate) fn remove(config: &EbpfConfig) -> Result<(), EbpfError> {
         let fail = |source| EbpfError::Pin { path: config.pins.clone(), source };
-        super::netfilter::remove()?;
+        netfilter::remove()?;
         if !is_bpffs(&config.pins) {
             return Ok(());
         }
@@ -31,10 +32,10 @@ impl Ebpf {
     /// As [`Ebpf::remove`], for a node that goes on in another mode: sockets that are connected stay so, and packets of
     /// connections that were translated go on being translated until they end.
     pub(crate) fn leave(config: &EbpfConfig) -> Result<(), EbpfError> {
-        // The mode that follows translates, too.
-        super::netfilter::remove()?;
         let folder = Programs::maps_folder(&config.pins);
         let Ok(maps) = Maps::open(&folder) else { return Self::remove(config) };
+        // The mode that follows translates, too.
+        netfilter::remove()?;
         Links::remove_sockets(&config.pins);
         forget_services(&maps)?;
         let flows = Table::open(&folder, "flows_in")?;
@@ -72,16 +73,8 @@ fn goes_on(flows: &Table<Tuple, Flow>) -> Result<bool, EbpfError> {
 
 /// No connection finds a Service any more.
 fn forget_services(maps: &Maps) -> Result<(), EbpfError> {
-    let frontends = maps.frontends.read()?.into_keys().map(Key::Frontend);
-    let addresses = maps.addresses.read()?.into_keys().map(Key::Address);
-    let ranges = maps.service_ranges.read()?.into_keys();
-    ranges.into_iter().try_for_each(|range| maps.service_ranges.delete(&range))?;
-    // First what guards a ClusterIP, else its ports would be refused for a moment.
-    let services = addresses.chain(frontends);
-    let sources = maps.sources.read()?.into_keys().map(Key::Source);
-    let members = maps.members.read()?.into_keys().map(Key::Member);
-    let pools = maps.pools.read()?.into_keys().map(Key::Pool);
-    let slots = maps.slots.read()?.into_keys().map(Key::Slot);
-    let all = services.chain(sources).chain(pools).chain(members).chain(slots);
-    maps.perform(&super::item::Operations { puts: Vec::<Item>::new(), deletes: all.collect() })
+    let ranges = maps.service_ranges.read()?;
+    ranges.keys().try_for_each(|range| maps.service_ranges.delete(range))?;
+    let deletes = Observed::read(maps)?.leftovers();
+    maps.perform(&Operations { puts: Vec::new(), deletes })
 }

@@ -30,9 +30,11 @@ struct Netfilter {
 
 /// To be called before the tables of other modes go: keeps translations alive that are needed.
 pub(crate) fn keep_translating() -> Result<(), EbpfError> {
-    let Ok(mut netfilter) = Netfilter::open() else { return Ok(()) };
+    let Some(nft) = nf_tables() else { return Ok(()) };
+    let conntrack = Conntrack::open().map_err(EbpfError::Conntrack)?;
+    let mut netfilter = Netfilter { nft, conntrack };
     if !netfilter.translates().map_err(EbpfError::Conntrack)? {
-        return netfilter.remove().map_err(EbpfError::Netfilter);
+        return remove_from(&mut netfilter.nft).map_err(EbpfError::Netfilter);
     }
     netfilter.make().map_err(EbpfError::Netfilter)?;
     tracing::info!(
@@ -45,21 +47,30 @@ pub(crate) fn keep_translating() -> Result<(), EbpfError> {
 
 /// Removes the table, in the calling thread's namespace.
 pub(crate) fn remove() -> Result<(), EbpfError> {
-    match Netfilter::open() {
-        Ok(mut netfilter) => netfilter.remove().map_err(EbpfError::Netfilter),
-        // A kernel without it has no table of it.
-        Err(_) => Ok(()),
+    nf_tables().map_or(Ok(()), |mut nft| remove_from(&mut nft)).map_err(EbpfError::Netfilter)
+}
+
+/// Nothing on a kernel without it, which has no table of it and translates nothing for it.
+fn nf_tables() -> Option<Nft> {
+    let mut nft = Nft::open().ok()?;
+    nft.generation().ok()?;
+    Some(nft)
+}
+
+/// Most nodes never have the table, and a transaction would tell everybody who watches.
+fn remove_from(nft: &mut Nft) -> Result<(), NftError> {
+    let table = Table::inet(TABLE);
+    if nft.table(table)?.is_none() {
+        return Ok(());
     }
+    let mut batch = Batch::new();
+    // It may be gone meanwhile: make it first, in the same transaction.
+    batch.add_table(table);
+    batch.delete_table(table);
+    nft.commit(batch)
 }
 
 impl Netfilter {
-    fn open() -> Result<Self, NftError> {
-        let mut nft = Nft::open()?;
-        nft.generation()?;
-        let conntrack = Conntrack::open().map_err(|_| NftError::Interrupted)?;
-        Ok(Netfilter { nft, conntrack })
-    }
-
     /// Whether there is a connection that would break. UDP flows begin anew.
     fn translates(&mut self) -> Result<bool, ConntrackError> {
         let translated = |flow: &Flow| flow.answerer != flow.destination;
@@ -88,21 +99,12 @@ impl Netfilter {
         self.nft.commit(batch)
     }
 
-    fn remove(&mut self) -> Result<(), NftError> {
-        let table = Table::inet(TABLE);
-        let mut batch = Batch::new();
-        // Deleting what may not be there: make it first, in the same transaction.
-        batch.add_table(table);
-        batch.delete_table(table);
-        self.nft.commit(batch)
-    }
-
     fn see_off(mut self) {
         const PERIOD: Duration = Duration::from_secs(10);
         while self.translates().unwrap_or(false) {
             std::thread::park_timeout(PERIOD);
         }
-        if let Err(error) = self.remove() {
+        if let Err(error) = remove_from(&mut self.nft) {
             tracing::warn!(
                 error = with_sources(&error),
                 "Cannot remove the table of earlier connections"

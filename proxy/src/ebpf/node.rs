@@ -77,12 +77,10 @@ fn own_addresses(config: &BackendConfig, addresses: &[LinkAddress]) -> BTreeMap<
 }
 
 fn serves_node_ports(config: &BackendConfig, address: IpAddr) -> bool {
-    if address.is_loopback() {
-        return config.localhost_node_ports;
+    match address.is_loopback() {
+        true => config.localhost_node_ports,
+        false => config.wants_node_ports_on(address),
     }
-    let of_family = |range: &&IpNetwork| range.is_ipv4() == address.is_ipv4();
-    let mut ranges = config.node_port_ranges.iter().filter(of_family).peekable();
-    ranges.peek().is_none() || ranges.any(|range| range.contains(address))
 }
 
 fn interface(

@@ -241,24 +241,6 @@ pub(crate) fn map_info(map: BorrowedFd<'_>) -> io::Result<MapInfo> {
     unsafe { info(map, MapInfo::default()) }
 }
 
-/// The cookie of the calling thread's network namespace, as programs see it (Linux 5.14).
-pub(crate) fn netns_cookie() -> io::Result<u64> {
-    let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0))?;
-    let mut cookie = 0u64;
-    let mut length = 8u32;
-    // SAFETY: the kernel writes at most `length` bytes, those of `cookie`.
-    let result = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_NETNS_COOKIE,
-            (&raw mut cookie).cast(),
-            &raw mut length,
-        )
-    };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
-}
-
 #[repr(C)]
 struct ElementAttr {
     map: u32,
@@ -347,12 +329,12 @@ struct BatchAttr {
     flags: u64,
 }
 
-/// Adds or replaces elements, and says how many were taken when one was refused.
+/// Adds or replaces elements. Those before one that is refused stay.
 pub(crate) fn put_all<K: aya::Pod, V: aya::Pod>(
     map: BorrowedFd<'_>,
     keys: &[K],
     values: &[V],
-) -> Result<(), (usize, io::Error)> {
+) -> io::Result<()> {
     let count = keys.len().min(values.len());
     let mut attr = BatchAttr {
         in_batch: 0,
@@ -365,10 +347,7 @@ pub(crate) fn put_all<K: aya::Pod, V: aya::Pod>(
         flags: 0,
     };
     // SAFETY: the layout of BPF_MAP_UPDATE_BATCH; both slices have `count` elements of the map's sizes.
-    match unsafe { bpf(MAP_UPDATE_BATCH, &mut attr) } {
-        Ok(_) => Ok(()),
-        Err(error) => Err((attr.count as usize, error)),
-    }
+    unsafe { bpf(MAP_UPDATE_BATCH, &mut attr) }.map(drop)
 }
 
 /// Where a reading in bulk has come to.

@@ -67,7 +67,7 @@ where
             return self.put(key, value);
         }
         for (keys, values) in keys.chunks(BATCH).zip(values.chunks(BATCH)) {
-            sys::put_all(self.map.as_fd(), keys, values).map_err(|(_, e)| self.fail(e))?;
+            sys::put_all(self.map.as_fd(), keys, values).map_err(|e| self.fail(e))?;
         }
         Ok(())
     }

@@ -17,7 +17,7 @@ pub(crate) const KUBE_PROXYS_LINK: &str = "kube-ipvs0";
 
 impl Ipvs {
     pub(super) fn remove_everything(&mut self) -> Result<(), BackendError> {
-        self.alarm.set_clock(false);
+        self.alarm.set_clock(false)?;
         self.table.cleanup()?;
         self.remove_own()?;
         self.remove_ways()?;

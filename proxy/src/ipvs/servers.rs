@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use ipnetwork::IpNetwork;
 use keelson_netlink::ipvs::Key;
 
 use crate::backend::BackendConfig;
@@ -131,14 +130,12 @@ impl Ground {
     /// Of all addresses of the node those that the configuration wants.
     pub(crate) fn new(config: &BackendConfig, own: impl IntoIterator<Item = IpAddr>) -> Self {
         let serves = |address: &IpAddr| {
-            let of_family = |range: &&IpNetwork| range.is_ipv4() == address.is_ipv4();
-            let mut ranges = config.node_port_ranges.iter().filter(of_family).peekable();
             // An address of a single link means nothing without that link.
             let alone = match address {
                 IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_unspecified(),
                 IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local(),
             };
-            alone && (ranges.peek().is_none() || ranges.any(|range| range.contains(*address)))
+            alone && config.wants_node_ports_on(*address)
         };
         let mut node_ports: Vec<IpAddr> = own.into_iter().filter(serves).collect();
         node_ports.sort_unstable();

@@ -14,7 +14,7 @@ use super::ranges::{boundaries, keys, node_port_ranges};
 use super::transaction::Operations;
 use super::{Nftables, NftablesError, Pending, Programmed};
 use crate::backend::{Applied, Difference};
-use crate::diff::Plans;
+use crate::diff::{Plans, sorted};
 use crate::model::{Family, PortPlan, Scope, ServiceKey, ServicePlan};
 use observed::{Observed, was_sticky};
 
@@ -346,12 +346,6 @@ impl Nftables {
 fn is_misplaced(found: &ChainFound) -> bool {
     let base = Chain::parse(&found.name).and_then(Chain::base);
     base.is_some_and(|base| found.hook != Some((base.hook as u32, base.priority)))
-}
-
-fn sorted(plans: &Plans) -> Vec<(&ServiceKey, &Arc<ServicePlan>)> {
-    let mut all: Vec<_> = plans.iter().collect();
-    all.sort_unstable_by_key(|(service, _)| *service);
-    all
 }
 
 fn described(role: Role, name: &str) -> Option<(u32, u32)> {

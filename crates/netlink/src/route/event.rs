@@ -102,6 +102,26 @@ impl Monitor {
         }
     }
 
+    /// Takes everything that was told until now, without waiting; true when there was anything. Lost events count as
+    /// told: for who reads the tables anew anyhow.
+    ///
+    /// # Errors
+    /// When the socket fails.
+    pub fn drain(&mut self) -> Result<bool, NetlinkError> {
+        let mut told = false;
+        loop {
+            match self.socket.receive_waiting_bytes() {
+                Ok(_) | Err(NetlinkError::Overrun) => told = true,
+                Err(NetlinkError::Socket { source, .. })
+                    if source.kind() == io::ErrorKind::WouldBlock =>
+                {
+                    return Ok(told);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
     /// Whether anything happened within `timeout`; lost events count as something.
     pub(super) fn wait(&mut self, timeout: Duration) -> Result<bool, NetlinkError> {
         match self.events(Some(timeout)) {

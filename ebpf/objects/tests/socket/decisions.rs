@@ -11,7 +11,7 @@ use keelson_ebpf_abi::{
 };
 
 use super::families::{ALL, Family, Servers};
-use super::world::{TCP, UDP, World, cookie, forward};
+use super::world::{TCP, UDP, World, forward};
 
 const FAMILY: Family = Family::V4;
 const LEFT: ErrorKind = ErrorKind::NetworkUnreachable;
@@ -201,7 +201,7 @@ fn clients_of_one_namespace_stick_to_one_endpoint() {
     let first = world.in_pod(|| reached(10));
     world.on_node(|| reached(10));
     // It is kept for its namespace, with the time of the last connection.
-    let key = AffinityKey { pool, client: client_of_namespace(cookie(&world.pod)) };
+    let key = AffinityKey { pool, client: client_of_namespace(world.pod.cookie().unwrap()) };
     let mut kept: Affinity = world.map("affinity").get(&key, 0).unwrap();
     assert_eq!(kept.endpoint.address, endpoints[first].ip().into());
     // Case 42: one that is no member any more does not hold.
@@ -235,7 +235,7 @@ fn an_exempt_namespace_is_left_alone() {
     let endpoint = FAMILY.endpoint(1, 8080);
     world.service(FAMILY.vip(80), TCP, &[endpoint]);
     world.service(FAMILY.vip(80), UDP, &[endpoint]);
-    let pod = cookie(&world.pod);
+    let pod = world.pod.cookie().unwrap();
     world.map("exempt").insert(pod, 0_u32, 0).unwrap();
     world.set_settings(SETTING_KNOWS_PODS | SETTING_EXEMPTS_NAMESPACES);
     let outcome = || {

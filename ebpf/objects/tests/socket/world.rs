@@ -1,9 +1,7 @@
 //! A node and a pod, each a network namespace, with the socket programs attached for the threads that
 //! enter them, and the maps filled by hand.
 
-use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::AsRawFd;
 
 use aya::maps::{Array, HashMap, MapData, PerCpuHashMap};
 use aya::programs::{CgroupAttachMode, CgroupSock, CgroupSockAddr};
@@ -58,7 +56,7 @@ impl World {
     }
 
     pub(crate) fn set_settings(&mut self, flags: u32) {
-        let host_cookie = cookie(&self.node);
+        let host_cookie = self.node.cookie().unwrap();
         let settings = Settings { host_cookie, flags, ..Settings::default() };
         let map = self.bpf.map_mut("settings").unwrap();
         Array::try_from(map).unwrap().set(0, settings, 0).unwrap();
@@ -190,25 +188,4 @@ fn namespace() -> Netns {
         rtnl.ensure_address(lo, network.parse().unwrap()).unwrap();
     }
     netns
-}
-
-pub(crate) fn cookie(netns: &Netns) -> u64 {
-    netns.run(own_cookie).unwrap().unwrap()
-}
-
-#[expect(unsafe_code, reason = "nix has no SO_NETNS_COOKIE")]
-fn own_cookie() -> io::Result<u64> {
-    let socket = std::net::UdpSocket::bind("127.0.0.1:0")?;
-    let (mut cookie, mut length) = (0_u64, 8);
-    // SAFETY: the kernel writes at most `length` bytes to `cookie`; both outlive the call.
-    let result = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_NETNS_COOKIE,
-            (&raw mut cookie).cast(),
-            &raw mut length,
-        )
-    };
-    if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
 }
