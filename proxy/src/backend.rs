@@ -1,10 +1,12 @@
 //! The seam between the model and the kernel: what a backend is, and the only place that knows how
 //! many there are. A new one is a value of [`Mode`], its arms here, and a variant of [`BackendError`].
 
+mod counting;
 mod figures;
 
 use std::net::IpAddr;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
@@ -13,8 +15,9 @@ use crate::diff::{Change, Plans};
 use crate::ebpf::{Ebpf, EbpfConfig, EbpfError};
 use crate::iptables::{Iptables, IptablesError, Variant};
 use crate::ipvs::{Ipvs, IpvsConfig, IpvsError};
-use crate::model::ServiceKey;
+use crate::model::{ServiceKey, ServicePlan};
 use crate::nftables::{Nftables, NftablesError};
+pub use counting::{Counted, Counting, Names, PortTraffic, Traffic};
 pub use figures::{FamilyFigures, Figures, TableRules};
 
 /// A kernel interface that Services can be programmed into.
@@ -134,6 +137,16 @@ pub trait Backend: Send {
     /// What was counted since the last call.
     fn take_figures(&mut self) -> Figures {
         Figures::default()
+    }
+
+    /// What the kernel side counts of Services, where it does.
+    fn counting(&self) -> Option<Arc<dyn Counting>> {
+        None
+    }
+
+    /// What the kernel has for that plan which the plan does not tell, in lines for people.
+    fn details(&mut self, _plan: &ServicePlan) -> Result<Vec<String>, BackendError> {
+        Ok(Vec::new())
     }
 
     /// Removes everything that the backend ever made, also by an earlier process.

@@ -18,6 +18,9 @@ mod attach;
 mod clsact;
 mod config;
 mod connected_udp;
+mod counting;
+mod details;
+mod drops;
 mod ender;
 mod error;
 mod follow;
@@ -40,12 +43,13 @@ use std::sync::Arc;
 
 use keelson_netlink::netns::Netns;
 
-use crate::backend::{Applied, Backend, BackendConfig, BackendError, Difference};
+use crate::backend::{Applied, Backend, BackendConfig, BackendError, Counting, Difference};
 use crate::diff::{Change, Plans};
-use crate::model::ServiceKey;
+use crate::model::{ServiceKey, ServicePlan};
 use alarm::Alarm;
 use attach::{Links, Way};
 pub use config::EbpfConfig;
+use counting::Tally;
 use ender::Ender;
 pub use error::EbpfError;
 use item::Operations;
@@ -79,6 +83,8 @@ pub struct Ebpf {
     looked_at: u32,
     kernel: Option<Kernel>,
     programmed: HashMap<ServiceKey, Programmed>,
+    /// Whose numbers are whose, for those who read counters.
+    tally: Arc<Tally>,
     numbers: Numbers,
     node: NodeState,
 }
@@ -101,6 +107,7 @@ impl Ebpf {
             looked_at: 0,
             kernel: None,
             programmed: HashMap::new(),
+            tally: Arc::default(),
             numbers: Numbers::after(0),
             node: NodeState::default(),
         })
@@ -163,26 +170,35 @@ impl Ebpf {
         if let Some(mark) = self.numbers.reserve() {
             self.write_settings(kernel, mark)?;
         }
+        for pending in &all {
+            pending.after.iter().for_each(|after| self.tally.add(&pending.service, after));
+        }
         let together = together(&all);
         let mut applied = Applied { operations: together.len(), ..Applied::default() };
         let whole = kernel.maps.perform(&together);
+        let mut gone = HashSet::new();
         for pending in all {
             let alone = match &whole {
                 Ok(()) => Ok(()),
                 Err(_) => kernel.maps.perform(&pending.operations),
             };
-            let keep = match alone {
-                Ok(()) => pending.after,
+            let (keep, drop) = match alone {
+                Ok(()) => (pending.after, pending.before),
                 Err(error) => {
                     undo(kernel, &pending)?;
                     applied.refused.push((pending.service.clone(), error.into()));
-                    pending.before
+                    (pending.before, pending.after)
                 }
             };
+            gone.extend(drop.iter().flat_map(Programmed::numbers));
             if let Some(programmed) = keep {
+                programmed.numbers().for_each(|number| _ = gone.remove(&number));
+                self.tally.add(&pending.service, &programmed);
                 self.programmed.insert(pending.service, programmed);
             }
         }
+        self.tally.remove(&gone);
+        gone.iter().try_for_each(|number| kernel.maps.counters.delete(number))?;
         Ok(applied)
     }
 }
@@ -241,7 +257,19 @@ impl Backend for Ebpf {
         if self.alarm.acknowledge()? {
             self.follow_node()?;
         }
+        if let Some(kernel) = &self.kernel {
+            let maps = Programs::maps_folder(&self.config.ebpf.pins);
+            monitor::forget_the_dead(&kernel.maps.watched, &maps)?;
+        }
         Ok(self.lacks_links())
+    }
+
+    fn counting(&self) -> Option<Arc<dyn Counting>> {
+        Some(Arc::clone(&self.tally) as Arc<dyn Counting>)
+    }
+
+    fn details(&mut self, plan: &ServicePlan) -> Result<Vec<String>, BackendError> {
+        Ok(details::of(&self.config.ebpf, plan)?)
     }
 
     fn cleanup(&mut self) -> Result<(), BackendError> {

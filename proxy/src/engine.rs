@@ -21,7 +21,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::addresses::{self, Changes, of_node_ports};
-use crate::backend::{Applied, Backend, BackendConfig, BackendError, Mode};
+use crate::backend::{Applied, Backend, BackendConfig, BackendError, Counting, Mode};
 use crate::clock::Now;
 use crate::config::ProxyConfig;
 use crate::conntrack::{Checks, Cleaner};
@@ -152,6 +152,11 @@ impl Engine {
 
     pub(crate) fn mode(&self) -> Mode {
         self.mode
+    }
+
+    /// What the kernel counts of Services, where it does.
+    pub(crate) fn counting(&self) -> Option<Arc<dyn Counting>> {
+        self.backend.counting()
     }
 
     /// Works until [`Wake::Stop`]. What is in force stays in force.

@@ -16,7 +16,6 @@ use kube::api::ListParams;
 use kube::{Api, Client, Resource};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::backend::{BackendConfig, Difference, Mode};
 use crate::config::ProxyConfig;
@@ -25,7 +24,7 @@ use crate::model::objects::{EndpointSlice, Node, Service, ServiceCidr};
 use crate::model::{Model, Protocol, ServiceKey};
 use crate::trace::{Ground, Packet, trace};
 use crate::watch::{SERVICE_SELECTOR, SLICE_SELECTOR};
-use crate::{node, run, switch};
+use crate::{node, run, server, switch};
 
 /// What to explain.
 #[derive(Clone, Debug, PartialEq, Eq, clap::Args)]
@@ -48,19 +47,21 @@ struct Facts {
     backend: BackendConfig,
     mode: Mode,
     differences: Vec<Difference>,
+    /// What the kernel has for the Service in question.
+    details: Vec<String>,
 }
 
 /// The answer, as text.
 pub async fn explain(config: &ProxyConfig, question: &Question) -> anyhow::Result<String> {
     if let Ok(to) = question.what.parse::<SocketAddr>() {
-        let facts = gather(config).await?;
+        let facts = gather(config, None).await?;
         return explain_packet(&facts, to, question);
     }
     let Some((namespace, name)) = question.what.split_once('/') else {
         bail!("{:?} is neither NAMESPACE/SERVICE nor ADDRESS:PORT", question.what);
     };
-    let facts = gather(config).await?;
     let service = ServiceKey::new(namespace, name);
+    let facts = gather(config, Some(&service)).await?;
     let Some(plan) = facts.plans.get(&service) else {
         bail!(
             "there is no Service {service} that a proxy programs (headless and ExternalName Services, and those of other proxies, are not)"
@@ -69,6 +70,7 @@ pub async fn explain(config: &ProxyConfig, question: &Question) -> anyhow::Resul
     let verdicts = facts.model.explain_endpoints(&service);
     let mut answer = text::service(&service, plan, &verdicts);
     answer += &text::kernel(facts.mode, &facts.differences, Some(&service));
+    answer += &text::details(&facts.details);
     Ok(answer)
 }
 
@@ -96,7 +98,7 @@ fn explain_packet(facts: &Facts, to: SocketAddr, question: &Question) -> anyhow:
     Ok(answer)
 }
 
-async fn gather(config: &ProxyConfig) -> anyhow::Result<Facts> {
+async fn gather(config: &ProxyConfig, service: Option<&ServiceKey>) -> anyhow::Result<Facts> {
     let client = run::client(config).await?;
     let services: Vec<Service> = list(&client, SERVICE_SELECTOR).await?;
     let slices: Vec<EndpointSlice> = list(&client, SLICE_SELECTOR).await?;
@@ -117,8 +119,11 @@ async fn gather(config: &ProxyConfig) -> anyhow::Result<Facts> {
     let modes = running.as_deref().and_then(Mode::candidates).unwrap_or(config.modes);
     let mode = switch::choose(modes)?;
     let backend = node::backend_config(config, node.as_ref(), ranges);
-    let differences = mode.open(backend.clone())?.verify(&plans)?;
-    Ok(Facts { model, plans, backend, mode, differences })
+    let mut kernel = mode.open(backend.clone())?;
+    let differences = kernel.verify(&plans)?;
+    let plan = service.and_then(|service| plans.get(service));
+    let details = plan.map(|plan| kernel.details(plan)).transpose()?.unwrap_or_default();
+    Ok(Facts { model, plans, backend, mode, differences, details })
 }
 
 async fn list<K>(client: &Client, selector: &str) -> anyhow::Result<Vec<K>>
@@ -132,17 +137,11 @@ where
 
 /// What the proxy that runs on this node says; nothing when none does.
 async fn running_mode(address: Option<SocketAddr>) -> Option<String> {
-    let mut stream = tokio::net::TcpStream::connect(address?).await.ok()?;
-    stream
-        .write_all(b"GET /configz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-        .await
-        .ok()?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).await.ok()?;
-    let (head, body) = answer.split_once("\r\n\r\n")?;
-    let config: Value = serde_json::from_str(body).ok()?;
-    let mode = config.pointer("/kubeproxy.config.k8s.io/mode")?.as_str()?;
-    head.starts_with("HTTP/1.1 200").then(|| mode.to_owned())
+    let address = address?;
+    // Its answer may come from this very thread.
+    let asked = tokio::task::spawn_blocking(move || server::ask(address, "/configz"));
+    let config: Value = serde_json::from_str(&asked.await.ok()??).ok()?;
+    Some(config.pointer("/kubeproxy.config.k8s.io/mode")?.as_str()?.to_owned())
 }
 
 fn own_addresses() -> anyhow::Result<Vec<IpAddr>> {

@@ -1,6 +1,6 @@
 //! keelson-proxy: kube-proxy's place taken.
 
-use std::io::{IsTerminal, Write};
+use std::io::{BufWriter, IsTerminal, Write};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -27,7 +27,7 @@ struct Command {
 enum Task {
     /// Show what is programmed for a Service and why, or where a packet would go
     Explain(Question),
-    /// Mode ebpf: show each decision about packets, until interrupted
+    /// Mode ebpf: show each decision about connections, until interrupted
     Monitor(MonitorArgs),
 }
 
@@ -45,7 +45,7 @@ fn main() -> ExitCode {
     let done = match task {
         None => run(flags),
         Some(Task::Explain(question)) => explain(flags, &question),
-        Some(Task::Monitor(wanted)) => show_decisions(&flags, &wanted),
+        Some(Task::Monitor(wanted)) => show_decisions(flags, &wanted),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -65,9 +65,10 @@ fn level_name(level: u8) -> &'static str {
     }
 }
 
-fn show_decisions(flags: &Flags, wanted: &MonitorArgs) -> anyhow::Result<()> {
+fn show_decisions(flags: Flags, wanted: &MonitorArgs) -> anyhow::Result<()> {
     static INTERRUPTED: AtomicBool = AtomicBool::new(false);
-    // What is written into the settings must be taken back.
+    let (config, _) = flags.resolve()?;
+    // What the programs are told must be taken back.
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     runtime.spawn(async {
@@ -83,7 +84,17 @@ fn show_decisions(flags: &Flags, wanted: &MonitorArgs) -> anyhow::Result<()> {
         INTERRUPTED.store(true, Ordering::Relaxed);
     });
     let stop = || INTERRUPTED.load(Ordering::Relaxed);
-    monitor(&flags.ebpf.config(), wanted, &mut std::io::stdout().lock(), stop)
+    let mut out = BufWriter::new(std::io::stdout().lock());
+    match monitor(&config.ebpf, config.metrics_address, wanted, &mut out, stop) {
+        // Who reads has seen enough.
+        Err(error) if is_broken_pipe(&error) => Ok(()),
+        done => done,
+    }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let cause = error.downcast_ref::<std::io::Error>();
+    cause.is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
 fn explain(flags: Flags, question: &Question) -> anyhow::Result<()> {

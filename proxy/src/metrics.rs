@@ -1,10 +1,12 @@
 //! Counters under kube-proxy's names.
 
+pub(crate) mod traffic;
+
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use prometheus_client::encoding::EncodeLabelSet;
-use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::text::{encode_eof, encode_registry};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -262,10 +264,14 @@ impl Metrics {
         }
     }
 
-    /// The text that Prometheus reads.
-    pub(crate) fn text(&self) -> String {
+    /// The text that Prometheus reads, `more` metrics included.
+    pub(crate) fn text(&self, more: &str) -> String {
         let mut text = String::new();
-        match encode(&mut text, &self.registry) {
+        let encoded = encode_registry(&mut text, &self.registry).and_then(|()| {
+            text.push_str(more);
+            encode_eof(&mut text)
+        });
+        match encoded {
             Ok(()) => text,
             Err(error) => format!("# cannot encode metrics: {error}\n"),
         }

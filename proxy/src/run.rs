@@ -55,6 +55,8 @@ pub async fn run_with(
         mode: engine.mode(),
         sync_period: config.sync_period,
         config_text: config.as_json(engine.mode()).to_string(),
+        counting: engine.counting(),
+        service_metrics: config.ebpf.service_metrics,
     });
     // nf_tables calls block, the longest for some tenths of a second.
     let (ended, engine_ended) = tokio::sync::oneshot::channel::<()>();

@@ -1,7 +1,9 @@
 //! The two small HTTP servers: health and metrics.
 
+use std::collections::HashMap;
 use std::convert::Infallible;
-use std::net::SocketAddr;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -13,10 +15,11 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
 
-use crate::backend::Mode;
+use crate::backend::{Counting, Mode, Names};
 use crate::clock::Now;
 use crate::engine::Progress;
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, traffic};
+use crate::switch::with_sources;
 
 /// How long a bind that failed waits for the next attempt.
 const RETRY: Duration = Duration::from_secs(5);
@@ -31,6 +34,9 @@ pub(crate) struct Pages {
     pub(crate) mode: Mode,
     pub(crate) sync_period: Duration,
     pub(crate) config_text: String,
+    pub(crate) counting: Option<Arc<dyn Counting>>,
+    /// So many Service ports are shown with their traffic.
+    pub(crate) service_metrics: usize,
 }
 
 const TEXT: &str = "text/plain; charset=utf-8";
@@ -65,13 +71,52 @@ impl Pages {
     pub(crate) fn metrics(&self, path: &str) -> Answer {
         const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
         match path {
-            "/metrics" => (StatusCode::OK, OPEN_METRICS, self.metrics.text()),
+            "/metrics" => (StatusCode::OK, OPEN_METRICS, self.metrics.text(&self.traffic())),
             "/proxyMode" => (StatusCode::OK, TEXT, self.mode.kube_name().to_owned()),
             "/configz" => (StatusCode::OK, JSON, self.config_text.clone()),
+            "/services" => match &self.counting {
+                Some(counting) => (StatusCode::OK, JSON, names(&counting.names()).to_string()),
+                None => NOT_FOUND,
+            },
             "/healthz" => (StatusCode::OK, TEXT, "ok".to_owned()),
             _ => NOT_FOUND,
         }
     }
+
+    /// What the kernel has counted until now.
+    fn traffic(&self) -> String {
+        let Some(counting) = &self.counting else { return String::new() };
+        match counting.read() {
+            Ok(counted) => traffic::text(counted, self.service_metrics),
+            Err(error) => {
+                tracing::warn!(error = with_sources(&error), "Cannot read counters of Services");
+                String::new()
+            }
+        }
+    }
+}
+
+/// What numbers and addresses in the kernel stand for.
+fn names(names: &Names) -> serde_json::Value {
+    let ports = names.ports.iter().map(|(number, name)| (number.to_string(), name));
+    let addresses = names.addresses.iter().map(|(address, name)| (address.to_string(), name));
+    serde_json::json!({
+        "ports": ports.collect::<HashMap<_, _>>(),
+        "addresses": addresses.collect::<HashMap<_, _>>(),
+    })
+}
+
+/// Asks the server of a running proxy; nothing when none answers. Blocks.
+pub(crate) fn ask(address: SocketAddr, path: &str) -> Option<String> {
+    const PATIENCE: Duration = Duration::from_secs(5);
+    let mut stream = TcpStream::connect_timeout(&address, PATIENCE).ok()?;
+    stream.set_read_timeout(Some(PATIENCE)).ok()?;
+    let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).ok()?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).ok()?;
+    let (head, body) = answer.split_once("\r\n\r\n")?;
+    head.starts_with("HTTP/1.1 200").then(|| body.to_owned())
 }
 
 /// Serves for ever; keeps trying when the address is taken.

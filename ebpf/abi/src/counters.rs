@@ -1,4 +1,4 @@
-//! What happened at a frontend, per CPU. Keyed by the frontend's number.
+//! What happened at a Service port, per CPU. Keyed by its number ([`crate::Frontend::number`]).
 
 use crate::layout;
 

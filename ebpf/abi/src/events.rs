@@ -1,4 +1,4 @@
-//! What a monitor sees: elements of the ring buffer `events`, written while `SETTING_EVENTS` is set.
+//! What a monitor sees: elements of the ring buffer `events`, written while the only element of `watched` says so.
 
 use crate::{Tuple, layout};
 
@@ -8,13 +8,14 @@ use crate::{Tuple, layout};
 pub struct Event {
     /// By the monotonic clock.
     pub time_ns: u64,
-    /// What the packet carried.
+    /// What the packet carried, or whom the socket asked for. A socket has no address yet: its source is
+    /// [`crate::client_of_namespace`], without a port.
     pub tuple: Tuple,
     /// What it carries now; zero if it went nowhere.
     pub to: Tuple,
-    /// The frontend's number; 0 if it has none.
+    /// Number of the Service port; 0 if it is for none.
     pub frontend: u32,
-    /// The interface that it arrived or leaves by.
+    /// The interface that it arrived or leaves by; 0 for sockets.
     pub interface: u32,
     /// `EVENT_*`.
     pub what: u32,
@@ -38,6 +39,17 @@ pub const EVENT_DROPPED: u32 = 4;
 pub const HOOK_INGRESS: u8 = 1;
 /// Packets that leave.
 pub const HOOK_EGRESS: u8 = 2;
+/// Sockets that connect.
+pub const HOOK_CONNECT: u8 = 3;
+/// Sockets that send without being connected.
+pub const HOOK_SEND: u8 = 4;
+
+/// In `watched`: nobody reads `events`.
+pub const WATCH_NOTHING: u32 = 0;
+/// Somebody reads what did not reach an endpoint.
+pub const WATCH_FAILURES: u32 = 1;
+/// Somebody reads everything.
+pub const WATCH_ALL: u32 = 2;
 
 layout! {
     Event: 104,

@@ -29,12 +29,12 @@ pub use service::{
 };
 pub use settings::{
     ADDRESS_CLUSTER_IP, ADDRESS_NODE, ADDRESS_NODE_PORTS, INTERFACE_NO_LINK_HEADER, INTERFACE_PODS,
-    Interface, RangeKey, RangePrefix, SETTING_EVENTS, SETTING_EXEMPTS_NAMESPACES,
-    SETTING_KNOWS_PODS, SETTING_PASSES_UNKNOWN, SETTING_PODS_BY_INTERFACE, Settings,
+    Interface, RangeKey, RangePrefix, SETTING_EXEMPTS_NAMESPACES, SETTING_KNOWS_PODS,
+    SETTING_NODE_SOCKETS_ONLY, SETTING_PASSES_UNKNOWN, SETTING_PODS_BY_INTERFACE, Settings,
 };
 pub use socket::{
     CONVERSATIONS, Connected, Conversation, Conversations, PLACES, Peer, client_of_namespace,
-    place_of,
+    namespace_of_client, place_of,
 };
 
 /// Part of the folder's name that maps, programs and links are pinned in.

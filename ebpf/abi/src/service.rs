@@ -32,13 +32,13 @@ pub struct Frontend {
     pub inside: Route,
     /// For everybody else. Differs from `inside` with externalTrafficPolicy Local only.
     pub outside: Route,
-    /// Never used for another frontend: in keys of `sources` and of counters.
+    /// Of the Service port that it belongs to, and of no other one ever: in keys of `sources` and of counters.
     pub number: u32,
     /// `FRONTEND_*`.
     pub flags: u32,
 }
 
-/// Only the ranges in `sources` may connect; others are dropped.
+/// Only the ranges in `sources` (of the Service port) may connect; others are dropped.
 pub const FRONTEND_HAS_SOURCES: u32 = 1;
 /// Clients stick to an endpoint.
 pub const FRONTEND_STICKY: u32 = 2;

@@ -27,8 +27,8 @@ pub const SETTING_EXEMPTS_NAMESPACES: u32 = 4;
 /// Packets of connections that are not known go on instead of being refused: netfilter may know them,
 /// from the time of another mode.
 pub const SETTING_PASSES_UNKNOWN: u32 = 8;
-/// Somebody reads `events`.
-pub const SETTING_EVENTS: u32 = 16;
+/// The sockets of other network namespaces than the node's are left to the packet layer.
+pub const SETTING_NODE_SOCKETS_ONLY: u32 = 256;
 
 /// In `addresses`: one of the node's own.
 pub const ADDRESS_NODE: u32 = 1;

@@ -96,3 +96,12 @@ pub const fn client_of_namespace(cookie: u64) -> Address {
     let [a, b] = NAMESPACE_BE;
     Address { words_be: [a, b, (cookie >> 32) as u32, cookie as u32] }
 }
+
+/// The network namespace's cookie, if that is what a client stands for.
+#[inline(always)]
+#[must_use]
+pub const fn namespace_of_client(client: &Address) -> Option<u64> {
+    let [a, b, high, low] = client.words_be;
+    let [first, second] = NAMESPACE_BE;
+    if a == first && b == second { Some((high as u64) << 32 | low as u64) } else { None }
+}

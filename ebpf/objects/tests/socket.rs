@@ -10,6 +10,8 @@ mod connected;
 mod connected_udp;
 #[path = "socket/decisions.rs"]
 mod decisions;
+#[path = "socket/events.rs"]
+mod events;
 #[path = "socket/families.rs"]
 mod families;
 #[path = "socket/orphans.rs"]

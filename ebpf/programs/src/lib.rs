@@ -5,5 +5,6 @@
 
 pub mod counters;
 pub mod endpoint;
+pub mod events;
 pub mod frontend;
 pub mod maps;

@@ -1,14 +1,16 @@
 //! The maps that tell the programs what Services there are. User space writes them, programs read them,
-//! except for `affinity` and `counters`.
+//! except for `affinity`, `counters` and `events`.
 //!
 //! `max_entries` here is what the loader takes when it is told nothing else. Maps without preallocation
 //! cost memory for what is in them, and a little for each possible entry.
 
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
-use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuHashMap};
+use aya_ebpf::btf_maps::{
+    Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, RingBuf,
+};
 use aya_ebpf::macros::btf_map;
 use keelson_ebpf_abi::{
-    Address, Affinity, AffinityKey, Counters, Endpoint, Frontend, FrontendKey, Interface,
+    Address, Affinity, AffinityKey, Counters, Endpoint, Event, Frontend, FrontendKey, Interface,
     MemberKey, Pool, RangeKey, Settings, SlotKey, SourceKey,
 };
 
@@ -49,3 +51,15 @@ pub static AFFINITY: LruHashMap<AffinityKey, Affinity, 131_072> = LruHashMap::ne
 
 #[btf_map(name = "counters")]
 pub static COUNTERS: PerCpuHashMap<u32, Counters, 262_144, GROWING> = PerCpuHashMap::new();
+
+/// What a monitor wants to read: `WATCH_*`. It writes that itself.
+#[btf_map(name = "watched")]
+pub static WATCHED: Array<u32, 1> = Array::new();
+
+/// What a monitor reads; full without one.
+#[btf_map(name = "events")]
+pub static EVENTS: RingBuf<Event, 262_144> = RingBuf::new();
+
+/// How many events found no room there.
+#[btf_map(name = "events_lost")]
+pub static EVENTS_LOST: PerCpuArray<u64, 1> = PerCpuArray::new();

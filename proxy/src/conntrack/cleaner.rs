@@ -148,7 +148,7 @@ mod tests {
         cleaner.check(checks(&[4]));
         assert_eq!(told.recv().unwrap(), (checks(&[4]), Family::V4));
         answer.send(Ok(Cleaned { deleted: 0, whole: true })).unwrap();
-        let text = metrics.text();
+        let text = metrics.text("");
         let deleted = "conntrack_reconciler_deleted_entries_total{ip_family=\"IPv4\"} 3";
         assert!(text.contains(deleted), "{text}");
         let walks = "conntrack_reconciler_sync_duration_seconds_count{ip_family=\"IPv4\"}";

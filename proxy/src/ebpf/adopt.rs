@@ -1,5 +1,6 @@
 //! Start and repair: reads the maps, keeps what is right, mends what is not.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use super::attach::{Links, Way};
@@ -30,6 +31,7 @@ impl Ebpf {
         let mut applied = self.adopt_services(&kernel, plans, &mut observed)?;
         let leftovers = Operations { puts: Vec::new(), deletes: observed.leftovers() };
         kernel.maps.perform(&leftovers)?;
+        self.adopt_counters(&kernel)?;
         let node = self.observe_node()?;
         operations += leftovers.len() + self.refresh_node(&kernel, node)?;
         applied.operations += operations;
@@ -52,6 +54,19 @@ impl Ebpf {
             .map(|(service, plan)| compare(service, plan, observed, &mut self.numbers))
             .collect();
         self.perform(kernel, all)
+    }
+
+    /// Forgets what was counted of Services that are gone.
+    fn adopt_counters(&self, kernel: &Kernel) -> Result<(), EbpfError> {
+        let numbers: HashSet<u32> =
+            self.programmed.values().flat_map(Programmed::numbers).collect();
+        for number in kernel.maps.counters.read()?.keys() {
+            if !numbers.contains(number) {
+                kernel.maps.counters.delete(number)?;
+            }
+        }
+        self.tally.complete(&Programs::maps_folder(&self.config.ebpf.pins), &numbers);
+        Ok(())
     }
 
     /// What adopting would change.

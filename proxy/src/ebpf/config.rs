@@ -23,6 +23,8 @@ pub struct EbpfConfig {
     pub cgroup: Option<PathBuf>,
     /// Whether sockets are served at all. Packets always are.
     pub sockets: bool,
+    /// At most so many Service ports are shown on /metrics with their traffic.
+    pub service_metrics: usize,
     /// Folders in which network namespaces are pinned. Sockets are looked for there and wherever a process lives.
     pub namespaces: Vec<PathBuf>,
 }
@@ -33,6 +35,7 @@ impl Default for EbpfConfig {
             pins: Path::new(BPFFS).join("keelson-proxy"),
             cgroup: None,
             sockets: true,
+            service_metrics: 1000,
             namespaces: vec![PathBuf::from("/run/netns")],
         }
     }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::hash::Hash;
 
-use keelson_ebpf_abi::{ADDRESS_NODE, SETTING_EVENTS, Settings};
+use keelson_ebpf_abi::{ADDRESS_NODE, Settings};
 use keelson_netlink::route::Rtnl;
 
 use super::maps::Maps;
@@ -85,8 +85,7 @@ pub(super) fn read_node(maps: &Maps, settings: Settings) -> Result<NodeState, Eb
         interfaces: maps.interfaces.read()?.into_iter().collect(),
         pod_ranges: maps.pod_ranges.read()?.into_iter().collect(),
         service_ranges: maps.service_ranges.read()?.into_iter().collect(),
-        // Somebody may listen.
-        flags: settings.flags & !SETTING_EVENTS,
+        flags: settings.flags,
         address4: settings.address4,
         address6: settings.address6,
     })

@@ -119,16 +119,16 @@ pub(crate) fn guard_item(address: std::net::IpAddr) -> Item {
 
 /// All elements of a Service port.
 pub(crate) fn items_of(plan: &PortPlan, numbers: &NumberedPort, out: &mut Vec<Item>) {
-    for (frontend, number) in plan.frontends.iter().zip(&numbers.frontends) {
+    for frontend in &plan.frontends {
         let (inside, outside) = routes(frontend.route, numbers);
         let mut flags = if frontend.sources.is_some() { FRONTEND_HAS_SOURCES } else { 0 };
         if plan.affinity_secs.is_some() {
             flags |= FRONTEND_STICKY;
         }
-        let value = Frontend { inside, outside, number: *number, flags };
+        let value = Frontend { inside, outside, number: numbers.number, flags };
         out.push(Item::Frontend(frontend_key(&frontend.key), value));
         for range in frontend.sources.iter().flatten() {
-            let key = SourceKey { frontend: *number, address: range.network().into() };
+            let key = SourceKey { frontend: numbers.number, address: range.network().into() };
             let prefix_len = 32 + prefix_len(range);
             out.push(Item::Source(SourcePrefix { prefix_len, key }, 1));
         }

@@ -3,15 +3,15 @@
 use std::path::Path;
 
 use keelson_ebpf_abi::{
-    Address, Endpoint, Frontend, FrontendKey, Interface, MemberKey, Pool, RangePrefix, Settings,
-    SlotKey, SourcePrefix,
+    Address, Counters, Endpoint, Frontend, FrontendKey, Interface, MemberKey, Pool, RangePrefix,
+    Settings, SlotKey, SourcePrefix,
 };
 
 use super::error::EbpfError;
 use super::item::{Item, Key, Operations};
-use super::table::Table;
+use super::table::{PerCpu, Table};
 
-/// What user space writes. Named as in `ebpf/programs/src/maps.rs`.
+/// What user space writes, and `counters`, where it only removes. Named as in `ebpf/programs/src/maps.rs`.
 pub(crate) struct Maps {
     pub(crate) settings: Table<u32, Settings>,
     pub(crate) interfaces: Table<u32, Interface>,
@@ -23,6 +23,8 @@ pub(crate) struct Maps {
     pub(crate) slots: Table<SlotKey, Endpoint>,
     pub(crate) members: Table<MemberKey, u32>,
     pub(crate) sources: Table<SourcePrefix, u32>,
+    pub(crate) counters: PerCpu<u32, Counters>,
+    pub(crate) watched: Table<u32, u32>,
 }
 
 impl Maps {
@@ -38,6 +40,8 @@ impl Maps {
             slots: Table::open(pins, "slots")?,
             members: Table::open(pins, "members")?,
             sources: Table::open(pins, "sources")?,
+            counters: PerCpu::open(pins, "counters")?,
+            watched: Table::open(pins, "watched")?,
         })
     }
 

@@ -1,4 +1,4 @@
-//! Numbers of pools and frontends, and the order of a pool's slots. Pure.
+//! Numbers of pools and Service ports, and the order of a pool's slots. Pure.
 //!
 //! No number is given out twice: flows, clients that stick and counters may remember it.
 
@@ -50,8 +50,9 @@ pub(crate) struct NumberedPool {
 pub(crate) struct NumberedPort {
     pub(crate) cluster: Option<NumberedPool>,
     pub(crate) local: Option<NumberedPool>,
-    /// One for each frontend of the plan.
-    pub(crate) frontends: Box<[u32]>,
+    /// Of the Service port: all its frontends carry it, in both families, so that what is counted under it goes on
+    /// when addresses come and go. 0 when it has none.
+    pub(crate) number: u32,
 }
 
 impl NumberedPort {
@@ -67,7 +68,8 @@ impl NumberedPort {
 pub(crate) trait Before {
     /// The pool that a port had with the same affinity.
     fn pool(&mut self, port: &PortPlan, scope: Scope) -> Option<NumberedPool>;
-    fn frontend(&self, key: &crate::model::FrontendKey) -> Option<u32>;
+    /// The number that frontends of the Service port carry.
+    fn number(&mut self, port: &PortPlan) -> Option<u32>;
 }
 
 /// The list whose number a frontend carries. Where it forwards to none, that of the endpoints that would have been
@@ -95,6 +97,7 @@ pub(crate) fn number(
     before: &mut impl Before,
     numbers: &mut Numbers,
 ) -> Box<[NumberedPort]> {
+    let mut given: Vec<(&PortPlan, u32)> = Vec::new();
     plan.ports
         .iter()
         .map(|port| {
@@ -115,9 +118,102 @@ pub(crate) fn number(
                 Some(NumberedPool { number, slots: place(&slots, wanted).into() })
             };
             let (cluster, local) = (pool(Scope::Cluster), pool(Scope::Local));
-            let frontend = |key| before.frontend(key).unwrap_or_else(|| numbers.take());
-            let frontends = port.frontends.iter().map(|f| &f.key).map(frontend).collect();
-            NumberedPort { cluster, local, frontends }
+            let known = given.iter().find(|(other, _)| is_same_port(other, port));
+            let number = match known {
+                Some((_, number)) => *number,
+                None => service_port_number(plan, port, before, numbers),
+            };
+            given.push((port, number));
+            NumberedPort { cluster, local, number }
         })
         .collect()
+}
+
+/// Whether they are of one port of a Service, in whatever family.
+pub(crate) fn is_same_port(one: &PortPlan, other: &PortPlan) -> bool {
+    (&one.name, one.protocol) == (&other.name, other.protocol)
+}
+
+fn service_port_number(
+    plan: &ServicePlan,
+    port: &PortPlan,
+    before: &mut impl Before,
+    numbers: &mut Numbers,
+) -> u32 {
+    let mut same = plan.ports.iter().filter(|other| is_same_port(other, port));
+    match same.clone().find_map(|port| before.number(port)) {
+        Some(number) => number,
+        None if same.any(|port| !port.frontends.is_empty()) => numbers.take(),
+        None => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ebpf::programmed::Programmed;
+    use crate::model::{At, Family, Frontend, FrontendKey, Masquerade, Protocol};
+
+    fn port(name: &str, addresses: &[&str]) -> PortPlan {
+        let frontend = |address: &&str| Frontend {
+            key: FrontendKey {
+                at: At::Address(address.parse().unwrap()),
+                protocol: Protocol::Tcp,
+                port: 80,
+            },
+            route: Route::Same { target: Target::Reject, masquerade: Masquerade::Never },
+            sources: None,
+        };
+        PortPlan {
+            name: name.into(),
+            protocol: Protocol::Tcp,
+            family: addresses.first().map_or(Family::V4, |a| Family::of(a.parse().unwrap())),
+            affinity_secs: None,
+            cluster: Box::default(),
+            local: Box::default(),
+            draining: Box::default(),
+            here: Box::default(),
+            frontends: addresses.iter().map(frontend).collect(),
+        }
+    }
+
+    fn programmed(
+        ports: Vec<PortPlan>,
+        before: Option<&Programmed>,
+        numbers: &mut Numbers,
+    ) -> Programmed {
+        let plan = ServicePlan { ports: ports.into(), guarded: Box::default() };
+        let ports = number(&plan, &mut { before }, numbers);
+        Programmed { plan: plan.into(), ports }
+    }
+
+    fn given(programmed: &Programmed) -> Vec<u32> {
+        programmed.ports.iter().map(|port| port.number).collect()
+    }
+
+    #[test]
+    fn a_service_port_has_one_number_for_all_its_addresses() {
+        let mut numbers = Numbers::after(10);
+        let ports = vec![
+            port("http", &["10.96.0.1", "198.51.100.1"]),
+            port("http", &["fd96::1"]),
+            port("https", &["10.96.0.2"]),
+            port("nowhere", &[]),
+        ];
+        assert_eq!(given(&programmed(ports, None, &mut numbers)), [10, 10, 11, 0]);
+    }
+
+    #[test]
+    fn it_stays_when_addresses_or_a_family_come_and_go() {
+        let mut numbers = Numbers::after(10);
+        let first = programmed(vec![port("http", &["10.96.0.1"])], None, &mut numbers);
+        let both = vec![port("http", &["10.96.0.9", "198.51.100.1"]), port("http", &["fd96::1"])];
+        let second = programmed(both, Some(&first), &mut numbers);
+        let third = vec![port("http", &["fd96::1"]), port("https", &["fd96::1"])];
+        let third = programmed(third, Some(&second), &mut numbers);
+        assert_eq!(
+            [given(&first), given(&second), given(&third)],
+            [vec![10], vec![10, 10], vec![10, 11]]
+        );
+    }
 }

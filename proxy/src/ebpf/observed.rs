@@ -24,6 +24,7 @@ pub(crate) struct Observed {
     /// What was not accounted for yet is removed from the maps above only at the end: pools are recognised by it.
     settled: HashSet<Key>,
     claimed_pools: HashSet<u32>,
+    claimed_numbers: HashSet<u32>,
 }
 
 impl Observed {
@@ -40,6 +41,7 @@ impl Observed {
             addresses,
             settled: HashSet::new(),
             claimed_pools: HashSet::new(),
+            claimed_numbers: HashSet::new(),
         })
     }
 
@@ -107,7 +109,13 @@ impl Before for Observed {
         Some(NumberedPool { number, slots: self.slots_of(number, count) })
     }
 
-    fn frontend(&self, key: &model::FrontendKey) -> Option<u32> {
-        self.frontends.get(&frontend_key(key)).map(|frontend| frontend.number)
+    fn number(&mut self, port: &PortPlan) -> Option<u32> {
+        let found = port.frontends.iter().filter_map(|f| self.frontends.get(&frontend_key(&f.key)));
+        let number = found.map(|frontend| frontend.number).find(|number| {
+            // An address may have been another Service's.
+            *number != 0 && !self.claimed_numbers.contains(number)
+        })?;
+        self.claimed_numbers.insert(number);
+        Some(number)
     }
 }

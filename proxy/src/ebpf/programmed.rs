@@ -4,8 +4,8 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use super::item::{Item, Key, Operations, guard_item, items_of};
-use super::numbering::{Before, NumberedPool, NumberedPort};
-use crate::model::{FrontendKey, PortPlan, Scope, ServiceKey, ServicePlan};
+use super::numbering::{Before, NumberedPool, NumberedPort, is_same_port};
+use crate::model::{PortPlan, Scope, ServiceKey, ServicePlan};
 
 /// What is in force for one Service.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,7 +23,14 @@ impl Programmed {
         }
         items.extend(self.plan.guarded.iter().map(|address| guard_item(*address)));
         items.sort_unstable();
+        // Frontends of one port may let the same sources in.
+        items.dedup();
         items
+    }
+
+    /// Numbers of its ports.
+    pub(crate) fn numbers(&self) -> impl Iterator<Item = u32> {
+        self.ports.iter().map(|port| port.number).filter(|number| *number != 0)
     }
 }
 
@@ -38,12 +45,10 @@ impl Before for Option<&Programmed> {
         before.ports.get(index)?.pool(scope).cloned()
     }
 
-    fn frontend(&self, key: &FrontendKey) -> Option<u32> {
-        let ports = self.as_ref().map(|before| before.plan.ports.iter().zip(&before.ports));
-        ports.into_iter().flatten().find_map(|(plan, numbers)| {
-            let index = plan.frontends.iter().position(|frontend| frontend.key == *key)?;
-            numbers.frontends.get(index).copied()
-        })
+    fn number(&mut self, port: &PortPlan) -> Option<u32> {
+        let before = self.as_ref()?;
+        let index = before.plan.ports.iter().position(|before| is_same_port(before, port))?;
+        before.ports.get(index).map(|numbered| numbered.number).filter(|number| *number != 0)
     }
 }
 

@@ -310,6 +310,17 @@ pub(crate) fn next_key<K: aya::Pod + Default>(
     Ok(some(unsafe { bpf(MAP_GET_NEXT_KEY, &mut attr) })?.map(|_| next))
 }
 
+/// Reads an element that has a value for each CPU; false when there is none. There must be room for all of them.
+pub(crate) fn get_each<K: aya::Pod, V: aya::Pod>(
+    map: BorrowedFd<'_>,
+    key: &K,
+    values: &mut [V],
+) -> io::Result<bool> {
+    let mut attr = ElementAttr::new(map, key, values.as_mut_ptr());
+    // SAFETY: as above; the kernel writes one value, rounded up to 8 bytes, for each CPU that can be.
+    Ok(some(unsafe { bpf(MAP_LOOKUP_ELEM, &mut attr) })?.is_some())
+}
+
 fn some(result: io::Result<i64>) -> io::Result<Option<i64>> {
     match result {
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
@@ -358,7 +369,8 @@ pub(crate) struct Cursor {
     ended: bool,
 }
 
-/// Reads the next elements of a hash map into the slices, and says how many; 0 at the end.
+/// Reads the next elements of a hash map into the slices, and says how many; 0 at the end. There must be as many
+/// values for each key as the map has: one, or one for each CPU.
 pub(crate) fn get_some<K: aya::Pod, V: aya::Pod>(
     map: BorrowedFd<'_>,
     cursor: &mut Cursor,
@@ -368,7 +380,7 @@ pub(crate) fn get_some<K: aya::Pod, V: aya::Pod>(
     if cursor.ended {
         return Ok(0);
     }
-    let room = keys.len().min(values.len());
+    let room = keys.len();
     let from = cursor.position;
     let mut attr = BatchAttr {
         in_batch: if cursor.begun { address(&raw const from) } else { 0 },

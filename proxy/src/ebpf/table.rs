@@ -1,5 +1,7 @@
 //! A BPF map with the types of its keys and values.
 
+mod per_cpu;
+
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::io;
@@ -9,6 +11,7 @@ use std::path::Path;
 
 use super::error::EbpfError;
 use super::sys;
+pub(crate) use per_cpu::PerCpu;
 
 /// Elements per call: some hundred kilobytes.
 const BATCH: usize = 4096;

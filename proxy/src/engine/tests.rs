@@ -232,7 +232,7 @@ fn health_depends_on_how_long_changes_really_wait() {
 #[test]
 fn programming_latency_is_never_negative_and_does_not_jump_with_the_clock() {
     let sum = |world: &World| {
-        let text = world.engine.metrics.text();
+        let text = world.engine.metrics.text("");
         let name = "kubeproxy_network_programming_duration_seconds_sum{ip_family=\"IPv4\"} ";
         let line = text.lines().find_map(|line| line.strip_prefix(name)).unwrap().to_owned();
         line.parse::<f64>().unwrap()

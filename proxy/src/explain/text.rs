@@ -120,6 +120,16 @@ pub(super) fn packet(packet: &Packet, trace: &Trace) -> String {
     out.join("\n") + "\n"
 }
 
+/// What the kernel has for a Service.
+pub(super) fn details(lines: &[String]) -> String {
+    let mut out = String::new();
+    if !lines.is_empty() {
+        out += "\nThere:\n";
+    }
+    lines.iter().for_each(|line| out += &format!("  {line}\n"));
+    out
+}
+
 /// Whether the kernel is as planned, as far as `service` and what all share are concerned.
 pub(super) fn kernel(
     mode: Mode,

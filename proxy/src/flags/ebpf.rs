@@ -18,6 +18,9 @@ pub struct EbpfFlags {
     /// Mode ebpf: serve sockets when they connect, which costs no packet any work (default true)
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", action = ArgAction::Set)]
     pub ebpf_sockets: Option<bool>,
+    /// Mode ebpf: show the traffic of at most so many Service ports on /metrics, those with the most (default 1000)
+    #[arg(long, value_name = "COUNT")]
+    pub ebpf_service_metrics: Option<usize>,
 }
 
 impl EbpfFlags {
@@ -28,6 +31,7 @@ impl EbpfFlags {
             pins: self.ebpf_pins.clone().unwrap_or(default.pins.clone()),
             cgroup: self.ebpf_cgroup.clone(),
             sockets: self.ebpf_sockets.unwrap_or(default.sockets),
+            service_metrics: self.ebpf_service_metrics.unwrap_or(default.service_metrics),
             ..default
         }
     }

@@ -6,16 +6,20 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Parser;
+use keelson_proxy::backend::Traffic;
 use keelson_proxy::ebpf::{EbpfConfig, MonitorArgs, monitor};
+use keelson_proxy::model::ServiceKey;
 use serde_json::json;
 
 use crate::stage::*;
-use crate::world::eventually;
+use crate::world::{bare, endpoint, eventually, explained, node_object, service, spec, with_proxy};
 
 rows![
     a_connection_of_a_pod_carries_the_endpoints_address,
     packets_alone_do_the_same,
-    a_monitor_tells_what_becomes_of_packets,
+    a_monitor_tells_what_becomes_of_connections,
+    traffic_of_a_service_is_counted_and_never_less_while_it_is_there,
+    metrics_and_explanations_show_the_traffic_of_services,
 ];
 
 fn only_ebpf(mode: Mode) {
@@ -95,52 +99,215 @@ struct Line {
     monitor: MonitorArgs,
 }
 
-fn a_monitor_tells_what_becomes_of_packets(mode: Mode) {
-    only_ebpf(mode);
-    let mut node = Node::new(mode);
-    let _one = node.pod("one", 2).serving("TCP", 8080);
-    node.service("web", node_port(cluster_ip(1, "TCP", 80), 30080));
-    node.ready("web", "TCP", 8080, &[2]);
-    node.service("empty", node_port(cluster_ip(2, "TCP", 80), 30081));
-    let closed = with(
-        cluster_ip(3, "TCP", 80),
-        json!({
-            "type": "LoadBalancer", "loadBalancerSourceRanges": ["192.0.2.0/24"],
-        }),
-    );
-    node.service_object(json!({
-        "metadata": {"namespace": "default", "name": "closed"},
-        "spec": closed,
-        "status": {"loadBalancer": {"ingress": [{"ip": "198.51.100.2"}]}},
-    }));
-    node.ready("closed", "TCP", 8080, &[2]);
-    node.apply();
+/// A monitor on the node, and what it has written.
+fn watching(node: &Node, line: &str, work: impl FnOnce(&dyn Fn(&str) -> bool)) -> String {
     let (stop, written) = (AtomicBool::new(false), Mutex::new(Vec::new()));
+    let text = || String::from_utf8(written.lock().unwrap().clone()).unwrap();
     std::thread::scope(|scope| {
-        let config = &node.config.ebpf;
+        let (config, namespace) = (&node.config.ebpf, &node.namespace);
         let watching = scope.spawn(|| {
-            let line = Line::parse_from(["monitor", "--rate", "100"]);
+            let line = Line::parse_from(["monitor"].into_iter().chain(line.split_whitespace()));
             let mut out = Shared(&written);
-            monitor(config, &line.monitor, &mut out, || stop.load(Ordering::Relaxed)).unwrap();
+            let proxy = Some("127.0.0.1:10249".parse().unwrap());
+            let stop = || stop.load(Ordering::Relaxed);
+            namespace.run(|| monitor(config, proxy, &line.monitor, &mut out, stop)).unwrap();
         });
-        let said =
-            |part: &str| String::from_utf8(written.lock().unwrap().clone()).unwrap().contains(part);
-        for (to, wanted) in [
-            (format!("{NODE4}:30080"), "203.0.113.2:30080 goes to 10.66.0.2:8080 (arriving"),
-            (format!("{NODE4}:30081"), "203.0.113.2:30081 refused: nobody is there"),
-            ("198.51.100.2:80".to_owned(), "dropped: loadBalancerSourceRanges keep the client out"),
-        ] {
-            eventually(wanted, || {
-                drop(node.outside.tcp(&to));
-                said(wanted).then_some(())
-            });
-        }
-        assert!(said("speaks from 10.66.0.1:"));
-        stop.store(true, Ordering::Relaxed);
+        // Also when an assertion fails.
+        let ended = scopeguard(|| stop.store(true, Ordering::Relaxed));
+        work(&|part| text().contains(part));
+        drop(ended);
         watching.join().unwrap();
     });
-    // Nobody listens any more, and nothing differs from a node where nobody did.
-    node.assert_as_planned();
+    text()
+}
+
+/// Runs something when it is dropped.
+fn scopeguard(work: impl FnMut()) -> impl Drop {
+    struct Guard<F: FnMut()>(F);
+    impl<F: FnMut()> Drop for Guard<F> {
+        fn drop(&mut self) {
+            self.0();
+        }
+    }
+    Guard(work)
+}
+
+fn a_monitor_tells_what_becomes_of_connections(mode: Mode) {
+    only_ebpf(mode);
+    let node = bare(mode);
+    let client = node.pod("client", 10);
+    let _one = node.pod("one", 2).serving("TCP", 8080);
+    let closed = json!({
+        "metadata": {"namespace": "default", "name": "closed", "resourceVersion": "2"},
+        "spec": with(spec("10.96.0.3", 30082), json!({
+            "type": "LoadBalancer", "loadBalancerSourceRanges": ["192.0.2.0/24"],
+        })),
+        "status": {"loadBalancer": {"ingress": [{"ip": "198.51.100.2"}]}},
+    });
+    let lists = json!({
+        "services": [
+            service("web", spec("10.96.0.1", 30080)), service("empty", spec("10.96.0.2", 30081)), closed,
+        ],
+        "endpointslices": [endpoint("web", "10.66.0.2"), endpoint("closed", "10.66.0.2")],
+        "nodes": [node_object()],
+    });
+    let folder = tempfile::tempdir().unwrap();
+    with_proxy(&node, lists, folder.path(), |_| {
+        let outside = |to: &str| drop(node.outside.tcp(to));
+        let inside = |to: &str| drop(client.namespace.tcp(to));
+        let all = watching(&node, "--rate 100", |said| {
+            let expect = |wanted: &str, ask: &dyn Fn()| {
+                eventually(wanted, || {
+                    ask();
+                    said(wanted).then_some(())
+                });
+            };
+            let node_port = |port: u16| move || outside(&format!("{NODE4}:{port}"));
+            expect(
+                "203.0.113.2:30080 [default/web] goes to 10.66.0.2:8080 (arriving at eth0)",
+                &node_port(30080),
+            );
+            expect("203.0.113.2:30081 [default/empty] refused: nobody is there", &node_port(30081));
+            expect(
+                "[default/closed] dropped: loadBalancerSourceRanges keep the client out",
+                &|| outside("198.51.100.2:80"),
+            );
+            let connects = "-> 10.96.0.1:80 [default/web] goes to 10.66.0.2:8080 (connect)";
+            expect(connects, &|| inside("10.96.0.1:80"));
+            // The Service is told also where it has no such port.
+            expect("-> 10.96.0.1:81 [default/web] refused: nobody is there (connect)", &|| {
+                inside("10.96.0.1:81");
+            });
+            let from_node = format!("a socket of the node {connects}");
+            expect(&from_node, &|| drop(node.namespace.tcp("10.96.0.1:80")));
+        });
+        assert!(all.contains("[default/web] speaks from 10.66.0.1:"), "{all}");
+
+        let drops = watching(&node, "--drops --service default/closed -o json", |said| {
+            eventually("a drop", || {
+                outside(&format!("{NODE4}:30080"));
+                outside(&format!("{NODE4}:30081"));
+                outside("198.51.100.2:80");
+                said("closed").then_some(())
+            });
+        });
+        for line in drops.lines() {
+            let line: serde_json::Value = serde_json::from_str(line).unwrap();
+            assert_eq!(line["event"], "dropped", "{line}");
+            assert_eq!(line["reason"], "source_ranges", "{line}");
+            assert_eq!(line["service"], "default/closed", "{line}");
+            assert_eq!(line["destination"], "198.51.100.2:80", "{line}");
+        }
+
+        // More than one would take each other's events away; and who is killed cannot say so.
+        watching(&node, "", |_| {
+            let busy = eventually("another one", || {
+                let never = || true;
+                let line = Line::parse_from(["monitor"]);
+                monitor(&node.config.ebpf, None, &line.monitor, &mut std::io::sink(), never).err()
+            });
+            assert!(format!("{busy:#}").contains("another monitor is running"), "{busy:#}");
+        });
+    });
+}
+
+fn traffic_of_a_service_is_counted_and_never_less_while_it_is_there(mode: Mode) {
+    only_ebpf(mode);
+    let mut node = Node::new(mode);
+    let client = node.pod("client", 10);
+    let _one = node.pod("one", 2).serving("TCP", 8080);
+    let web = node_port(cluster_ip(1, "TCP", 80), 30080);
+    node.service("web", web.clone());
+    node.ready("web", "TCP", 8080, &[2]);
+    node.service("empty", cluster_ip(2, "TCP", 80));
+    node.apply();
+    let traffic = |node: &Node, name: &str| {
+        let counted = node.backend.as_ref().unwrap().counting().unwrap().read().unwrap();
+        let key = ServiceKey::new("default", name);
+        let mine: Vec<_> = counted.ports.into_iter().filter(|port| port.service == key).collect();
+        assert!(mine.len() < 2, "{mine:?}");
+        mine.first().map(|port| port.traffic)
+    };
+    assert_eq!(traffic(&node, "web"), None);
+
+    // A connection of a socket is seen, its packets are not.
+    client.namespace.tcp("10.96.0.1:80").unwrap();
+    client.namespace.tcp("[fd96::1]:80").unwrap();
+    let sockets = Traffic { connections: 2, ..Traffic::default() };
+    assert_eq!(traffic(&node, "web"), Some(sockets));
+    assert!(client.namespace.tcp("10.96.0.2:80").is_err());
+    assert_eq!(traffic(&node, "empty"), Some(Traffic { refused: 1, ..Traffic::default() }));
+
+    // From outside everything is.
+    node.outside.tcp(&format!("{NODE4}:30080")).unwrap();
+    let both = traffic(&node, "web").unwrap();
+    assert_eq!(both.connections, 3);
+    assert!(both.packets >= 8 && both.bytes >= 40 * both.packets, "{both:?}");
+
+    // It goes on with other addresses, another process, and after damage.
+    node.service("web", with(web, json!({"externalIPs": ["198.51.100.1"]})));
+    node.apply();
+    node.outside.tcp("198.51.100.1:80").unwrap();
+    let external = traffic(&node, "web").unwrap();
+    assert_eq!(external.connections, 4);
+    assert!(external.packets > both.packets);
+    node.service("web", cluster_ip(1, "TCP", 80));
+    node.apply();
+    assert_eq!(traffic(&node, "web").unwrap(), external);
+    assert_eq!(node.restart(), 0);
+    assert_eq!(traffic(&node, "web").unwrap(), external);
+    node.adopt();
+    assert_eq!(traffic(&node, "web").unwrap(), external);
+
+    // And ends with the Service, whoever removes it.
+    node.delete_service("web");
+    node.apply();
+    assert_eq!(traffic(&node, "web"), None);
+    node.backend = None;
+    node.delete_service("empty");
+    node.restart();
+    assert_eq!(traffic(&node, "empty"), None);
+    node.service("web", cluster_ip(1, "TCP", 80));
+    node.apply();
+    assert_eq!(traffic(&node, "web"), None);
+}
+
+fn metrics_and_explanations_show_the_traffic_of_services(mode: Mode) {
+    only_ebpf(mode);
+    let node = bare(mode);
+    let client = node.pod("client", 10);
+    let _one = node.pod("one", 2).serving("TCP", 8080);
+    let lists = json!({
+        "services": [
+            service("web", spec("10.96.0.1", 30080)), service("idle", spec("10.96.0.2", 30081)),
+        ],
+        "endpointslices": [endpoint("web", "10.66.0.2")],
+        "nodes": [node_object()],
+    });
+    let folder = tempfile::tempdir().unwrap();
+    with_proxy(&node, lists, folder.path(), |_| {
+        client.namespace.tcp("10.96.0.1:80").unwrap();
+        node.outside.tcp(&format!("{NODE4}:30080")).unwrap();
+        let text = node.namespace.get("127.0.0.1:10249", "/metrics");
+        let label = r#"{namespace="default",service="web",port="",protocol="TCP"}"#;
+        for wanted in [
+            format!("keelson_proxy_service_connections_total{label} 2\n"),
+            format!("keelson_proxy_service_refused_total{label} 0\n"),
+            format!("keelson_proxy_service_packets_total{label} "),
+            format!("keelson_proxy_service_bytes_total{label} "),
+            "keelson_proxy_dropped_packets_total{reason=\"source_ranges\"} 0\n".to_owned(),
+            "keelson_proxy_service_ports_omitted 0\n".to_owned(),
+        ] {
+            assert!(text.contains(&wanted), "{wanted} is not in {text}");
+        }
+        assert!(!text.contains("idle"), "{text}");
+        assert_eq!(text.matches("# EOF").count(), 1);
+
+        let explained = explained(&node, folder.path(), "default/web");
+        for wanted in ["2 connections and 0 refused", "all endpoints: pool ", "0: 10.66.0.2:8080"] {
+            assert!(explained.contains(wanted), "{wanted} is not in {explained}");
+        }
+    });
 }
 
 struct Shared<'w>(&'w Mutex<Vec<u8>>);

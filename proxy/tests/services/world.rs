@@ -5,6 +5,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use keelson_proxy::ebpf::EbpfConfig;
+use keelson_proxy::explain::{Question, explain};
 use keelson_proxy::{LocalSources, ProxyConfig, run_with};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
@@ -128,6 +129,17 @@ pub(crate) fn config(
         state_file: Some(folder.join("last-known.json")),
         ..ProxyConfig::default()
     }
+}
+
+/// What `keelson-proxy explain` answers on the node, beside the proxy that [`with_proxy`] runs with that folder.
+pub(crate) fn explained(node: &Node, folder: &Path, what: &str) -> String {
+    let kubeconfig = folder.join("kubeconfig");
+    let config = config(node.mode, node.config.ebpf.clone(), &kubeconfig, folder);
+    let question = Question { what: what.to_owned(), from: None, protocol: "tcp".to_owned() };
+    node.namespace.run(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(explain(&config, &question)).unwrap()
+    })
 }
 
 pub(crate) fn bare(mode: Mode) -> Node {

@@ -63,6 +63,18 @@ impl Kernel {
         Array::<_, Settings>::try_from(map).unwrap().set(0, settings, 0).unwrap();
     }
 
+    /// `WATCH_*`
+    pub(crate) fn watch(&mut self, wants: u32) {
+        let map = self.ebpf.map_mut("watched").unwrap();
+        Array::<_, u32>::try_from(map).unwrap().set(0, wants, 0).unwrap();
+    }
+
+    pub(crate) fn events_lost(&self) -> u64 {
+        let map: PerCpuArray<_, u64> =
+            PerCpuArray::try_from(self.ebpf.map("events_lost").unwrap()).unwrap();
+        map.get(&0, 0).unwrap().iter().sum()
+    }
+
     pub(crate) fn hash<K: Pod, V: Pod>(&mut self, name: &str) -> HashMap<&mut MapData, K, V> {
         HashMap::try_from(self.ebpf.map_mut(name).unwrap()).unwrap()
     }

@@ -2,8 +2,8 @@
 
 use keelson_ebpf_abi::{
     DROP_NO_SUCH_ADDRESS, EVENT_CONNECTED, EVENT_DROPPED, EVENT_MASQUERADED, EVENT_REFUSED, Event,
-    HOOK_EGRESS, HOOK_INGRESS, MASQUERADE_ALWAYS, MEMBER_SERVING, Route, SETTING_EVENTS, Tuple,
-    VERDICT_REJECT,
+    HOOK_EGRESS, HOOK_INGRESS, MASQUERADE_ALWAYS, MEMBER_SERVING, Route, Tuple, VERDICT_REJECT,
+    WATCH_ALL, WATCH_FAILURES,
 };
 
 use crate::bytes::{ACK, SYN, tcp};
@@ -24,7 +24,7 @@ fn kernel() -> Kernel {
 #[test]
 fn each_decision_is_told_once() {
     let mut kernel = kernel();
-    kernel.settings(SETTING_EVENTS);
+    kernel.watch(WATCH_ALL);
     let client = "198.51.100.7:40001";
     let packet = tcp(SYN, client, "10.96.0.10:80");
     let forwarded = packet.clone().to("10.1.0.5:8080");
@@ -81,10 +81,37 @@ fn without_a_monitor_nothing_is_written() {
 #[test]
 fn a_monitor_that_does_not_read_harms_nothing() {
     let mut kernel = kernel();
-    kernel.settings(SETTING_EVENTS);
+    kernel.watch(WATCH_ALL);
     for port in 0..4000 {
         let packet = tcp(SYN, &format!("198.51.100.7:{}", 1024 + port), "10.96.0.10:80");
         kernel.arrives_as(&packet, &packet.clone().to("10.1.0.5:8080"));
     }
-    assert!(kernel.events().len() < 4000);
+    let read = u64::try_from(kernel.events().len()).unwrap();
+    assert!(read < 4000);
+    assert_eq!(read + kernel.events_lost(), 4000);
+}
+
+#[test]
+fn who_wants_failures_is_told_of_them_alone() {
+    let mut kernel = kernel();
+    kernel.watch(WATCH_FAILURES);
+    for to in ["10.96.0.10:80", "10.96.0.11:80", "10.96.0.12:80"] {
+        kernel.arrives(&tcp(SYN, "198.51.100.7:40001", to));
+    }
+    let told: Vec<u32> = kernel.events().iter().map(|event| event.what).collect();
+    assert_eq!(told, [EVENT_REFUSED, EVENT_DROPPED]);
+}
+
+/// What was on the same CPU before has nothing to do with it.
+#[test]
+fn a_drop_is_told_of_the_service_that_it_concerns() {
+    let mut kernel = kernel();
+    kernel.arrives(&tcp(SYN, "198.51.100.7:40001", "10.96.0.10:80"));
+    kernel.hash::<u32, keelson_ebpf_abi::Interface>("interfaces").remove(&INTERFACE).unwrap();
+    kernel.arrives(&tcp(SYN, "198.51.100.7:40002", "10.96.0.11:80"));
+    kernel.watch(WATCH_FAILURES);
+    // There is no address to hide the client with any more.
+    kernel.leaves(&tcp(SYN, "198.51.100.7:40001", "10.1.0.5:8080"));
+    let told: Vec<_> = kernel.events().iter().map(|event| (event.what, event.frontend)).collect();
+    assert_eq!(told, [(EVENT_DROPPED, 7)]);
 }

@@ -6,8 +6,8 @@ use std::net::SocketAddr;
 
 use keelson_ebpf_abi::{
     ADDRESS_NODE_PORTS, Affinity, AffinityKey, FRONTEND_HAS_SOURCES, Frontend, MASQUERADE_ALWAYS,
-    MASQUERADE_UNLESS_POD, Route, SETTING_EXEMPTS_NAMESPACES, SETTING_KNOWS_PODS, VERDICT_DROP,
-    VERDICT_REJECT, client_of_namespace,
+    MASQUERADE_UNLESS_POD, Route, SETTING_EXEMPTS_NAMESPACES, SETTING_KNOWS_PODS,
+    SETTING_NODE_SOCKETS_ONLY, VERDICT_DROP, VERDICT_REJECT, client_of_namespace,
 };
 
 use super::families::{ALL, Family, Servers};
@@ -69,11 +69,13 @@ fn a_port_that_a_cluster_ip_does_not_have_refuses() {
 fn old_kernels_leave_refusals_to_the_packets() {
     let mut world = World::with_set_retval(0);
     world.service(FAMILY.vip(80), TCP, &[FAMILY.endpoint(1, 8080)]);
-    world.frontend(FAMILY.other_vip(80), TCP, verdict(VERDICT_REJECT));
+    let empty = world.frontend(FAMILY.other_vip(80), TCP, verdict(VERDICT_REJECT));
     world.in_pod(|| {
         assert_eq!(tcp(FAMILY.vip(81)), Err(LEFT));
         assert_eq!(tcp(FAMILY.other_vip(80)), Err(LEFT));
     });
+    // They count there.
+    assert_eq!(world.counters_if_any(empty), None);
 }
 
 #[test]
@@ -246,4 +248,18 @@ fn an_exempt_namespace_is_left_alone() {
     assert_eq!(world.on_node(outcome), [Ok(()), Err(REFUSED), Ok(())]);
     world.set_settings(SETTING_KNOWS_PODS);
     assert_eq!(world.in_pod(outcome), [Ok(()), Err(REFUSED), Ok(())]);
+}
+
+#[test]
+fn sockets_of_pods_can_all_be_left_alone() {
+    let mut world = World::new();
+    let endpoint = FAMILY.endpoint(1, 8080);
+    world.service(FAMILY.vip(80), TCP, &[endpoint]);
+    world.set_settings(SETTING_KNOWS_PODS | SETTING_NODE_SOCKETS_ONLY);
+    let outcome = || {
+        let _servers = Servers::start(&[endpoint]);
+        [tcp(FAMILY.vip(80)), tcp(FAMILY.vip(81))]
+    };
+    assert_eq!(world.in_pod(outcome), [Err(LEFT); 2]);
+    assert_eq!(world.on_node(outcome), [Ok(()), Err(REFUSED)]);
 }

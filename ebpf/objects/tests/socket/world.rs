@@ -141,15 +141,19 @@ impl World {
 
     /// Of a frontend, all CPUs together.
     pub(crate) fn counters(&mut self, frontend: u32) -> Counters {
+        self.counters_if_any(frontend).unwrap()
+    }
+
+    pub(crate) fn counters_if_any(&mut self, frontend: u32) -> Option<Counters> {
         let map = self.bpf.map_mut("counters").unwrap();
         let counters: PerCpuHashMap<_, u32, Counters> = PerCpuHashMap::try_from(map).unwrap();
-        let all = counters.get(&frontend, 0).unwrap();
-        all.iter().fold(Counters::default(), |sum, one| Counters {
+        let all = counters.get(&frontend, 0).ok()?;
+        Some(all.iter().fold(Counters::default(), |sum, one| Counters {
             connections: sum.connections + one.connections,
             packets: sum.packets + one.packets,
             bytes: sum.bytes + one.bytes,
             refused: sum.refused + one.refused,
-        })
+        }))
     }
 }
 

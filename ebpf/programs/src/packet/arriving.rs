@@ -15,6 +15,7 @@ use crate::{events, flow, fragment, icmp, own};
 pub fn handle(skb: *mut __sk_buff) -> i32 {
     let Some(scratch) = scratch() else { return PASS };
     scratch.hook = HOOK_INGRESS;
+    scratch.flow.frontend = 0;
     match parse(skb, &mut scratch.packet) {
         Kind::Ports => with_ports(skb, scratch),
         Kind::LaterFragment => fragment::later(skb, scratch, &FLOWS_IN),
@@ -28,6 +29,7 @@ fn with_ports(skb: *mut __sk_buff, scratch: &mut Scratch) -> i32 {
     if let Some(flow) = flow::find(&FLOWS_IN, &scratch.packet.tuple) {
         let now = flow::now();
         scratch.to.set(&flow.to);
+        scratch.flow.frontend = flow.frontend;
         if flow::is_valid(flow, scratch, now) {
             flow::note(flow, scratch, now, &FLOWS_OUT);
             let verdict = translate(skb, scratch, flow.frontend);

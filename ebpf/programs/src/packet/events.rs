@@ -1,11 +1,11 @@
 //! Tells a monitor, if one is there, what was decided.
 
 use aya_ebpf::bindings::__sk_buff;
-use keelson_ebpf::maps::SETTINGS;
-use keelson_ebpf_abi::{EVENT_CONNECTED, EVENT_MASQUERADED, EVENT_REFUSED, SETTING_EVENTS, Tuple};
+use keelson_ebpf::events::{is_wanted, reserve};
+use keelson_ebpf_abi::{EVENT_CONNECTED, EVENT_MASQUERADED, EVENT_REFUSED, Tuple};
 
 use crate::flow::now;
-use crate::maps::{EVENTS, Scratch};
+use crate::maps::Scratch;
 use crate::open::Opened;
 
 /// What was decided on the first packet of a connection, unless it is dropped.
@@ -21,14 +21,14 @@ pub fn tell_opened(skb: *mut __sk_buff, scratch: &Scratch, opened: Opened) {
 /// `reason` goes with `EVENT_DROPPED`.
 #[inline(always)]
 pub fn tell(skb: *mut __sk_buff, scratch: &Scratch, what: u32, reason: u32) {
-    if SETTINGS.get(0).is_some_and(|settings| settings.flags & SETTING_EVENTS != 0) {
+    if is_wanted(what) {
         write(skb, scratch, what, reason);
     }
 }
 
 #[inline(never)]
 fn write(skb: *mut __sk_buff, scratch: &Scratch, what: u32, reason: u32) {
-    let Some(mut entry) = EVENTS.reserve(0) else { return };
+    let Some(mut entry) = reserve() else { return };
     let event = entry.as_mut_ptr();
     // SAFETY: the entry is ours until it is submitted. Field by field, since the stack has no room for an event.
     unsafe {

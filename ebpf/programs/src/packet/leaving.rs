@@ -18,6 +18,7 @@ use crate::{events, flow, fragment, icmp, masquerade, own};
 pub fn handle(skb: *mut __sk_buff) -> i32 {
     let Some(scratch) = scratch() else { return PASS };
     scratch.hook = HOOK_EGRESS;
+    scratch.flow.frontend = 0;
     match parse(skb, &mut scratch.packet) {
         Kind::Ports => with_ports(skb, scratch),
         Kind::LaterFragment => fragment::later(skb, scratch, &FLOWS_OUT),
@@ -31,6 +32,7 @@ fn with_ports(skb: *mut __sk_buff, scratch: &mut Scratch) -> i32 {
     if let Some(flow) = flow::find(&FLOWS_OUT, &scratch.packet.tuple) {
         let now = flow::now();
         scratch.to.set(&flow.to);
+        scratch.flow.frontend = flow.frontend;
         if flow::is_valid(flow, scratch, now) {
             if flow.role == FLOW_MASQUERADE_SOON {
                 let reason = masquerade::choose(skb, scratch, flow, now);

@@ -1,8 +1,8 @@
 //! Maps that only packets need.
 
-use aya_ebpf::btf_maps::{LruHashMap, PerCpuArray, RingBuf};
+use aya_ebpf::btf_maps::{LruHashMap, PerCpuArray};
 use aya_ebpf::macros::btf_map;
-use keelson_ebpf_abi::{DROP_REASONS, Event, Flow, FragmentKey, FragmentPorts, Tuple};
+use keelson_ebpf_abi::{DROP_REASONS, Flow, FragmentKey, FragmentPorts, Tuple};
 
 use crate::answer::Body;
 use crate::parse::Packet;
@@ -22,10 +22,6 @@ pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts, 8_192> = LruHashMap
 
 #[btf_map(name = "drops")]
 pub static DROPS: PerCpuArray<u64, DROP_REASONS> = PerCpuArray::new();
-
-/// What a monitor reads; full without one.
-#[btf_map(name = "events")]
-pub static EVENTS: RingBuf<Event, 262_144> = RingBuf::new();
 
 /// What is too large for the stack. No program is interrupted by another one here.
 #[repr(C)]

@@ -48,6 +48,7 @@ const ATTEMPTS: u32 = 16;
 #[inline(never)]
 pub fn decide(skb: *mut __sk_buff, scratch: &mut Scratch, sender: Sender) -> Opened {
     let tuple = &scratch.packet.tuple;
+    // A flow that is over may have had one.
     scratch.flow.frontend = 0;
     let found = match frontend::find(&tuple.destination, tuple.destination_port_be, tuple.protocol)
     {

@@ -9,6 +9,7 @@ use keelson_ebpf::frontend::{self, Found};
 use keelson_ebpf::{counters, endpoint};
 use keelson_ebpf_abi::{Conversation, Conversations, Endpoint, Peer, client_of_namespace};
 
+use crate::events::{Asked, tell_connected};
 use crate::maps::CONVERSATIONS;
 use crate::peer::is_at;
 use crate::sockaddr::{SocketAddress, UDP};
@@ -24,11 +25,12 @@ const DRAWS: u32 = 2;
 #[inline(always)]
 pub fn go_on(
     ctx: &SockAddrContext,
-    to: &SocketAddress,
+    asked: &Asked,
     frontend: u32,
     pool: u32,
     cookie: u64,
 ) -> Option<Endpoint> {
+    let to = &asked.to;
     let all = get_or_create(ctx)?;
     // SAFETY: the helper has no preconditions.
     let now = unsafe { bpf_ktime_get_ns() };
@@ -41,6 +43,7 @@ pub fn go_on(
     let peer = peer_of(to, endpoint, pool, frontend);
     *all.slots.get_mut(position)? = Conversation { peer, last_sent_ns: now };
     counters::count(frontend, |counters| counters.connections += 1);
+    tell_connected(ctx, asked, frontend, &endpoint);
     Some(endpoint)
 }
 

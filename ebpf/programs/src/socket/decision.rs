@@ -9,7 +9,8 @@ use keelson_ebpf::frontend::{self, Found};
 use keelson_ebpf::maps::SETTINGS;
 use keelson_ebpf_abi::{
     FRONTEND_HAS_SOURCES, FRONTEND_STICKY, Frontend, MASQUERADE_NEVER, MASQUERADE_UNLESS_POD,
-    Route, SETTING_EXEMPTS_NAMESPACES, SETTING_KNOWS_PODS, VERDICT_FORWARD, VERDICT_REJECT,
+    Route, SETTING_EXEMPTS_NAMESPACES, SETTING_KNOWS_PODS, SETTING_NODE_SOCKETS_ONLY,
+    VERDICT_FORWARD, VERDICT_REJECT,
 };
 
 use crate::maps::EXEMPT;
@@ -65,8 +66,12 @@ impl Client {
             0 => unsafe { bpf_get_netns_cookie(core::ptr::null_mut()) },
             node => node,
         };
+        let is_node = cookie == node;
+        if !is_node && settings.flags & SETTING_NODE_SOCKETS_ONLY != 0 {
+            return None;
+        }
         let knows_pods = settings.flags & SETTING_KNOWS_PODS != 0;
-        Some(Client { cookie, is_node: cookie == node, knows_pods })
+        Some(Client { cookie, is_node, knows_pods })
     }
 
     /// The loopback is the node's for its own sockets only. Those that speak from there already cannot go

@@ -14,6 +14,7 @@
 
 mod conversation;
 mod decision;
+mod events;
 mod maps;
 mod peer;
 mod reverse;
