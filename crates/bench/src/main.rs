@@ -3,6 +3,7 @@
 mod api;
 mod cluster;
 mod cpu;
+mod datapath;
 mod machine;
 mod output;
 mod pods;
@@ -26,6 +27,8 @@ struct Cli {
 enum Bench {
     /// Pod start, deletion, a burst of pods; CPU time and memory of agent and containerd
     Pods(pods::PodsOptions),
+    /// Connections and packets through Services over direct ones, under each proxy
+    Datapath(datapath::DatapathOptions),
     /// The service proxy with few and with many Services
     Services(services::ServicesOptions),
 }
@@ -33,6 +36,7 @@ enum Bench {
 fn main() -> anyhow::Result<()> {
     match Cli::parse().bench {
         Bench::Pods(options) => pods::run(&options),
+        Bench::Datapath(options) => datapath::run(&options),
         Bench::Services(options) => services::run(&options),
     }
 }

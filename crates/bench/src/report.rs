@@ -49,6 +49,8 @@ pub(crate) enum Unit {
     Seconds,
     #[serde(rename = "ms")]
     Millis,
+    #[serde(rename = "us")]
+    Micros,
     #[serde(rename = "CPU s")]
     CpuSeconds,
     #[serde(rename = "MiB")]
@@ -65,6 +67,7 @@ impl Unit {
         match self {
             Unit::Seconds => format!("{figure:.3} s"),
             Unit::Millis => format!("{figure:.1} ms"),
+            Unit::Micros => format!("{figure:.2} us"),
             Unit::CpuSeconds => format!("{figure:.2} CPU s"),
             Unit::Mebibytes => format!("{figure:.1} MiB"),
             Unit::PercentOfCore => format!("{figure:.2} %"),

@@ -5,6 +5,8 @@ mod objects;
 mod probe;
 mod work;
 
+pub(crate) use objects::{add, node};
+
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 

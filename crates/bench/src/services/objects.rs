@@ -42,7 +42,7 @@ fn endpoint_ip(index: u32, number: u32) -> IpAddr {
 }
 
 /// The node that a proxy looks for; kube-proxy waits half a minute for one.
-pub(super) fn node() -> NewObject {
+pub(crate) fn node() -> NewObject {
     let body = json!({
         "apiVersion": "v1", "kind": "Node",
         "metadata": { "name": NODE_NAME },
@@ -55,7 +55,7 @@ pub(super) fn node() -> NewObject {
 ///
 /// # Errors
 /// When the API server refuses one.
-pub(super) async fn add(client: &Client, range: Range<u32>, endpoints: u32) -> Result<()> {
+pub(crate) async fn add(client: &Client, range: Range<u32>, endpoints: u32) -> Result<()> {
     let objects = range.flat_map(|index| {
         let name = many(index);
         let slice = slice(&name, &nobody(index, endpoints), NOBODYS_PORT);
