@@ -41,7 +41,7 @@ pub(crate) struct DatapathOptions {
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100))]
     endpoints: u32,
     /// Slices of each kind
-    #[arg(long, default_value_t = 60, value_name = "N", value_parser = clap::value_parser!(u32).range(3..))]
+    #[arg(long, default_value_t = 40, value_name = "N", value_parser = clap::value_parser!(u32).range(3..))]
     rounds: u32,
     /// Modes of keelson-proxy, the one to compare first
     #[arg(long, value_delimiter = ',', default_value = "ebpf,nftables", value_name = "MODE,MODE")]

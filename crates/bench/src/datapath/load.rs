@@ -26,7 +26,7 @@ const AGAIN: u8 = b'a';
 const SWALLOW: u8 = b's';
 const STOP: u8 = b'!';
 /// Of one slice.
-const CONNECTIONS: u32 = 250;
+const CONNECTIONS: u32 = 2_000;
 const ROUND_TRIPS: u32 = 1_000;
 const BLOCKS: u32 = 400;
 static BLOCK: [u8; 65_536] = [0; 65_536];
