@@ -18,6 +18,7 @@ mod attach;
 mod clsact;
 mod config;
 mod connected_udp;
+mod cookie;
 mod counting;
 mod details;
 mod drops;
@@ -28,6 +29,7 @@ mod item;
 mod leave;
 mod maps;
 mod monitor;
+mod needs;
 mod netfilter;
 mod node;
 mod numbering;
@@ -64,6 +66,11 @@ use programs::Programs;
 /// Interfaces whose links are looked at each time.
 const LOOK_AT_ONCE: usize = 16;
 
+/// The number of the node's namespace.
+fn own_cookie(netns: &Netns) -> Result<u64, EbpfError> {
+    Ok(cookie::cookie(netns, &config::cgroup2()?)?)
+}
+
 /// What is open once something was put in force.
 struct Kernel {
     maps: Maps,
@@ -92,16 +99,17 @@ pub struct Ebpf {
 impl Ebpf {
     /// Fails where the kernel does not take the programs.
     pub fn probe() -> Result<(), EbpfError> {
-        Netns::current()?.cookie().map_err(EbpfError::Cookie)?;
-        EbpfConfig::default().cgroup()?;
+        needs::check()?;
+        own_cookie(&Netns::current()?)?;
         programs::try_load()
     }
 
     pub fn open(config: BackendConfig) -> Result<Self, EbpfError> {
+        needs::check()?;
         let netns = Netns::current()?;
         Ok(Ebpf {
             config,
-            cookie: netns.cookie().map_err(EbpfError::Cookie)?,
+            cookie: own_cookie(&netns)?,
             netns,
             alarm: Alarm::open()?,
             looked_at: 0,

@@ -43,7 +43,11 @@ const TEST: &[Need] = &[
 ];
 
 /// For the machine that is emulated.
-const VM: &[Need] = &[need("qemu-system-x86_64", "qemu-system-x86"), need("depmod", "kmod")];
+const VM: &[Need] = &[
+    need("qemu-system-x86_64", "qemu-system-x86"),
+    need("depmod", "kmod"),
+    need("xz", "xz-utils"),
+];
 
 /// For the BPF programs: a compiler with the library for their target, and what bpf-linker is made of.
 const EBPF: &[Need] = &[

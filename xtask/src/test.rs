@@ -13,7 +13,10 @@ pub(crate) struct TestArgs {
     /// Run only this lane (may be given several times)
     #[arg(long, value_enum)]
     lane: Vec<Lane>,
-    /// Arguments of the tests in the lanes vm and vm-node, such as `--backend ipvs corners::` or `pods::`
+    /// The kernel of the emulated machine, from the Debian release that has it
+    #[arg(long, value_enum, default_value = "6.1")]
+    kernel: vm::Version,
+    /// Arguments of the tests in the lanes vm, vm-programs and vm-node, such as `--backend ipvs corners::` or `pods::`
     #[arg(last = true)]
     suite: Vec<String>,
 }
@@ -31,8 +34,10 @@ enum Lane {
     Node,
     /// Agent and proxy against kube-apiserver and etcd: needs root and `KUBEBUILDER_ASSETS`
     Apiserver,
-    /// The proxy's behaviour suite under Debian's kernel 6.1 in an emulated machine: needs qemu
+    /// The proxy's behaviour suite under a kernel of Debian's in an emulated machine: needs qemu
     Vm,
+    /// The tests of the BPF programs in that machine, and what its kernel's verifier says of them
+    VmPrograms,
     /// Pods and Services with containerd and runc in that machine, which has cgroup v2 alone
     VmNode,
 }
@@ -49,8 +54,7 @@ enum Outcome {
 
 pub(crate) fn run(args: &TestArgs) -> Result<()> {
     install::for_test()?;
-    let all =
-        [Lane::Lint, Lane::Unit, Lane::Ebpf, Lane::Node, Lane::Apiserver, Lane::Vm, Lane::VmNode];
+    let all = Lane::value_variants();
     let chosen: Vec<Lane> = if args.lane.is_empty() { all.to_vec() } else { args.lane.clone() };
     let mut outcomes = Vec::new();
     for lane in chosen {
@@ -61,8 +65,11 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
             Lane::Ebpf => objects(),
             Lane::Node => node(),
             Lane::Apiserver => apiserver(),
-            Lane::Vm => in_machine(|kernel| vm::run(kernel, &args.suite)),
-            Lane::VmNode => in_machine(|kernel| vm::node::run(kernel, &args.suite)),
+            Lane::Vm => in_machine(args.kernel, |kernel| vm::run(kernel, &args.suite)),
+            Lane::VmPrograms => {
+                in_machine(args.kernel, |kernel| vm::programs::run(kernel, &args.suite))
+            }
+            Lane::VmNode => in_machine(args.kernel, |kernel| vm::node::run(kernel, &args.suite)),
         };
         outcomes.push((lane, outcome));
     }
@@ -173,8 +180,8 @@ fn tests_of_nodes() -> Result<Command, Outcome> {
     Ok(tests)
 }
 
-fn in_machine(tests: impl FnOnce(&vm::Kernel) -> Result<()>) -> Outcome {
-    match vm::kernel().map(|kernel| tests(&kernel)) {
+fn in_machine(version: vm::Version, tests: impl FnOnce(&vm::Kernel) -> Result<()>) -> Outcome {
+    match vm::Kernel::of(version).map(|kernel| tests(&kernel)) {
         Ok(Ok(())) => Outcome::Passed,
         Ok(Err(error)) => Outcome::Failed(format!("{error:#}")),
         Err(error) => Outcome::Skipped(format!("{error:#}")),

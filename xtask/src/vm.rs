@@ -1,10 +1,12 @@
-//! The lane of tests under another kernel: Debian's 6.1 in an emulated machine, with the same test binaries as here.
+//! The lanes of tests under another kernel, one of Debian's in an emulated machine, with the same test binaries as here.
 //!
 //! The machine has no disk and no network card: its file system is an archive made here, its results come over the serial console.
 
 mod cpio;
+mod kernel;
 mod modules;
 pub(crate) mod node;
+pub(crate) mod programs;
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
@@ -18,6 +20,7 @@ use anyhow::{Context, Result, bail};
 use crate::build::{self, Profile};
 use crate::shell;
 use cpio::Archive;
+pub(crate) use kernel::{Kernel, Version};
 
 /// A machine that is not done by then hangs.
 const BOUND: Duration = Duration::from_secs(600);
@@ -60,57 +63,8 @@ const MODULES: &[&str] = &[
     "udp_diag",
     "cls_bpf",
     "sch_ingress",
+    "tun",
 ];
-
-/// What the tests run on: a kernel and its modules.
-#[derive(Debug)]
-pub(crate) struct Kernel {
-    folder: PathBuf,
-    release: String,
-}
-
-/// The kernel, unpacked below the target folder, which is kept.
-///
-/// # Errors
-/// When it cannot be had: the lane is skipped then.
-pub(crate) fn kernel() -> Result<Kernel> {
-    if cfg!(not(target_arch = "x86_64")) {
-        bail!("the emulated machine is an x86-64 one");
-    }
-    crate::install::for_vm()?;
-    let folder = build::target_dir().join("vm-kernel");
-    if release(&folder).is_none() {
-        download(&folder)?;
-    }
-    let release = release(&folder).context("the kernel's package holds no /lib/modules")?;
-    Ok(Kernel { folder, release })
-}
-
-fn download(folder: &Path) -> Result<()> {
-    std::fs::create_dir_all(folder)?;
-    let about =
-        shell::read(Command::new("apt-cache").args(["depends", "linux-image-cloud-amd64"]))?;
-    let package = about
-        .lines()
-        .find_map(|line| line.trim().strip_prefix("Depends: "))
-        .context("apt-cache knows no linux-image-cloud-amd64")?;
-    shell::read(Command::new("apt-get").current_dir(folder).args(["download", package]))?;
-    let file = std::fs::read_dir(folder)?
-        .flatten()
-        .map(|entry| entry.path())
-        .find(|path| path.extension().is_some_and(|e| e == "deb"))
-        .context("apt-get downloaded no package")?;
-    // Aside, then renamed: half a kernel is never taken for one.
-    let beside = folder.join("unpacking");
-    shell::read(Command::new("dpkg").arg("-x").arg(&file).arg(&beside))?;
-    std::fs::rename(&beside, folder.join("root"))?;
-    Ok(std::fs::remove_file(file)?)
-}
-
-fn release(folder: &Path) -> Option<String> {
-    let entry = std::fs::read_dir(folder.join("root/lib/modules")).ok()?.flatten().next()?;
-    entry.file_name().into_string().ok()
-}
 
 /// Runs the proxy's behaviour suite in the machine.
 ///
@@ -149,20 +103,22 @@ impl Suite {
 /// Builds a test of a package and returns its program.
 fn test_binary(package: &str, name: &str) -> Result<PathBuf> {
     let mut cargo = build::cargo("test", Profile::Dev);
-    cargo.args(["-p", package, "--test", name, "--no-run", "--message-format=json"]);
-    shell::read(&mut cargo)?
+    cargo.args(["-p", package, "--test", name, "--no-run"]);
+    executable(&mut cargo, name)
+}
+
+/// Runs cargo and returns the program of that name that it built.
+fn executable(cargo: &mut Command, name: &str) -> Result<PathBuf> {
+    shell::read(cargo.arg("--message-format=json"))?
         .lines()
         .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
         .filter(|message| message["target"]["name"] == name)
         .find_map(|message| message["executable"].as_str().map(PathBuf::from))
-        .with_context(|| format!("cargo names no executable of the test `{name}`"))
+        .with_context(|| format!("cargo names no executable of `{name}`"))
 }
 
 fn initramfs(kernel: &Kernel, suite: &Suite, arguments: &[String]) -> Result<Vec<u8>> {
-    let mut archive = Archive::default();
-    for folder in ["bin", "dev", "proc", "sys", "run", "tmp", "var", "lib", "lib64"] {
-        archive.folder(folder);
-    }
+    let mut archive = root();
     let programs = [
         ("bin/busybox".to_owned(), program("busybox")?),
         ("bin/nft".to_owned(), program("nft")?),
@@ -173,8 +129,18 @@ fn initramfs(kernel: &Kernel, suite: &Suite, arguments: &[String]) -> Result<Vec
     add_libraries(&mut archive, [&suite.proxy])?;
     add_certificates(&mut archive)?;
     add_modules(&mut archive, kernel, MODULES)?;
-    archive.program("init", init(arguments).as_bytes());
+    let suite = format!("suite {}\ncode=$?\n", quoted(arguments, &USUAL));
+    archive.program("init", init(&suite).as_bytes());
     Ok(archive.finish())
+}
+
+/// The folders of a first file system.
+fn root() -> Archive {
+    let mut archive = Archive::default();
+    for folder in ["bin", "dev", "proc", "sys", "run", "tmp", "var", "lib", "lib64"] {
+        archive.folder(folder);
+    }
+    archive
 }
 
 /// Adds programs under the names that they have there, and the libraries that they need.
@@ -211,11 +177,12 @@ fn add_certificates(archive: &mut Archive) -> Result<()> {
 
 /// Adds these modules and those of every node so that their names are in the order in which they can be loaded.
 fn add_modules(archive: &mut Archive, kernel: &Kernel, wanted: &[&str]) -> Result<()> {
-    let folder = kernel.folder.join("root/lib/modules").join(&kernel.release);
     archive.folder("modules");
     let wanted = [NODE_MODULES, wanted].concat();
-    for (number, file) in modules::in_order(&modules_dep(&folder)?, &wanted).iter().enumerate() {
-        archive.program(&format!("modules/{number:03}.ko"), &read(&folder.join(file))?);
+    let files = modules::in_order(&kernel.modules_dep()?, &wanted);
+    for (number, file) in files.iter().enumerate() {
+        let content = modules::read(&kernel.modules().join(file))?;
+        archive.program(&format!("modules/{number:03}.ko"), &content);
     }
     Ok(())
 }
@@ -224,17 +191,6 @@ fn add_modules(archive: &mut Archive, kernel: &Kernel, wanted: &[&str]) -> Resul
 fn program(name: &str) -> Result<PathBuf> {
     let find = format!("PATH=$PATH:/usr/sbin:/sbin command -v {name}");
     Ok(PathBuf::from(shell::read(Command::new("sh").args(["-c", &find]))?.trim()))
-}
-
-/// The package has no modules.dep, which is made when it is installed.
-fn modules_dep(modules: &Path) -> Result<String> {
-    let file = modules.join("modules.dep");
-    if !file.is_file() {
-        let root = modules.ancestors().nth(3).context("modules outside /lib/modules")?;
-        let release = modules.file_name().context("modules without a release")?;
-        shell::read(Command::new(program("depmod")?).arg("-b").arg(root).arg(release))?;
-    }
-    Ok(String::from_utf8(read(&file)?)?)
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {
@@ -251,9 +207,8 @@ fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
 /// The modes whose programs are in the machine; few random histories, which take long under emulation.
 const USUAL: [&str; 6] = ["--backend", "nftables", "--backend", "ipvs", "--histories", "5"];
 
-/// What the machine does: the suite with these arguments, or with the usual ones.
-fn init(arguments: &[String]) -> String {
-    let arguments = quoted(arguments, &USUAL);
+/// What the machine does: these commands, which set `code`.
+fn init(commands: &str) -> String {
     format!(
         "#!/bin/busybox sh
 export PATH=/bin
@@ -268,8 +223,8 @@ for module in /modules/*; do insmod $module || echo \"insmod $module failed\"; d
 ip link set lo up
 # Nobody else has this machine: even its clock may be set.
 export KEELSON_TEST_OWN_MACHINE=yes
-suite {arguments}
-echo \"{END}$?\"
+{commands}
+echo \"{END}$code\"
 poweroff -f
 "
     )
@@ -283,14 +238,13 @@ fn quoted(given: &[String], usual: &[&str]) -> String {
 }
 
 fn start(kernel: &Kernel, archive: &Path, memory: u32) -> Result<Child> {
-    let image = kernel.folder.join("root/boot").join(format!("vmlinuz-{}", kernel.release));
     // setpriv: the machine goes with this process, also when that is killed.
     Command::new("setpriv")
         .args(["--pdeathsig", "KILL", "qemu-system-x86_64", "-accel", "tcg,thread=multi"])
         .args(["-cpu", "max", "-smp", "2", "-m", &memory.to_string()])
         .args(["-nodefaults", "-no-reboot"])
         .args(["-display", "none", "-serial", "stdio", "-kernel"])
-        .arg(image)
+        .arg(kernel.image())
         .arg("-initrd")
         .arg(archive)
         .args(["-append", "console=ttyS0 quiet panic=-1"])

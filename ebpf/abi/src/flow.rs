@@ -136,6 +136,8 @@ const ESTABLISHED_SECS: u64 = 86_400;
 /// As connection tracking has it.
 const UDP_OPENING_SECS: u64 = 30;
 const UDP_SECS: u64 = 120;
+/// How long Linux remembers a TCP connection that it closed first (TIME_WAIT).
+const TIME_WAIT_SECS: u64 = 60;
 
 /// What TCP flags (the byte with FIN as its lowest bit) tell.
 #[inline(always)]
@@ -247,6 +249,17 @@ impl Flow {
         };
         now_ns.saturating_sub(self.last_seen_ns) >= secs * NS_PER_SEC
     }
+
+    /// Whether its ports are over for the endpoint, too. Who closes a TCP connection first remembers it for a minute,
+    /// and may take the next one with these ports for a part of it.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_forgotten(&self, now_ns: u64) -> bool {
+        let is_remembered = self.to.protocol == PROTOCOL_TCP && self.state & STATE_RESET == 0;
+        self.is_over(now_ns)
+            && (!is_remembered
+                || now_ns.saturating_sub(self.last_seen_ns) >= TIME_WAIT_SECS * NS_PER_SEC)
+    }
 }
 
 /// The ports of a packet that came in pieces: only the first piece carries them.
@@ -308,6 +321,23 @@ mod tests {
             assert!(secs == 0 || !flow.is_over(end - 1), "{protocol} {state}");
             // Another CPU's clock may be ahead of ours.
             assert!(secs == 0 || !flow.is_over(flow.last_seen_ns - 1), "{protocol} {state}");
+        }
+    }
+
+    #[test]
+    fn an_endpoint_forgets_a_closed_connection_after_a_minute_and_a_reset_one_at_once() {
+        const DONE: u8 = STATE_ANSWERED | STATE_CLIENT_DONE | STATE_ENDPOINT_DONE;
+        for (protocol, state, secs) in [
+            (PROTOCOL_TCP, DONE, 60),
+            (PROTOCOL_TCP, DONE | STATE_RESET, 0),
+            (PROTOCOL_TCP, STATE_ANSWERED, 86_400),
+            (PROTOCOL_UDP, STATE_ANSWERED, 120),
+            (PROTOCOL_SCTP, DONE, 0),
+        ] {
+            let flow = flow(protocol, FLOW_UNMASQUERADE, state);
+            let end = flow.last_seen_ns + secs * SECOND;
+            assert!(flow.is_forgotten(end), "{protocol} {state}");
+            assert!(secs == 0 || !flow.is_forgotten(end - 1), "{protocol} {state}");
         }
     }
 

@@ -7,6 +7,8 @@
 
 #[path = "../tests/socket/cgroup.rs"]
 mod cgroup;
+#[path = "../../../proxy/src/ebpf/cookie.rs"]
+mod cookie;
 #[path = "../tests/socket/world.rs"]
 mod world;
 

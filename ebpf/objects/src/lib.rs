@@ -5,3 +5,6 @@ pub static SOCKET: &[u8] = aya::include_bytes_aligned!("../socket.bpf.o");
 
 /// Load balancing of packets: `ingress` and `egress` for tc on each interface of the node.
 pub static PACKET: &[u8] = aya::include_bytes_aligned!("../packet.bpf.o");
+
+/// `sock_create` for a cgroup, which tells the number of a network namespace where sockets do not.
+pub static NAMESPACE: &[u8] = aya::include_bytes_aligned!("../namespace.bpf.o");

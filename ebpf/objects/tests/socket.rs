@@ -8,12 +8,16 @@ mod cgroup;
 mod connected;
 #[path = "../../../proxy/src/ebpf/connected_udp.rs"]
 mod connected_udp;
+#[path = "../../../proxy/src/ebpf/cookie.rs"]
+mod cookie;
 #[path = "socket/decisions.rs"]
 mod decisions;
 #[path = "socket/events.rs"]
 mod events;
 #[path = "socket/families.rs"]
 mod families;
+#[path = "socket/namespace.rs"]
+mod namespace;
 #[path = "socket/orphans.rs"]
 mod orphans;
 #[path = "socket/unconnected.rs"]

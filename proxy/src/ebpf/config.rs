@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use nix::mount::{MsFlags, mount};
+use nix::mount::{MsFlags, mount, umount};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use serde::{Deserialize, Serialize};
 
@@ -10,8 +10,10 @@ use super::error::EbpfError;
 
 /// Where BPF file systems are mounted.
 const BPFFS: &str = "/sys/fs/bpf";
-/// Where cgroup v2 is mounted: alone, or beside version 1.
-const CGROUP2: [&str; 2] = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
+/// Where cgroup v2 is mounted if nobody else did.
+const OWN_CGROUP2: &str = "/run/keelson-proxy/cgroup2";
+/// Where cgroup v2 is mounted: alone, beside version 1, by an earlier process of ours.
+const CGROUP2: [&str; 3] = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified", OWN_CGROUP2];
 
 /// What only the eBPF mode needs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,10 +49,7 @@ impl EbpfConfig {
         if let Some(cgroup) = &self.cgroup {
             return Ok(cgroup.clone());
         }
-        let is_cgroup2 = |path: &&&str| {
-            statfs(**path).is_ok_and(|found| found.filesystem_type() == CGROUP2_SUPER_MAGIC)
-        };
-        CGROUP2.iter().find(is_cgroup2).map(PathBuf::from).ok_or(EbpfError::NoCgroup2)
+        cgroup2()
     }
 
     /// Makes the folder, in a file system that is mounted if there is none yet.
@@ -67,6 +66,37 @@ impl EbpfConfig {
             return Ok(());
         }
         Err(fail(std::io::Error::other("it is in another file system")))
+    }
+}
+
+/// The cgroup (version 2) that has all others that are seen here; mounted if it is nowhere yet.
+pub(crate) fn cgroup2() -> Result<PathBuf, EbpfError> {
+    let found = CGROUP2.map(Path::new).into_iter().find(|path| is_cgroup2(path));
+    let Some(path) = found else { return mount_cgroup2() };
+    Ok(path.to_owned())
+}
+
+fn is_cgroup2(path: &Path) -> bool {
+    statfs(path).is_ok_and(|found| found.filesystem_type() == CGROUP2_SUPER_MAGIC)
+}
+
+fn mount_cgroup2() -> Result<PathBuf, EbpfError> {
+    let path = PathBuf::from(OWN_CGROUP2);
+    let fail = |source| EbpfError::NoCgroup2 { path: path.clone(), source };
+    std::fs::create_dir_all(&path).map_err(fail)?;
+    mount(Some("cgroup2"), &path, Some("cgroup2"), MsFlags::empty(), None::<&str>)
+        .map_err(|errno| fail(errno.into()))?;
+    tracing::info!(path = OWN_CGROUP2, "Mounted a cgroup2 file system");
+    Ok(path)
+}
+
+/// Takes back what [`cgroup2`] mounted.
+pub(crate) fn unmount_cgroup2() {
+    let path = Path::new(OWN_CGROUP2);
+    if is_cgroup2(path)
+        && let Err(error) = umount(path)
+    {
+        tracing::warn!(path = OWN_CGROUP2, %error, "Cannot unmount");
     }
 }
 

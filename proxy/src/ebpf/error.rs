@@ -7,6 +7,8 @@ use keelson_netlink::netns::NetnsError;
 use keelson_netlink::route::OpenError;
 use keelson_netlink::socket::NetlinkError;
 
+use super::cookie::CookieError;
+
 #[derive(Debug, thiserror::Error)]
 pub enum EbpfError {
     #[error("no BPF file system at {path}, and it cannot be mounted")]
@@ -23,12 +25,16 @@ pub enum EbpfError {
     Attach { program: &'static str, target: String, source: io::Error },
     #[error("cannot attach BPF programs as filters of interfaces")]
     Filter(#[source] NetlinkError),
-    #[error("there is no cgroup2 file system: mount one, or name its folder")]
-    NoCgroup2,
+    #[error("there is no cgroup2 file system, and none can be mounted at {path}")]
+    NoCgroup2 { path: PathBuf, source: io::Error },
     #[error("cannot read {path}")]
     Read { path: PathBuf, source: io::Error },
     #[error("cannot tell the node's network namespace from pods'")]
-    Cookie(#[source] NetnsError),
+    Cookie(#[from] CookieError),
+    #[error("BPF programs need rights that this process has not: {missing}")]
+    Rights { missing: String },
+    #[error("the kernel lacks {missing}")]
+    Lacks { missing: String },
     #[error("cannot watch interfaces and addresses")]
     Watch(#[source] NetlinkError),
     #[error("cannot read interfaces and addresses")]

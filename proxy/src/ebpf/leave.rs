@@ -6,7 +6,7 @@ use keelson_ebpf_abi::{Flow, PROTOCOL_UDP, Tuple};
 use nix::time::{ClockId, clock_gettime};
 
 use super::attach::Links;
-use super::config::is_bpffs;
+use super::config::{is_bpffs, unmount_cgroup2};
 use super::error::EbpfError;
 use super::item::Operations;
 use super::maps::Maps;
@@ -26,7 +26,9 @@ impl Ebpf {
         }
         // Sockets and packets first: without maps they would be refused what they may have.
         Links::remove_all(&config.pins)?;
-        programs::remove(&config.pins).map_err(fail)
+        programs::remove(&config.pins).map_err(fail)?;
+        unmount_cgroup2();
+        Ok(())
     }
 
     /// As [`Ebpf::remove`], for a node that goes on in another mode: sockets that are connected stay so, and packets of

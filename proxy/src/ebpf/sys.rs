@@ -7,10 +7,12 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+const MAP_CREATE: i64 = 0;
 const MAP_LOOKUP_ELEM: i64 = 1;
 const MAP_UPDATE_ELEM: i64 = 2;
 const MAP_DELETE_ELEM: i64 = 3;
 const MAP_GET_NEXT_KEY: i64 = 4;
+const PROG_LOAD: i64 = 5;
 const OBJ_PIN: i64 = 6;
 const OBJ_GET: i64 = 7;
 const OBJ_GET_INFO_BY_FD: i64 = 15;
@@ -128,6 +130,62 @@ pub(crate) fn create_link(
     };
     // SAFETY: the layout of BPF_LINK_CREATE without pointers.
     owned(unsafe { bpf(LINK_CREATE, &mut attr) }?)
+}
+
+/// Why a link of no program is refused: what the kernel does not know at all, it refuses otherwise.
+pub(crate) fn refusal_of_link(attach_type: AttachType) -> io::Error {
+    let program = u32::MAX;
+    let attach_type = attach_type as u32;
+    let mut attr = LinkCreateAttr { program, target: 0, attach_type, flags: 0, rest: [0; 4] };
+    // SAFETY: as above.
+    let result = unsafe { bpf(LINK_CREATE, &mut attr) };
+    result.err().unwrap_or_else(|| io::ErrorKind::AlreadyExists.into())
+}
+
+/// Whether the kernel makes ring buffers, or refuses for another reason than not knowing them.
+pub(crate) fn knows_ring_buffers() -> bool {
+    const RING_BUFFER: u32 = 27;
+    const SIZE: u32 = 65_536;
+    // Kind, sizes of key and value, number of elements, flags.
+    let mut attr = [RING_BUFFER, 0, 0, SIZE, 0, 0];
+    // SAFETY: the beginning of the layout of BPF_MAP_CREATE.
+    let result = unsafe { bpf(MAP_CREATE, &mut attr) };
+    known(result.and_then(owned).map(drop))
+}
+
+#[repr(C)]
+struct ProgramLoadAttr {
+    kind: u32,
+    count: u32,
+    instructions: u64,
+    license: u64,
+    rest: [u64; 3],
+}
+
+/// Whether packet programs may call that function, with four zeros.
+pub(crate) fn knows_helper(number: i32) -> bool {
+    const CLASSIFIER: u32 = 3;
+    const SET: u64 = 0xb7;
+    const CALL: u64 = 0x85;
+    const EXIT: u64 = 0x95;
+    let number = u64::from(number.unsigned_abs()) << 32;
+    // The register is in the second byte.
+    let instructions = [1, 2, 3, 4].map(|register| SET | register << 8);
+    let instructions = [instructions.as_slice(), &[CALL | number, EXIT]].concat();
+    let mut attr = ProgramLoadAttr {
+        kind: CLASSIFIER,
+        count: 6,
+        instructions: address(instructions.as_ptr()),
+        license: address(c"GPL".as_ptr()),
+        rest: [0; 3],
+    };
+    // SAFETY: the beginning of the layout of BPF_PROG_LOAD; instructions and license live through the call.
+    let result = unsafe { bpf(PROG_LOAD, &mut attr) };
+    known(result.and_then(owned).map(drop))
+}
+
+fn known(result: io::Result<()>) -> bool {
+    result.err().is_none_or(|error| error.raw_os_error() != Some(libc::EINVAL))
 }
 
 #[repr(C)]

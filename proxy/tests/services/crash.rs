@@ -1,7 +1,8 @@
 //! The real binary, killed with SIGKILL at random moments while it programs.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crate::stage::api::{api_server, kubeconfig};
@@ -41,11 +42,58 @@ pub(crate) fn is_victim() -> bool {
     std::env::args().nth(1).as_deref() == Some(VICTIM)
 }
 
-fn victim(mode: Mode, ebpf: &EbpfConfig, kubeconfig: &Path) -> Command {
+pub(crate) fn victim(mode: Mode, ebpf: &EbpfConfig, kubeconfig: &Path) -> Command {
     let mut command = Command::new("/proc/self/exe");
     command.arg(VICTIM).arg(mode.name()).arg(kubeconfig).stderr(Stdio::null());
     command.arg(serde_json::to_string(ebpf).unwrap());
     command
+}
+
+/// An API server on a node, which ends when it is dropped.
+pub(crate) struct Api {
+    pub(crate) kubeconfig: PathBuf,
+    events: broadcast::Sender<(String, Value)>,
+    stop: CancellationToken,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Api {
+    /// With these objects; `folder` is for its files.
+    pub(crate) fn start(node: &Namespace, lists: Value, folder: &Path) -> Api {
+        let listener = node.run(|| std::net::TcpListener::bind("127.0.0.1:0").unwrap());
+        listener.set_nonblocking(true).unwrap();
+        let kubeconfig = kubeconfig(folder, listener.local_addr().unwrap().port());
+        let (events, _) = broadcast::channel(64);
+        let stop = CancellationToken::new();
+        let (stopped, told) = (stop.clone(), events.clone());
+        let thread = std::thread::spawn(move || {
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            tokio::task::LocalSet::new().block_on(&runtime, async {
+                let listener = TcpListener::from_std(listener).unwrap();
+                tokio::select! {
+                    () = api_server(listener, lists, told) => {}
+                    () = stopped.cancelled() => {}
+                }
+            });
+        });
+        Api { kubeconfig, events, stop, thread: Some(thread) }
+    }
+
+    /// Says to those who watch that an object is there.
+    pub(crate) fn tell(&self, kind: &str, object: Value) {
+        let event = json!({"type": "ADDED", "object": object});
+        drop(self.events.send((kind.to_owned(), event)));
+    }
+}
+
+impl Drop for Api {
+    fn drop(&mut self) {
+        self.stop.cancel();
+        if let Some(thread) = self.thread.take() {
+            drop(thread.join());
+        }
+    }
 }
 
 /// The whole proxy, until somebody kills it.
@@ -73,42 +121,21 @@ fn killed_at_any_moment_it_goes_on_where_it_was(mode: Mode) {
     let (services, slices): (Vec<_>, Vec<_>) = (0..SERVICES).map(objects).unzip();
     let nodes = json!([{"metadata": {"name": "here", "resourceVersion": "1"}}]);
     let lists = json!({"services": services, "endpointslices": slices, "nodes": nodes});
-    let (stop, mut stopped) = broadcast::channel::<()>(1);
-    std::thread::scope(|scope| {
-        let (port_known, port) = std::sync::mpsc::channel();
-        let (namespace, ebpf) = (&node.namespace, &node.config.ebpf);
-        scope.spawn(move || {
-            namespace.run(|| {
-                let runtime =
-                    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-                tokio::task::LocalSet::new().block_on(&runtime, async {
-                    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-                    port_known.send(listener.local_addr().unwrap().port()).unwrap();
-                    let (events, _) = broadcast::channel(1);
-                    tokio::select! {
-                        () = api_server(listener, lists, events) => {}
-                        _ = stopped.recv() => {}
-                    }
-                });
-            });
-        });
-        let path = kubeconfig(directory.path(), port.recv().unwrap());
-        // Dropped also when an assertion fails, so that the server ends.
-        let stop = stop;
-        let mut random = 0x2545_f491_u32;
-        for round in 0..25 {
-            let mut proxy = namespace.run(|| victim(mode, ebpf, &path).spawn().unwrap());
-            random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            // The moment is what is random here; nothing waits for it.
-            std::thread::sleep(Duration::from_millis(u64::from(random >> 16) % 350));
-            proxy.kill().unwrap();
-            proxy.wait().unwrap();
-            if round % 4 == 3 {
-                damages(mode)[0].inflict(namespace);
-            }
+    let (namespace, ebpf) = (&node.namespace, &node.config.ebpf);
+    let api = Api::start(namespace, lists, directory.path());
+    let mut random = 0x2545_f491_u32;
+    for round in 0..25 {
+        let mut proxy = namespace.run(|| victim(mode, ebpf, &api.kubeconfig).spawn().unwrap());
+        random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        // The moment is what is random here; nothing waits for it.
+        std::thread::sleep(Duration::from_millis(u64::from(random >> 16) % 350));
+        proxy.kill().unwrap();
+        proxy.wait().unwrap();
+        if round % 4 == 3 {
+            damages(mode)[0].inflict(namespace);
         }
-        drop(stop);
-    });
+    }
+    drop(api);
     for number in 0..SERVICES {
         let (service, slice) = objects(number);
         node.service_object(service);

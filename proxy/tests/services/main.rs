@@ -17,8 +17,10 @@ mod harness;
 mod ipvs;
 mod lasting;
 mod metrics;
+mod needs;
 mod oracle;
 mod policies;
+mod restarts;
 mod scale;
 mod sequences;
 mod stage;
@@ -41,6 +43,7 @@ fn rows() -> Vec<Row> {
         flows::ROWS,
         ipvs::ROWS,
         ebpf::ROWS,
+        needs::ROWS,
         whole::ROWS,
         metrics::ROWS,
         clock::ROWS,
@@ -49,6 +52,7 @@ fn rows() -> Vec<Row> {
         scale::ROWS,
         sequences::ROWS,
         crash::ROWS,
+        restarts::ROWS,
     ]
     .concat()
 }

@@ -24,14 +24,14 @@ rows![
 ];
 
 /// A connection that stays.
-struct Flow {
+pub(crate) struct Flow {
     to: String,
     client: TcpStream,
     server: TcpStream,
 }
 
 impl Flow {
-    fn open(from: &Namespace, to: &str, listener: &TcpListener) -> Flow {
+    pub(crate) fn open(from: &Namespace, to: &str, listener: &TcpListener) -> Flow {
         let client = from.run(|| TcpStream::connect(to).unwrap());
         let (server, _) = listener.accept().unwrap();
         for side in [&client, &server] {
@@ -40,7 +40,7 @@ impl Flow {
         Flow { to: to.to_owned(), client, server }
     }
 
-    fn exchange(&mut self) -> std::io::Result<()> {
+    pub(crate) fn exchange(&mut self) -> std::io::Result<()> {
         let mut buffer = [0; 4];
         self.client.write_all(b"ping")?;
         self.server.read_exact(&mut buffer)?;
@@ -54,11 +54,11 @@ impl Flow {
 }
 
 /// What the node is doing; [`STOP`] when it is done.
-type Step = AtomicUsize;
-const STOP: usize = usize::MAX;
+pub(crate) type Step = AtomicUsize;
+pub(crate) const STOP: usize = usize::MAX;
 
 /// Ends the asking, also when an assertion fails.
-struct StopAtEnd<'s>(&'s Step);
+pub(crate) struct StopAtEnd<'s>(pub(crate) &'s Step);
 
 impl Drop for StopAtEnd<'_> {
     fn drop(&mut self) {
@@ -67,7 +67,7 @@ impl Drop for StopAtEnd<'_> {
 }
 
 /// Asks again and again; how often, and what else than `wanted` came in which step.
-fn keep_asking(
+pub(crate) fn keep_asking(
     from: &Namespace,
     to: &str,
     step: &Step,

@@ -16,7 +16,7 @@ use crate::stage::api::{api_server, kubeconfig};
 use crate::stage::*;
 
 /// Only kills a row that hangs.
-const DEADLINE: Duration = Duration::from_secs(20);
+const DEADLINE: Duration = Duration::from_secs(60);
 
 pub(crate) fn service(name: &str, spec: Value) -> Value {
     json!({"metadata": {"namespace": "default", "name": name, "resourceVersion": "2"}, "spec": spec})

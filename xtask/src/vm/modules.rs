@@ -1,6 +1,10 @@
 //! Which kernel modules to load, and in which order.
 
 use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
 
 /// The files of `wanted` (names without `.ko`) and of what they need, each after what it needs, by the text of modules.dep.
 /// A name that the kernel has no module for is built in, or not there at all: what needs it will say so.
@@ -21,6 +25,18 @@ pub(crate) fn in_order(modules_dep: &str, wanted: &[&str]) -> Vec<String> {
         }
     }
     order
+}
+
+/// A module as the kernel takes it: newer releases of Debian compress them.
+pub(crate) fn read(file: &Path) -> Result<Vec<u8>> {
+    if file.extension().is_none_or(|extension| extension != "xz") {
+        return std::fs::read(file).with_context(|| format!("cannot read {}", file.display()));
+    }
+    let output = Command::new("xz").arg("-dc").arg(file).output().context("cannot run xz")?;
+    if !output.status.success() {
+        bail!("cannot unpack {}: {}", file.display(), String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(output.stdout)
 }
 
 fn name(file: &str) -> &str {

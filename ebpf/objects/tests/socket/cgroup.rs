@@ -63,11 +63,16 @@ fn own_of(child: &Path) -> PathBuf {
 
 /// This process' cgroup.
 fn own() -> io::Result<PathBuf> {
-    let mounted = |path: &&&str| Path::new(path).join("cgroup.procs").exists();
-    let mount = MOUNTS.iter().find(mounted).ok_or(io::ErrorKind::NotFound)?;
     let all = fs::read_to_string("/proc/self/cgroup")?;
     let own = all.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
-    Ok(Path::new(mount).join(own))
+    Ok(mount()?.join(own))
+}
+
+/// The cgroup that has all others.
+pub(crate) fn mount() -> io::Result<PathBuf> {
+    let mounted = |path: &&&str| Path::new(path).join("cgroup.procs").exists();
+    let mount = MOUNTS.iter().find(mounted).ok_or(io::ErrorKind::NotFound)?;
+    Ok(PathBuf::from(mount))
 }
 
 /// Those of processes that were killed.

@@ -9,7 +9,7 @@ use keelson_netlink::netns;
 
 use super::connected_udp::Orphans;
 use super::families::{ALL, Family, Servers};
-use super::world::{TCP, UDP, World, endpoint_of};
+use super::world::{TCP, UDP, World, cookie_of, endpoint_of};
 
 /// As the proxy does it.
 fn end(world: &mut World) -> usize {
@@ -158,8 +158,8 @@ fn the_namespaces_of_processes_are_found_once() {
     assert_eq!(netns::existing(&[]).filter(same).count(), 1);
     // One that nobody lives in, and that is pinned nowhere.
     let world = World::new();
-    let of_pod = world.pod.cookie().unwrap();
-    assert!(netns::existing(&[]).all(|netns| netns.cookie().unwrap() != of_pod));
+    let of_pod = cookie_of(&world.pod);
+    assert!(netns::existing(&[]).all(|netns| cookie_of(&netns) != of_pod));
 }
 
 #[test]

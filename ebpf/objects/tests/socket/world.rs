@@ -2,6 +2,7 @@
 //! enter them, and the maps filled by hand.
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::OnceLock;
 
 use aya::maps::{Array, HashMap, MapData, PerCpuHashMap};
 use aya::programs::{CgroupAttachMode, CgroupSock, CgroupSockAddr};
@@ -13,7 +14,8 @@ use keelson_ebpf_abi::{
 use keelson_netlink::netns::Netns;
 use keelson_netlink::route::Rtnl;
 
-use super::cgroup::Cgroup;
+use super::cgroup::{self, Cgroup};
+use super::cookie;
 
 pub(crate) const PROGRAMS: [&str; 8] = [
     "connect4",
@@ -38,16 +40,13 @@ pub(crate) struct World {
 
 impl World {
     pub(crate) fn new() -> Self {
-        Self::with_set_retval(1)
+        Self::with_set_retval(u8::from(has_set_retval()))
     }
 
     /// `1` when refusals are to be told by an error number, as on new kernels.
     pub(crate) fn with_set_retval(has_set_retval: u8) -> Self {
         let (node, pod) = (namespace(), namespace());
-        let mut bpf = EbpfLoader::new()
-            .override_global("HAS_SET_RETVAL", &has_set_retval, true)
-            .load(keelson_ebpf_objects::SOCKET)
-            .unwrap();
+        let mut bpf = load(has_set_retval);
         let cgroup = Cgroup::make().unwrap();
         attach(&mut bpf, &cgroup);
         let mut world = World { bpf, cgroup, node, pod, last_number: 0 };
@@ -56,7 +55,7 @@ impl World {
     }
 
     pub(crate) fn set_settings(&mut self, flags: u32) {
-        let host_cookie = self.node.cookie().unwrap();
+        let host_cookie = cookie_of(&self.node);
         let settings = Settings { host_cookie, flags, ..Settings::default() };
         let map = self.bpf.map_mut("settings").unwrap();
         Array::try_from(map).unwrap().set(0, settings, 0).unwrap();
@@ -159,6 +158,27 @@ impl World {
 
 pub(crate) fn forward(pool: u32) -> Route {
     Route { pool, verdict: VERDICT_FORWARD, masquerade: MASQUERADE_NEVER, zero: 0 }
+}
+
+fn load(has_set_retval: u8) -> Ebpf {
+    let mut loader = EbpfLoader::new();
+    loader.override_global("HAS_SET_RETVAL", &has_set_retval, true);
+    loader.load(keelson_ebpf_objects::SOCKET).unwrap()
+}
+
+/// Whether this kernel can tell refusals by an error number (Linux 6.1).
+pub(crate) fn has_set_retval() -> bool {
+    static HAS: OnceLock<bool> = OnceLock::new();
+    *HAS.get_or_init(|| {
+        let mut bpf = load(1);
+        let program: &mut CgroupSockAddr = bpf.program_mut("connect4").unwrap().try_into().unwrap();
+        program.load().is_ok()
+    })
+}
+
+/// The number by which programs know a namespace.
+pub(crate) fn cookie_of(netns: &Netns) -> u64 {
+    cookie::cookie(netns, &cgroup::mount().unwrap()).unwrap()
 }
 
 pub(crate) fn attach(bpf: &mut Ebpf, cgroup: &Cgroup) {

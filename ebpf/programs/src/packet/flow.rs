@@ -72,19 +72,29 @@ pub fn note(flow: &mut Flow, scratch: &mut Scratch, now_ns: u64, theirs: &'stati
     }
 }
 
-/// Enters `scratch.flow`, seen now, at `scratch.opposite`, unless another connection that is not over has that.
+/// When the ports of another connection may be taken.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Reuse {
+    /// When it is over.
+    Over,
+    /// When the endpoint does not remember it either.
+    Forgotten,
+}
+
+/// Enters `scratch.flow`, seen now, at `scratch.opposite`, unless another connection still has that.
 #[inline(always)]
-pub fn claim(flows: &'static Flows, scratch: &Scratch) -> bool {
+pub fn claim(flows: &'static Flows, scratch: &Scratch, reuse: Reuse) -> bool {
     let Scratch { opposite, flow, .. } = scratch;
     if flows.insert(opposite, flow, u64::from(BPF_NOEXIST)).is_ok() {
         return true;
     }
-    match find(flows, opposite) {
-        Some(other) if other.to.is(&flow.to) || other.is_over(flow.last_seen_ns) => {
-            enter(flows, opposite, flow)
-        }
-        _ => false,
-    }
+    let Some(other) = find(flows, opposite) else { return false };
+    let is_free = other.to.is(&flow.to)
+        || match reuse {
+            Reuse::Over => other.is_over(flow.last_seen_ns),
+            Reuse::Forgotten => other.is_forgotten(flow.last_seen_ns),
+        };
+    is_free && enter(flows, opposite, flow)
 }
 
 /// Enters a flow whatever is there.

@@ -7,13 +7,15 @@ use keelson_ebpf_abi::{
     Address, DROP_FAILED, DROP_NO_ADDRESS, DROP_NO_PORT, FLOW_MASQUERADE, FLOW_UNMASQUERADE, Flow,
 };
 
-use crate::flow;
+use crate::flow::{self, Reuse};
 use crate::maps::{FLOWS_IN, FLOWS_OUT, Scratch};
 
 /// No reason to drop the packet.
 pub const CHOSEN: u32 = u32::MAX;
 
 const ATTEMPTS: u32 = 32;
+/// So many are made with ports that the endpoint does not remember.
+const PATIENT: u32 = 24;
 
 /// Masquerades the connection that the packet at hand belongs to with the address of the interface that it
 /// leaves by. `flow` is its entry in `flows_out`; the choice is in `scratch.to`.
@@ -54,7 +56,8 @@ fn claim_port(scratch: &mut Scratch) -> bool {
             scratch.to.source_port_be = random_port().to_be();
         }
         scratch.opposite = scratch.to.reversed();
-        if flow::claim(&FLOWS_IN, scratch) {
+        let reuse = if attempt < PATIENT { Reuse::Forgotten } else { Reuse::Over };
+        if flow::claim(&FLOWS_IN, scratch, reuse) {
             return true;
         }
     }

@@ -12,7 +12,7 @@ use keelson_ebpf_abi::{
     Tuple, VERDICT_DROP, VERDICT_FORWARD,
 };
 
-use crate::flow;
+use crate::flow::{self, Reuse};
 use crate::maps::{FLOWS_IN, FLOWS_OUT, Flows, Scratch};
 use crate::masquerade::random_port;
 
@@ -165,7 +165,7 @@ pub fn claim_answers(flows: &'static Flows, scratch: &mut Scratch) -> bool {
             scratch.to.source_port_be = random_port().to_be();
         }
         scratch.opposite = scratch.to.reversed();
-        if flow::claim(flows, scratch) {
+        if flow::claim(flows, scratch, Reuse::Over) {
             return true;
         }
     }

@@ -3,7 +3,7 @@
 use std::io::ErrorKind;
 
 use keelson_netlink::ipvs::{Command, Ipvs, Key, Real, RealFound, Virtual};
-use keelson_netlink::route::{Route, Rtnl};
+use keelson_netlink::route::{Direction, Route, Rtnl};
 use keelson_proxy::backend::Mode;
 use keelson_proxy::iptables::Variant;
 
@@ -44,7 +44,16 @@ fn ebpf() -> Vec<Damage> {
             removed.unwrap_or_else(|error| assert_eq!(error.kind(), ErrorKind::NotFound, "{what}"));
         }),
     };
-    vec![remove(""), remove("links"), remove("links/connect4"), remove("links/ingress-2")]
+    let detach = Damage {
+        name: "tc filter del dev eth0 ingress".to_owned(),
+        inflict: Box::new(|namespace| {
+            // A link, or before Linux 6.6 a filter.
+            if std::fs::remove_file(namespace.pins().join("links/ingress-2")).is_err() {
+                namespace.rtnl().remove_classifier(2, Direction::Ingress).unwrap();
+            }
+        }),
+    };
+    vec![remove(""), remove("links"), remove("links/connect4"), detach]
 }
 
 fn ipvs() -> Vec<Damage> {
