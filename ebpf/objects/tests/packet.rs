@@ -8,6 +8,8 @@ mod bytes;
 mod errors;
 #[path = "packet/fragments.rs"]
 mod fragments;
+#[path = "packet/hostile.rs"]
+mod hostile;
 #[path = "packet/kernel.rs"]
 mod kernel;
 #[path = "packet/masquerade.rs"]

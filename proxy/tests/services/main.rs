@@ -23,6 +23,7 @@ mod policies;
 mod restarts;
 mod scale;
 mod sequences;
+mod side_by_side;
 mod stage;
 mod switching;
 mod whole;
@@ -51,6 +52,7 @@ fn rows() -> Vec<Row> {
         switching::ROWS,
         scale::ROWS,
         sequences::ROWS,
+        side_by_side::ROWS,
         crash::ROWS,
         restarts::ROWS,
     ]

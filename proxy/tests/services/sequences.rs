@@ -16,7 +16,7 @@ use serde_json::json;
 rows![any_history_leaves_the_kernel_as_a_new_start_would_want_it,];
 
 #[derive(Clone, Debug)]
-enum Step {
+pub(crate) enum Step {
     Service {
         number: u8,
         udp: bool,
@@ -37,7 +37,7 @@ enum Step {
     Commit,
 }
 
-fn step() -> impl Strategy<Value = Step> {
+pub(crate) fn step() -> impl Strategy<Value = Step> {
     let service = (0u8..5, any::<bool>(), any::<bool>(), 0u8..4, any::<bool>(), 0u8..8).prop_map(
         |(number, udp, sticky, policy, external, ranges)| Step::Service {
             ranges,
@@ -61,7 +61,7 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-fn perform(node: &mut Node, step: &Step) {
+pub(crate) fn perform(node: &mut Node, step: &Step) {
     let name = |number: &u8| format!("s{number}");
     let protocol = |udp: &bool| if *udp { "UDP" } else { "TCP" };
     match step {
@@ -121,14 +121,14 @@ fn state(how: u8) -> serde_json::Value {
 
 /// A packet to try: who sends it, and where to.
 #[derive(Clone, Debug)]
-struct Probe {
+pub(crate) struct Probe {
     client: u8,
-    service: u8,
+    pub(crate) service: u8,
     target: u8,
-    udp: bool,
+    pub(crate) udp: bool,
 }
 
-fn probe() -> impl Strategy<Value = Probe> {
+pub(crate) fn probe() -> impl Strategy<Value = Probe> {
     (0u8..6, 0u8..5, 0u8..9, any::<bool>()).prop_map(|(client, service, target, udp)| Probe {
         client,
         service,
@@ -137,8 +137,11 @@ fn probe() -> impl Strategy<Value = Probe> {
     })
 }
 
+/// The target that all Services ask for.
+const COMMON: u8 = 6;
+
 impl Probe {
-    fn address(&self) -> String {
+    pub(crate) fn address(&self) -> String {
         let number = self.service;
         match self.target {
             0 | 1 => format!("10.96.0.{}:80", number + 1),
@@ -146,17 +149,25 @@ impl Probe {
             3 => format!("10.96.0.{}:81", number + 1),
             4 => format!("{NODE4}:{}", 30000 + u16::from(number)),
             5 => format!("[{NODE6}]:{}", 30000 + u16::from(number)),
-            6 => "198.51.100.1:80".to_owned(),
+            COMMON => "198.51.100.1:80".to_owned(),
             _ => format!("198.51.100.{}:80", 100 + number),
         }
     }
 
-    /// The model's answer and what the packet meets; nothing to compare where Services do not care.
-    fn compare(&self, node: &Node, pods: &[Pod]) -> (Fate, String, bool) {
-        let to = self.address();
-        let v6 = to.starts_with('[');
+    /// Whether no other Service asks for the address.
+    pub(crate) fn is_for_one_service(&self) -> bool {
+        self.target != COMMON
+    }
+
+    /// Where it comes from, with which address, and by which interface of the node if it is not the node's.
+    pub(crate) fn client<'s>(
+        &self,
+        node: &'s Node,
+        pods: &'s [Pod],
+    ) -> (&'s Namespace, IpAddr, Option<String>) {
+        let v6 = self.address().starts_with('[');
         let own = |v4: &str, six: &str| (if v6 { six } else { v4 }).parse::<IpAddr>().unwrap();
-        let (from, source, interface) = match self.client {
+        match self.client {
             0 | 1 => (&node.namespace, own(NODE4, NODE6), None),
             2 | 3 => (&node.outside, own(OUTSIDE4, OUTSIDE6), Some("eth0".to_owned())),
             number => {
@@ -165,7 +176,13 @@ impl Probe {
                 let source = if v6 { pod.v6 } else { pod.v4 };
                 (&pod.namespace, source, Some("pod".to_owned()))
             }
-        };
+        }
+    }
+
+    /// The model's answer and what the packet meets; nothing to compare where Services do not care.
+    fn compare(&self, node: &Node, pods: &[Pod]) -> (Fate, String, bool) {
+        let to = self.address();
+        let (from, source, interface) = self.client(node, pods);
         let (protocol, word) =
             if self.udp { (Protocol::Udp, "UDP") } else { (Protocol::Tcp, "TCP") };
         let fate = node.trace(source, interface.as_deref(), protocol, &to).fate;

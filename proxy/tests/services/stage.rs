@@ -17,4 +17,4 @@ pub(crate) use keelson_proxy::backend::{BackendConfig, Mode, PodSources};
 pub(crate) use namespace::Namespace;
 pub(crate) use node::{NODE4, NODE6, Node, OUTSIDE4, OUTSIDE6};
 pub(crate) use objects::{cluster_ip, node_port, servers, slice, with};
-pub(crate) use pod::{Outcome, Pod, Server, udp_exchange};
+pub(crate) use pod::{Answer, Outcome, Pod, Server, udp_exchange};

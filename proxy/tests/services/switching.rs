@@ -67,7 +67,7 @@ impl Drop for StopAtEnd<'_> {
 }
 
 /// Asks again and again; how often, and what else than `wanted` came in which step.
-pub(crate) fn keep_asking(
+fn keep_asking(
     from: &Namespace,
     to: &str,
     step: &Step,

@@ -256,9 +256,9 @@ fn an_exempt_namespace_is_left_alone() {
         [tcp(FAMILY.vip(80)), tcp(FAMILY.vip(81)), udp(FAMILY.vip(80))]
     };
     assert_eq!(world.in_pod(outcome), [Err(LEFT); 3]);
-    assert_eq!(world.on_node(outcome), [Ok(()), Err(REFUSED), Ok(())]);
+    assert_eq!(world.on_node(outcome), [Ok(()), Err(refused()), Ok(())]);
     world.set_settings(SETTING_KNOWS_PODS);
-    assert_eq!(world.in_pod(outcome), [Ok(()), Err(REFUSED), Ok(())]);
+    assert_eq!(world.in_pod(outcome), [Ok(()), Err(refused()), Ok(())]);
 }
 
 #[test]
@@ -272,5 +272,5 @@ fn sockets_of_pods_can_all_be_left_alone() {
         [tcp(FAMILY.vip(80)), tcp(FAMILY.vip(81))]
     };
     assert_eq!(world.in_pod(outcome), [Err(LEFT); 2]);
-    assert_eq!(world.on_node(outcome), [Ok(()), Err(REFUSED)]);
+    assert_eq!(world.on_node(outcome), [Ok(()), Err(refused())]);
 }

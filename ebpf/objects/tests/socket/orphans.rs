@@ -144,6 +144,30 @@ fn a_tcp_socket_whose_place_is_taken_is_known_all_the_same() {
     assert_eq!(counted(&mut world), u64::from(PLACES));
 }
 
+/// Those that there is no more room for: their packets go to the Service itself, and nobody answers there.
+#[test]
+fn a_full_table_leaves_sockets_to_the_packets() {
+    const ROOM: u32 = 8;
+    let mut world = World::with_room_for(ROOM);
+    let family = Family::V4;
+    let (vip, endpoint) = (family.vip(53), family.endpoint(1, 5353));
+    world.service(vip, UDP, &[endpoint]);
+    let connect = || {
+        let client = family.udp();
+        client.connect(vip).map(|()| client).map_err(|error| error.kind())
+    };
+    let clients = world.in_pod(|| (0..ROOM).map(|_| connect().unwrap()).collect::<Vec<_>>());
+    for client in &clients {
+        assert_eq!(client.peer_addr().unwrap(), vip);
+    }
+    // Only the route is missing here.
+    assert_eq!(world.in_pod(|| connect().map(drop)), Err(ErrorKind::NetworkUnreachable));
+    assert_eq!(connected(&mut world).len(), ROOM as usize);
+    drop(clients);
+    assert_eq!(counted(&mut world), 0);
+    world.in_pod(connect).unwrap();
+}
+
 /// How many sockets there are, as the programs count.
 fn counted(world: &mut World) -> u64 {
     let places: Array<_, Connected> = Array::try_from(world.bpf.map("connected").unwrap()).unwrap();

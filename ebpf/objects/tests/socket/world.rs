@@ -45,8 +45,18 @@ impl World {
 
     /// `1` when refusals are to be told by an error number, as on new kernels.
     pub(crate) fn with_set_retval(has_set_retval: u8) -> Self {
+        Self::of(load(has_set_retval))
+    }
+
+    /// With room for so many sockets that are in no place of their own.
+    pub(crate) fn with_room_for(sockets: u32) -> Self {
+        let mut loader = EbpfLoader::new();
+        loader.map_max_entries("connected_tcp", sockets).map_max_entries("connected_udp", sockets);
+        Self::of(loader.load(keelson_ebpf_objects::SOCKET).unwrap())
+    }
+
+    fn of(mut bpf: Ebpf) -> Self {
         let (node, pod) = (namespace(), namespace());
-        let mut bpf = load(has_set_retval);
         let cgroup = Cgroup::make().unwrap();
         attach(&mut bpf, &cgroup);
         let mut world = World { bpf, cgroup, node, pod, last_number: 0 };
