@@ -18,7 +18,7 @@ use crate::ipvs::{Ipvs, IpvsConfig, IpvsError};
 use crate::model::{ServiceKey, ServicePlan};
 use crate::nftables::{Nftables, NftablesError};
 pub use counting::{Counted, Counting, Names, PortTraffic, Traffic};
-pub use figures::{FamilyFigures, Figures, TableRules};
+pub use figures::{FamilyFigures, Figures, MapFill, TableRules};
 
 /// A kernel interface that Services can be programmed into.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -25,10 +25,12 @@ mod drops;
 mod ender;
 mod error;
 mod follow;
+mod grow;
 mod item;
 mod leave;
 mod maps;
 mod monitor;
+mod moving;
 mod needs;
 mod netfilter;
 mod node;
@@ -36,8 +38,11 @@ mod numbering;
 mod observed;
 mod programmed;
 mod programs;
+mod raw;
+mod sizes;
 mod sys;
 mod table;
+mod tend;
 
 use std::collections::{HashMap, HashSet};
 use std::os::fd::BorrowedFd;
@@ -45,7 +50,9 @@ use std::sync::Arc;
 
 use keelson_netlink::netns::Netns;
 
-use crate::backend::{Applied, Backend, BackendConfig, BackendError, Counting, Difference};
+use crate::backend::{
+    Applied, Backend, BackendConfig, BackendError, Counting, Difference, Figures,
+};
 use crate::diff::{Change, Plans};
 use crate::model::{ServiceKey, ServicePlan};
 use alarm::Alarm;
@@ -62,6 +69,8 @@ use node::NodeState;
 use numbering::{Numbers, number};
 use programmed::{Pending, Programmed, together};
 use programs::Programs;
+use sizes::{Amounts, Needs};
+use tend::Tables;
 
 /// Interfaces whose links are looked at each time.
 const LOOK_AT_ONCE: usize = 16;
@@ -78,6 +87,7 @@ struct Kernel {
     links: Links,
     way: Way,
     ender: Ender,
+    tables: Tables,
 }
 
 /// The backend. Lives in the network namespace in which it was opened.
@@ -94,6 +104,10 @@ pub struct Ebpf {
     tally: Arc<Tally>,
     numbers: Numbers,
     node: NodeState,
+    /// What is in the maps of Services.
+    used: Amounts,
+    /// When maps could not be made larger, the next attempt.
+    grow_again_ns: u64,
 }
 
 impl Ebpf {
@@ -118,20 +132,23 @@ impl Ebpf {
             tally: Arc::default(),
             numbers: Numbers::after(0),
             node: NodeState::default(),
+            used: Amounts::default(),
+            grow_again_ns: 0,
         })
     }
 
     /// The maps, programs and links: those that are pinned, or new ones.
-    fn kernel(&mut self) -> Result<(Kernel, usize), EbpfError> {
-        let pins = &self.config.ebpf.pins;
-        self.config.ebpf.make_pins()?;
-        let programs = Programs::ready(pins)?;
+    fn kernel(&self, needs: &Needs) -> Result<(Kernel, usize), EbpfError> {
+        let (config, pins) = (&self.config.ebpf, &self.config.ebpf.pins);
+        config.make_pins()?;
+        let programs = Programs::ready(config, needs)?;
         let operations = usize::from(programs.fresh);
         let folder = Programs::maps_folder(pins);
-        let maps = Maps::open(&folder)?;
-        let ender = Ender::start(&folder, self.config.ebpf.namespaces.clone())?;
+        let (maps, tables) = (Maps::open(&folder)?, Tables::open(&folder, config)?);
+        let ender = Ender::start(&folder, config.namespaces.clone())?;
         let way = Way::find(&programs, &self.netns)?;
-        Ok((Kernel { maps, programs, links: Links::open(pins)?, way, ender }, operations))
+        let links = Links::open(pins)?;
+        Ok((Kernel { maps, programs, links, way, ender, tables }, operations))
     }
 
     fn interfaces(&self) -> HashSet<u32> {
@@ -151,7 +168,7 @@ impl Ebpf {
     }
 
     fn apply_known(&mut self, changes: &[Change]) -> Result<Applied, EbpfError> {
-        let Some(kernel) = self.kernel.take() else { return Ok(Applied::default()) };
+        let Some(mut kernel) = self.kernel.take() else { return Ok(Applied::default()) };
         let mut all = Vec::new();
         for change in changes {
             let before = self.programmed.remove(&change.service);
@@ -159,12 +176,10 @@ impl Ebpf {
                 let ports = number(plan, &mut before.as_ref(), &mut self.numbers);
                 Programmed { plan: Arc::clone(plan), ports }
             });
-            let items = |of: Option<&Programmed>| of.map(Programmed::items).unwrap_or_default();
-            let operations = Operations::replace(&items(before.as_ref()), &items(after.as_ref()));
-            all.push(Pending { service: change.service.clone(), before, after, operations });
+            all.push(Pending::replace(change.service.clone(), before, after));
         }
         let members_go = all.iter().any(Pending::removes_members);
-        let applied = self.perform(&kernel, all);
+        let applied = self.perform(&mut kernel, all);
         if members_go {
             kernel.ender.look();
         }
@@ -174,7 +189,8 @@ impl Ebpf {
 
     /// Puts Services in force together; when the kernel refuses, each on its own, so that one that cannot be
     /// had does not hold up the others.
-    fn perform(&mut self, kernel: &Kernel, all: Vec<Pending>) -> Result<Applied, EbpfError> {
+    fn perform(&mut self, kernel: &mut Kernel, all: Vec<Pending>) -> Result<Applied, EbpfError> {
+        self.make_room(kernel, all.iter().fold(Amounts::default(), |sum, one| sum.plus(one.adds)))?;
         if let Some(mark) = self.numbers.reserve() {
             self.write_settings(kernel, mark)?;
         }
@@ -191,7 +207,10 @@ impl Ebpf {
                 Err(_) => kernel.maps.perform(&pending.operations),
             };
             let (keep, drop) = match alone {
-                Ok(()) => (pending.after, pending.before),
+                Ok(()) => {
+                    self.used = self.used.plus(pending.adds).minus(pending.removes());
+                    (pending.after, pending.before)
+                }
                 Err(error) => {
                     undo(kernel, &pending)?;
                     applied.refused.push((pending.service.clone(), error.into()));
@@ -269,11 +288,16 @@ impl Backend for Ebpf {
             let maps = Programs::maps_folder(&self.config.ebpf.pins);
             monitor::forget_the_dead(&kernel.maps.watched, &maps)?;
         }
+        self.tend()?;
         Ok(self.lacks_links())
     }
 
     fn counting(&self) -> Option<Arc<dyn Counting>> {
         Some(Arc::clone(&self.tally) as Arc<dyn Counting>)
+    }
+
+    fn take_figures(&mut self) -> Figures {
+        Figures::of_maps(self.fills())
     }
 
     fn details(&mut self, plan: &ServicePlan) -> Result<Vec<String>, BackendError> {

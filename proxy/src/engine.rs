@@ -27,6 +27,7 @@ use crate::config::ProxyConfig;
 use crate::conntrack::{Checks, Cleaner};
 use crate::diff::{Change, Plans, advance};
 use crate::events::{Notice, Notices};
+use crate::fill::{self, Alarms};
 use crate::health_checks::HealthChecks;
 use crate::last_known::LastKnown;
 use crate::loopback6::Loopback6;
@@ -92,6 +93,7 @@ pub(crate) struct Engine {
     metrics: Arc<Metrics>,
     progress: Arc<Progress>,
     notices: Notices,
+    alarms: Alarms,
     health_checks: HealthChecks,
     loopback6: Loopback6,
     on_synced: Option<Box<dyn FnOnce() + Send>>,
@@ -143,6 +145,7 @@ impl Engine {
             metrics,
             progress,
             notices,
+            alarms: Alarms::default(),
             health_checks,
             loopback6,
             on_synced: Some(on_synced),
@@ -172,6 +175,7 @@ impl Engine {
                 return Ok(());
             }
             let disturbed = alarmed && self.backend.disturbed()?;
+            self.take_figures();
             if self.intake.is_complete() {
                 self.put_in_force(disturbed);
             }
@@ -277,7 +281,7 @@ impl Engine {
             self.backend.apply(&changes, &self.plans)
         };
         self.retry_at = None;
-        self.metrics.take_in(&self.backend.take_figures());
+        self.take_figures();
         let whole = match result {
             Ok(applied) => {
                 // An alarm may also mean that somebody changed what is beside ours.
@@ -307,6 +311,27 @@ impl Engine {
         // A Service that this mode cannot have keeps what an earlier mode gave it.
         if whole && !std::mem::replace(&mut self.alone, true) {
             self.leave_others();
+        }
+    }
+
+    /// What the backend has counted, and how full its maps are.
+    fn take_figures(&mut self) {
+        let figures = self.backend.take_figures();
+        self.metrics.take_in(&figures);
+        self.metrics.note_fills(&figures.maps);
+        for fill in self.alarms.raise(&figures.maps) {
+            let (map, entries, max_entries) = (fill.map, fill.entries, fill.max_entries);
+            tracing::warn!(
+                map,
+                entries,
+                max_entries,
+                "A BPF map is nearly full and may not become larger"
+            );
+            self.notices.send(Notice::about_node(
+                self.intake.node_name(),
+                "MapNearlyFull",
+                fill::note(&fill),
+            ));
         }
     }
 

@@ -43,12 +43,17 @@ impl Notice {
         Notice { kind: "Service", namespace, name, reason, note }
     }
 
+    pub(crate) fn about_node(name: &str, reason: &'static str, note: String) -> Self {
+        let (kind, namespace) = ("Node", String::new());
+        Notice { kind, namespace, name: name.to_owned(), reason, note }
+    }
+
     fn reference(&self) -> ObjectReference {
-        let version = if self.kind == "Service" { "v1" } else { "discovery.k8s.io/v1" };
+        let version = if self.kind == "EndpointSlice" { "discovery.k8s.io/v1" } else { "v1" };
         ObjectReference {
             api_version: Some(version.to_owned()),
             kind: Some(self.kind.to_owned()),
-            namespace: Some(self.namespace.clone()),
+            namespace: Some(self.namespace.clone()).filter(|namespace| !namespace.is_empty()),
             name: Some(self.name.clone()),
             ..ObjectReference::default()
         }

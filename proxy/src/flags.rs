@@ -212,6 +212,7 @@ impl Flags {
             Some(name) => name.trim().to_lowercase(),
             None => host_name()?,
         };
+        let conntrack = self.conntrack.limits()?;
         let healthz = self.healthz_bind_address.as_deref();
         let metrics = self.metrics_bind_address.as_deref();
         Ok(ProxyConfig {
@@ -234,8 +235,8 @@ impl Flags {
             healthz_address: address("healthz", healthz, 10256, default.healthz_address)?,
             metrics_address: address("metrics", metrics, 10249, default.metrics_address)?,
             ipvs: self.ipvs.config()?,
-            ebpf: self.ebpf.config(),
-            conntrack: Some(self.conntrack.limits()?),
+            ebpf: self.ebpf.config(conntrack.most_here()),
+            conntrack: Some(conntrack),
             kubeconfig: self.kubeconfig,
             api_server: self.master,
             sync_period: default.sync_period,

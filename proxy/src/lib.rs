@@ -14,6 +14,7 @@ pub mod ebpf;
 mod engine;
 mod events;
 pub mod explain;
+mod fill;
 pub mod flags;
 mod health_checks;
 pub mod iptables;

@@ -108,7 +108,7 @@ fn explain(flags: Flags, question: &Question) -> anyhow::Result<()> {
 fn run(flags: Flags) -> anyhow::Result<()> {
     match flags.cleanup {
         None | Some(Cleanup::Nothing) => {}
-        Some(Cleanup::Everything) => return Ok(cleanup::everything(&flags.ebpf.config())?),
+        Some(Cleanup::Everything) => return Ok(cleanup::everything(&flags.ebpf.config(None))?),
         Some(Cleanup::KubeProxy) => return Ok(cleanup::kube_proxy()?),
     }
     let (config, warnings) = flags.resolve()?;

@@ -13,7 +13,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Metric, Registry};
 
-use crate::backend::{Figures, Mode};
+use crate::backend::{Figures, MapFill, Mode};
 use crate::clock::Now;
 use crate::diff::Change;
 use crate::model::{Family as IpFamily, Route, ServicePlan, Target};
@@ -49,6 +49,11 @@ struct TableLabel {
     ip_family: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct MapLabel {
+    map: &'static str,
+}
+
 type Durations = Family<FamilyLabel, Histogram, fn() -> Histogram>;
 type PerFamily = Family<FamilyLabel, Counter>;
 
@@ -75,6 +80,8 @@ pub(crate) struct Metrics {
     cleanup_failures: PerFamily,
     rules: Family<TableLabel, Gauge>,
     rules_last: Family<TableLabel, Gauge>,
+    map_entries: Family<MapLabel, Gauge>,
+    map_max_entries: Family<MapLabel, Gauge>,
     pub(crate) endpoint_changes: Counter,
     pub(crate) service_changes: Counter,
     pub(crate) endpoints_pending: Gauge,
@@ -107,6 +114,8 @@ impl Metrics {
             cleanup_failures: Family::default(),
             rules: Family::default(),
             rules_last: Family::default(),
+            map_entries: Family::default(),
+            map_max_entries: Family::default(),
             endpoint_changes: Counter::default(),
             service_changes: Counter::default(),
             endpoints_pending: Gauge::default(),
@@ -179,7 +188,13 @@ impl Metrics {
                 let help = "Removals of leftovers that the kernel refused";
                 add(kube, "nftables_cleanup_failures", help, &self.cleanup_failures);
             }
-            Mode::Ebpf => {}
+            Mode::Ebpf => {
+                let own = self.registry.sub_registry_with_prefix("keelson_proxy_ebpf");
+                let help = "Entries of a BPF map; of those that programs write, an estimate";
+                add(own, "map_entries", help, &self.map_entries);
+                let help = "Entries that a BPF map has room for; some maps grow";
+                add(own, "map_max_entries", help, &self.map_max_entries);
+            }
         }
     }
 
@@ -240,6 +255,15 @@ impl Metrics {
                 self.rules.get_or_create(&label).set(rules.all);
                 self.rules_last.get_or_create(&label).set(rules.written);
             }
+        }
+    }
+
+    /// How full maps are.
+    pub(crate) fn note_fills(&self, fills: &[MapFill]) {
+        for fill in fills {
+            let label = MapLabel { map: fill.map };
+            self.map_entries.get_or_create(&label).set(fill.entries.into());
+            self.map_max_entries.get_or_create(&label).set(fill.max_entries.into());
         }
     }
 

@@ -18,5 +18,7 @@ pub const DROP_FRAGMENT: u32 = 6;
 pub const DROP_NO_ROUTE: u32 = 7;
 /// Nobody is there, and the sender must not be told (a TCP reset, or not one host's address).
 pub const DROP_UNANSWERED: u32 = 8;
+/// Connections are being moved to other maps (`Settings::held_until_ns`).
+pub const DROP_HELD: u32 = 9;
 /// How many there are.
-pub const DROP_REASONS: usize = 9;
+pub const DROP_REASONS: usize = 10;

@@ -3,6 +3,9 @@
 //! Rules: `#[repr(C)]`, integers and byte arrays only, every hole an explicit field, sizes checked when
 //! compiled. What is in network byte order ends in `_be`; all else is in the machine's own. A change of
 //! any layout needs another [`VERSION`].
+//!
+//! Maps outlive an upgrade, so layouts only ever grow at their end, and zero there means what was before: user space
+//! carries elements of another version over by their size. Where that cannot be kept the map begins anew ([`ANEW`]).
 #![no_std]
 
 mod address;
@@ -38,7 +41,11 @@ pub use socket::{
 };
 
 /// Part of the folder's name that maps, programs and links are pinned in.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
+
+/// Maps that earlier versions filled with what now means something else, with the first version that they can be
+/// taken over from.
+pub const ANEW: &[(&str, u32)] = &[];
 
 /// Says that a type may be copied in and out of maps, and fails to compile when it has a hole or another size.
 macro_rules! layout {

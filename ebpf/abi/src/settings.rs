@@ -16,6 +16,9 @@ pub struct Settings {
     /// has no address of that family.
     pub address4: Address,
     pub address6: Address,
+    /// Until then, by the monotonic clock, no connection begins in the packet layer: user space moves those that
+    /// there are to other maps. A time and no flag, so that it ends also when user space does.
+    pub held_until_ns: u64,
 }
 
 /// Pods can be told from other sources.
@@ -71,7 +74,7 @@ pub const INTERFACE_PODS: u32 = 1;
 pub const INTERFACE_NO_LINK_HEADER: u32 = 2;
 
 layout! {
-    Settings: 48,
+    Settings: 56,
     RangeKey: 16,
     RangePrefix: 20,
     Interface: 36,

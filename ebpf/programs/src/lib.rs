@@ -7,4 +7,5 @@ pub mod counters;
 pub mod endpoint;
 pub mod events;
 pub mod frontend;
+pub mod hold;
 pub mod maps;

@@ -6,6 +6,18 @@ use crate::model::Family;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Figures {
     families: [FamilyFigures; 2],
+    /// Where Services are in maps of a limited size: how full those are now.
+    pub maps: Vec<MapFill>,
+}
+
+/// How full a map is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MapFill {
+    pub map: &'static str,
+    pub entries: u32,
+    pub max_entries: u32,
+    /// It becomes larger before it is full.
+    pub may_grow: bool,
 }
 
 /// What concerns one IP family.
@@ -32,6 +44,11 @@ pub struct TableRules {
 }
 
 impl Figures {
+    #[must_use]
+    pub fn of_maps(maps: Vec<MapFill>) -> Self {
+        Figures { maps, ..Figures::default() }
+    }
+
     #[must_use]
     pub fn of(&self, family: Family) -> &FamilyFigures {
         &self.families[family as usize]

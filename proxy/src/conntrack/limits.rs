@@ -39,14 +39,23 @@ impl Default for ConntrackLimits {
 }
 
 impl ConntrackLimits {
+    /// How many connections a node with so many cores remembers; nothing when that is left alone.
+    #[must_use]
+    pub fn most(&self, cores: u32) -> Option<u32> {
+        let most = self.max_per_core.saturating_mul(cores).max(self.min).min(MOST);
+        (self.max_per_core > 0).then_some(most)
+    }
+
+    /// As [`ConntrackLimits::most`], of this machine.
+    #[must_use]
+    pub fn most_here(&self) -> Option<u32> {
+        self.most(cores())
+    }
+
     /// Kernel settings and the values that they shall have.
     fn settings(&self, cores: u32) -> Vec<(&'static str, u64)> {
-        let most = match self.max_per_core {
-            0 => 0,
-            per_core => per_core.saturating_mul(cores).max(self.min).min(MOST),
-        };
         [
-            ("net/netfilter/nf_conntrack_max", most.into()),
+            ("net/netfilter/nf_conntrack_max", self.most(cores).unwrap_or(0).into()),
             ("net/netfilter/nf_conntrack_tcp_timeout_established", self.tcp_established.as_secs()),
             ("net/netfilter/nf_conntrack_tcp_timeout_close_wait", self.tcp_close_wait.as_secs()),
             ("net/netfilter/nf_conntrack_udp_timeout", self.udp.as_secs()),
@@ -61,8 +70,7 @@ impl ConntrackLimits {
     /// Sets the limits of the calling thread's network namespace. What cannot be set is named: Services
     /// work without.
     pub fn apply(&self) {
-        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        for (key, value) in self.settings(u32::try_from(cores).unwrap_or(u32::MAX)) {
+        for (key, value) in self.settings(cores()) {
             match sysctl::ensure(key, &value.to_string()) {
                 Ok(true) => tracing::info!(key, value, "Set a limit of connection tracking"),
                 Ok(false) => {}
@@ -72,6 +80,11 @@ impl ConntrackLimits {
             }
         }
     }
+}
+
+fn cores() -> u32 {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    u32::try_from(cores).unwrap_or(u32::MAX)
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ use super::numbering::{Numbers, number};
 use super::observed::Observed;
 use super::programmed::{Pending, Programmed};
 use super::programs::Programs;
+use super::sizes::Amounts;
 use super::{Ebpf, EbpfError, Kernel};
 use crate::backend::{Applied, Difference};
 use crate::diff::{Plans, sorted};
@@ -20,17 +21,21 @@ impl Ebpf {
     pub(super) fn adopt_all(&mut self, plans: &Plans) -> Result<Applied, EbpfError> {
         // The old descriptors are of no use if somebody removed the pins.
         self.kernel = None;
-        let (kernel, mut operations) = self.kernel()?;
+        let all = Amounts::of_plans(plans.values().map(|plan| &**plan));
+        let (mut kernel, mut operations) = self.kernel(&self.needs(all))?;
         let settings = kernel.maps.settings.get(&0)?.unwrap_or_default();
         self.numbers = Numbers::after(settings.numbers);
         operations += self.adopt_node(&kernel, settings)?;
         // What begins at one interface must find the programs at all others, so first all are attached. As long as they
         // find no Service, they change nothing.
         operations += self.attach(&kernel)?;
+        operations += self.settle(&kernel)?;
         let mut observed = Observed::read(&kernel.maps)?;
-        let mut applied = self.adopt_services(&kernel, plans, &mut observed)?;
+        self.used = observed.amounts();
+        let mut applied = self.adopt_services(&mut kernel, plans, &mut observed)?;
         let leftovers = Operations { puts: Vec::new(), deletes: observed.leftovers() };
         kernel.maps.perform(&leftovers)?;
+        self.used = self.used.minus(Amounts::of_keys(leftovers.deletes.iter()));
         self.adopt_counters(&kernel)?;
         let node = self.observe_node()?;
         operations += leftovers.len() + self.refresh_node(&kernel, node)?;
@@ -44,7 +49,7 @@ impl Ebpf {
 
     fn adopt_services(
         &mut self,
-        kernel: &Kernel,
+        kernel: &mut Kernel,
         plans: &Plans,
         observed: &mut Observed,
     ) -> Result<Applied, EbpfError> {
@@ -120,9 +125,9 @@ fn compare(
 ) -> Pending {
     let ports = number(plan, observed, numbers);
     let programmed = Programmed { plan: Arc::clone(plan), ports };
-    let mut operations = Operations::default();
+    let (mut operations, mut adds) = (Operations::default(), Amounts::default());
     for item in programmed.items() {
-        observed.settle(&item, &mut operations);
+        observed.settle(&item, &mut operations, &mut adds);
     }
-    Pending { service: service.clone(), before: None, after: Some(programmed), operations }
+    Pending { service: service.clone(), before: None, after: Some(programmed), operations, adds }
 }

@@ -14,6 +14,13 @@ use super::EbpfError;
 /// Damage is noticed within that time.
 const PERIOD: Duration = Duration::from_secs(1);
 
+/// The clock that programs read, too.
+pub(crate) fn monotonic_ns() -> Result<u64, EbpfError> {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC);
+    let now = Duration::from(now.map_err(EbpfError::Alarm)?);
+    Ok(u64::try_from(now.as_nanos()).unwrap_or(u64::MAX))
+}
+
 /// One file descriptor for both.
 pub(crate) struct Alarm {
     all: Epoll,

@@ -29,6 +29,11 @@ pub struct EbpfConfig {
     pub service_metrics: usize,
     /// Folders in which network namespaces are pinned. Sockets are looked for there and wherever a process lives.
     pub namespaces: Vec<PathBuf>,
+    /// Connections that the packet layer may remember: entries of each of its tables, which begin small and grow.
+    pub max_flows: u32,
+    /// Endpoints of all Services together that there may be. The other maps of Services go by that: a quarter as many
+    /// addresses with a port, an eighth as many lists of endpoints.
+    pub max_endpoints: u32,
 }
 
 impl Default for EbpfConfig {
@@ -39,6 +44,8 @@ impl Default for EbpfConfig {
             sockets: true,
             service_metrics: 1000,
             namespaces: vec![PathBuf::from("/run/netns")],
+            max_flows: 131_072,
+            max_endpoints: 1 << 20,
         }
     }
 }

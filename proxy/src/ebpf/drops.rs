@@ -1,8 +1,8 @@
 //! Why packets are dropped, in words.
 
 use keelson_ebpf_abi::{
-    DROP_FAILED, DROP_FRAGMENT, DROP_NO_ADDRESS, DROP_NO_PORT, DROP_NO_ROUTE, DROP_NO_SUCH_ADDRESS,
-    DROP_POLICY, DROP_SOURCE, DROP_UNANSWERED,
+    DROP_FAILED, DROP_FRAGMENT, DROP_HELD, DROP_NO_ADDRESS, DROP_NO_PORT, DROP_NO_ROUTE,
+    DROP_NO_SUCH_ADDRESS, DROP_POLICY, DROP_SOURCE, DROP_UNANSWERED,
 };
 
 /// A word for programs, and what it means.
@@ -17,6 +17,7 @@ pub(crate) fn reason(number: u32) -> (&'static str, &'static str) {
         DROP_FRAGMENT => ("fragment", "the first piece of the packet did not come by"),
         DROP_NO_ROUTE => ("no_route", "the node has no route to the endpoint"),
         DROP_UNANSWERED => ("unanswered", "nobody is there, and the sender must not be told"),
+        DROP_HELD => ("held", "connections move to other maps, the client tries again"),
         _ => ("other", "for a reason that this version does not know"),
     }
 }

@@ -17,6 +17,8 @@ pub enum EbpfError {
     Pin { path: PathBuf, source: io::Error },
     #[error("the BPF map {name} refused")]
     Map { name: &'static str, source: io::Error },
+    #[error("the BPF map {name} is full: it has room for {max_entries} (see --ebpf-max-endpoints)")]
+    Full { name: &'static str, max_entries: u32 },
     #[error("the kernel takes the BPF object {object} not")]
     Load { object: &'static str, source: Box<dyn std::error::Error + Send + Sync> },
     #[error("the kernel takes the BPF program {program} not")]

@@ -72,7 +72,9 @@ impl Ebpf {
 
     pub(super) fn write_settings(&self, kernel: &Kernel, numbers: u32) -> Result<(), EbpfError> {
         let NodeState { flags, address4, address6, .. } = self.node;
-        let settings = Settings { host_cookie: self.cookie, flags, numbers, address4, address6 };
+        let host_cookie = self.cookie;
+        let found = kernel.maps.settings.get(&0)?.unwrap_or_default();
+        let settings = Settings { host_cookie, flags, numbers, address4, address6, ..found };
         kernel.maps.settings.put(&0, &settings)
     }
 }

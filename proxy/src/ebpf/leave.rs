@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use keelson_ebpf_abi::{Flow, PROTOCOL_UDP, Tuple};
-use nix::time::{ClockId, clock_gettime};
 
+use super::alarm::monotonic_ns;
 use super::attach::Links;
 use super::config::{is_bpffs, unmount_cgroup2};
 use super::error::EbpfError;
@@ -67,8 +67,7 @@ fn see_off(config: &EbpfConfig, maps: &Maps, flows: &Table<Tuple, Flow>) {
 
 /// Whether there is a connection that another mode could not go on with. UDP flows begin anew there.
 fn goes_on(flows: &Table<Tuple, Flow>) -> Result<bool, EbpfError> {
-    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_err(EbpfError::Alarm)?;
-    let now = u64::try_from(Duration::from(now).as_nanos()).unwrap_or(u64::MAX);
+    let now = monotonic_ns()?;
     let lasts = |(key, flow): (&Tuple, &Flow)| key.protocol != PROTOCOL_UDP && !flow.is_over(now);
     Ok(flows.read()?.iter().any(lasts))
 }

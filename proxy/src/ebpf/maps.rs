@@ -9,6 +9,7 @@ use keelson_ebpf_abi::{
 
 use super::error::EbpfError;
 use super::item::{Item, Key, Operations};
+use super::sizes::Amounts;
 use super::table::{PerCpu, Table};
 
 /// What user space writes, and `counters`, where it only removes. Named as in `ebpf/programs/src/maps.rs`.
@@ -43,6 +44,18 @@ impl Maps {
             counters: PerCpu::open(pins, "counters")?,
             watched: Table::open(pins, "watched")?,
         })
+    }
+
+    /// What the maps that Services are written into have room for.
+    pub(crate) fn room(&self) -> Amounts {
+        Amounts {
+            slots: self.slots.max_entries(),
+            members: self.members.max_entries(),
+            pools: self.pools.max_entries(),
+            sources: self.sources.max_entries(),
+            frontends: self.frontends.max_entries(),
+            addresses: self.addresses.max_entries(),
+        }
     }
 
     /// Writes, then removes. What was done before an error stays done.

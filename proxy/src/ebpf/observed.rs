@@ -11,6 +11,7 @@ use super::error::EbpfError;
 use super::item::{Item, Key, Operations, frontend_key};
 use super::maps::Maps;
 use super::numbering::{Before, NumberedPool, scope_of};
+use super::sizes::Amounts;
 use crate::model::{self, PortPlan, Route, Scope};
 
 /// What the maps of Services hold.
@@ -56,10 +57,37 @@ impl Observed {
         }
     }
 
+    fn has_key(&self, key: &Key) -> bool {
+        match key {
+            Key::Slot(key) => self.slots.contains_key(key),
+            Key::Member(key) => self.members.contains_key(key),
+            Key::Pool(key) => self.pools.contains_key(key),
+            Key::Source(key) => self.sources.contains_key(key),
+            Key::Frontend(key) => self.frontends.contains_key(key),
+            Key::Address(key) => self.addresses.contains_key(key),
+        }
+    }
+
+    /// How much it is.
+    pub(crate) fn amounts(&self) -> Amounts {
+        let length = |of: usize| u32::try_from(of).unwrap_or(u32::MAX);
+        Amounts {
+            slots: length(self.slots.len()),
+            members: length(self.members.len()),
+            pools: length(self.pools.len()),
+            sources: length(self.sources.len()),
+            frontends: length(self.frontends.len()),
+            addresses: length(self.addresses.len()),
+        }
+    }
+
     /// Accounts for an element that is wanted.
-    pub(crate) fn settle(&mut self, item: &Item, operations: &mut Operations) {
+    pub(crate) fn settle(&mut self, item: &Item, operations: &mut Operations, adds: &mut Amounts) {
         if !self.has(item) {
             operations.puts.push(*item);
+            if !self.has_key(&item.key()) {
+                adds.count(&item.key());
+            }
         }
         self.settled.insert(item.key());
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::item::{Item, Key, Operations, guard_item, items_of};
 use super::numbering::{Before, NumberedPool, NumberedPort, is_same_port};
+use super::sizes::Amounts;
 use crate::model::{PortPlan, Scope, ServiceKey, ServicePlan};
 
 /// What is in force for one Service.
@@ -58,9 +59,31 @@ pub(crate) struct Pending {
     pub(crate) before: Option<Programmed>,
     pub(crate) after: Option<Programmed>,
     pub(crate) operations: Operations,
+    /// What it puts where nothing was.
+    pub(crate) adds: Amounts,
 }
 
 impl Pending {
+    /// From what is in force to what shall be.
+    pub(crate) fn replace(
+        service: ServiceKey,
+        before: Option<Programmed>,
+        after: Option<Programmed>,
+    ) -> Self {
+        let items = |of: Option<&Programmed>| of.map(Programmed::items).unwrap_or_default();
+        let (from, to) = (items(before.as_ref()), items(after.as_ref()));
+        let operations = Operations::replace(&from, &to);
+        let keys = to.iter().map(Item::key);
+        let new: Vec<Key> =
+            keys.filter(|key| from.binary_search_by_key(key, Item::key).is_err()).collect();
+        let adds = Amounts::of_keys(new.iter());
+        Pending { service, before, after, operations, adds }
+    }
+
+    pub(crate) fn removes(&self) -> Amounts {
+        Amounts::of_keys(self.operations.deletes.iter())
+    }
+
     pub(crate) fn removes_members(&self) -> bool {
         self.operations.deletes.iter().any(|key| matches!(key, Key::Member(_)))
     }

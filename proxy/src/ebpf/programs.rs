@@ -12,8 +12,11 @@ use keelson_ebpf_abi::VERSION;
 use keelson_ebpf_objects::{PACKET, SOCKET};
 use sha2::{Digest, Sha256};
 
+use super::config::EbpfConfig;
 use super::error::EbpfError;
-use super::sys;
+use super::moving::{self, Moving, Shapes};
+use super::sizes::{Bounds, Needs};
+use super::sys::{self, MapInfo};
 use crate::switch::with_sources;
 
 /// A file of programs.
@@ -42,9 +45,17 @@ impl Object {
     }
 
     /// Its maps, apart from constants. Those of one name in several objects are one map.
-    fn maps(&self) -> Result<Vec<String>, EbpfError> {
+    fn maps(&self) -> Result<Shapes, EbpfError> {
         let parsed = aya_obj::Object::parse(self.bytes).map_err(|e| self.refused(e))?;
-        Ok(parsed.maps.into_keys().filter(|name| !name.starts_with('.')).collect())
+        let shape = |map: &aya_obj::Map| MapInfo {
+            kind: map.map_type(),
+            key_size: map.key_size(),
+            value_size: map.value_size(),
+            max_entries: map.max_entries(),
+            ..MapInfo::default()
+        };
+        let maps = parsed.maps.iter().filter(|(name, _)| !name.starts_with('.'));
+        Ok(maps.map(|(name, map)| (name.clone(), shape(map))).collect())
     }
 }
 
@@ -58,17 +69,25 @@ pub(crate) struct Programs {
 impl Programs {
     /// Where the maps of this version are pinned.
     pub(crate) fn maps_folder(pins: &Path) -> PathBuf {
-        pins.join(format!("maps-v{VERSION}"))
+        moving::maps_folder(pins)
     }
 
-    /// Takes over the programs that an earlier process of this version left, or loads them. Makes the maps
-    /// that are missing.
-    pub(crate) fn ready(pins: &Path) -> Result<Self, EbpfError> {
-        if let Some(found) = Self::found(pins)? {
+    /// Takes over the programs that an earlier process of this version left, or loads them. Makes the maps that are
+    /// missing, and moves what is in those that are too small or of another version. The programs must be attached
+    /// then, and [`moving::settle`] called.
+    pub(crate) fn ready(config: &EbpfConfig, needs: &Needs) -> Result<Self, EbpfError> {
+        let pins = &config.pins;
+        let (moving, shapes) = plan(config, needs)?;
+        let found = Self::found(pins)?;
+        if !moving.is_needed()
+            && let Some(found) = found
+        {
             return Ok(found);
         }
+        moving.begin()?;
+        let by_name = load(&shapes, |name| moving.home(name))?;
+        moving.finish()?;
         let maps = Self::maps_folder(pins);
-        let by_name = load(&maps)?;
         let missing =
             || EbpfError::Pin { path: maps.clone(), source: io::ErrorKind::NotFound.into() };
         let folder = pins.join(stamp(&maps)?.ok_or_else(missing)?);
@@ -91,7 +110,41 @@ impl Programs {
 
 /// Loads the programs for a trial: the kernel's verifier sees them, and nothing stays.
 pub(crate) fn try_load() -> Result<(), EbpfError> {
-    OBJECTS.iter().try_for_each(|object| load_object(object, None, &mut HashMap::new()))
+    let (config, needs) = (EbpfConfig::default(), Needs::default());
+    let sized = sizing(&config, &needs)?;
+    let load = |object| {
+        let maps = Object::maps(object)?.into_iter();
+        let maps = maps.map(|(name, shape)| Place {
+            max_entries: sized(&name, &shape, None),
+            name,
+            path: None,
+        });
+        load_object(object, &maps.collect::<Vec<_>>()).map(drop)
+    };
+    OBJECTS.iter().try_for_each(load)
+}
+
+/// How large a map shall be that its object describes like that, and of which this is there.
+fn sizing(
+    config: &EbpfConfig,
+    needs: &Needs,
+) -> Result<impl Fn(&str, &MapInfo, Option<&MapInfo>) -> u32, EbpfError> {
+    let cpus = sys::cpus()?;
+    Ok(move |name: &str, shape: &MapInfo, found: Option<&MapInfo>| {
+        let bounds = Bounds::of(name, config, cpus);
+        let found = found.map(|found| found.max_entries);
+        bounds.map_or(shape.max_entries, |bounds| bounds.size(found, needs.of(name)))
+    })
+}
+
+/// What has to move, and how the maps shall be.
+fn plan(config: &EbpfConfig, needs: &Needs) -> Result<(Moving, Shapes), EbpfError> {
+    let mut all = Shapes::new();
+    for object in OBJECTS {
+        all.extend(object.maps()?);
+    }
+    let sized = sizing(config, needs)?;
+    Moving::plan(&config.pins, all, sized)
 }
 
 /// Name of the folder of programs: another one for other programs or other maps. Nothing when a map is missing.
@@ -99,9 +152,7 @@ fn stamp(maps: &Path) -> Result<Option<String>, EbpfError> {
     let mut hash = Sha256::new();
     for object in OBJECTS {
         hash.update(object.bytes);
-        let mut names = object.maps()?;
-        names.sort();
-        for name in names {
+        for name in object.maps()?.into_keys() {
             let info =
                 sys::open_pinned(&maps.join(name)).and_then(|map| sys::map_info(map.as_fd()));
             let Ok(info) = info else { return Ok(None) };
@@ -123,42 +174,52 @@ fn pinned(folder: &Path) -> Option<HashMap<String, OwnedFd>> {
         .collect()
 }
 
-fn load(maps: &Path) -> Result<HashMap<String, OwnedFd>, EbpfError> {
-    let fail = |source| EbpfError::Pin { path: maps.to_owned(), source };
-    fs::create_dir_all(maps).map_err(fail)?;
+fn load(
+    shapes: &Shapes,
+    home: impl Fn(&str) -> PathBuf,
+) -> Result<HashMap<String, OwnedFd>, EbpfError> {
     let mut by_name = HashMap::new();
-    OBJECTS.iter().try_for_each(|object| load_object(object, Some(maps), &mut by_name))?;
+    for object in OBJECTS {
+        let maps = object.maps()?.into_iter().map(|(name, shape)| Place {
+            max_entries: shapes.get(&name).unwrap_or(&shape).max_entries,
+            path: Some(home(&name)),
+            name,
+        });
+        by_name.extend(load_object(object, &maps.collect::<Vec<_>>())?);
+    }
     Ok(by_name)
+}
+
+/// A map as the loader shall make it, or take it if it is there.
+struct Place {
+    name: String,
+    max_entries: u32,
+    path: Option<PathBuf>,
 }
 
 /// Loads an object with what this kernel has.
 fn load_object(
     object: &'static Object,
-    maps: Option<&Path>,
-    by_name: &mut HashMap<String, OwnedFd>,
-) -> Result<(), EbpfError> {
+    maps: &[Place],
+) -> Result<Vec<(String, OwnedFd)>, EbpfError> {
     for (switch, lacking) in object.switches {
         match load_with(object, maps, &[(switch, 1)]) {
-            Ok(programs) => {
-                by_name.extend(programs);
-                return Ok(());
-            }
+            Ok(programs) => return Ok(programs),
             Err(error) => tracing::info!(error = with_sources(&error), "{lacking}"),
         }
     }
-    by_name.extend(load_with(object, maps, &[])?);
-    Ok(())
+    load_with(object, maps, &[])
 }
 
 fn load_with(
     object: &'static Object,
-    maps: Option<&Path>,
+    maps: &[Place],
     switches: &[(&str, u8)],
 ) -> Result<Vec<(String, OwnedFd)>, EbpfError> {
-    let names = object.maps()?;
     let mut loader = EbpfLoader::new();
-    for (name, folder) in names.iter().flat_map(|name| maps.map(|maps| (name, maps))) {
-        loader.map_pin_path(name, folder.join(name));
+    for Place { name, max_entries, path } in maps {
+        loader.map_max_entries(name, *max_entries);
+        path.as_ref().map(|path| loader.map_pin_path(name, path));
     }
     for (name, value) in switches {
         loader.override_global(name, value, true);

@@ -7,6 +7,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use super::error::EbpfError;
+
 const MAP_CREATE: i64 = 0;
 const MAP_LOOKUP_ELEM: i64 = 1;
 const MAP_UPDATE_ELEM: i64 = 2;
@@ -22,6 +24,8 @@ const LINK_CREATE: i64 = 28;
 const LINK_UPDATE: i64 = 29;
 const LINK_DETACH: i64 = 34;
 
+/// `BPF_NOEXIST`.
+const NOEXIST: u64 = 1;
 /// `BPF_EXIST`.
 const EXIST: u64 = 2;
 
@@ -292,11 +296,26 @@ pub(crate) struct MapInfo {
     pub(crate) key_size: u32,
     pub(crate) value_size: u32,
     pub(crate) max_entries: u32,
+    pub(crate) flags: u32,
 }
 
 pub(crate) fn map_info(map: BorrowedFd<'_>) -> io::Result<MapInfo> {
     // SAFETY: the layout for maps, without pointers.
     unsafe { info(map, MapInfo::default()) }
+}
+
+/// CPUs that there may be: so many values has an element of a map per CPU.
+pub(crate) fn cpus() -> Result<u32, EbpfError> {
+    let cpus = aya::util::nr_cpus();
+    let cpus = cpus.map_err(|(path, source)| EbpfError::Read { path: path.into(), source })?;
+    Ok(u32::try_from(cpus).unwrap_or(u32::MAX))
+}
+
+/// Waits until no program runs any more that ran when this was called.
+pub(crate) fn wait_for_programs() {
+    const GLOBAL: i64 = 1;
+    // SAFETY: a call without pointers. Where the kernel cannot do it nothing is waited for, and programs are quick.
+    unsafe { libc::syscall(libc::SYS_membarrier, GLOBAL, 0, 0) };
 }
 
 #[repr(C)]
@@ -325,6 +344,50 @@ pub(crate) fn put<K: aya::Pod, V: aya::Pod>(
     let mut attr = ElementAttr::new(map, key, value);
     // SAFETY: the layout of BPF_MAP_UPDATE_ELEM; the caller has compared the types' sizes with the map's.
     unsafe { bpf(MAP_UPDATE_ELEM, &mut attr) }.map(drop)
+}
+
+/// What an element may be put over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u64)]
+pub(crate) enum Over {
+    Anything = 0,
+    Nothing = NOEXIST,
+}
+
+/// Adds or replaces an element of a map that is known by its sizes only; false when there is one already that it may
+/// not be put over.
+pub(crate) fn put_bytes(
+    map: BorrowedFd<'_>,
+    key: &[u8],
+    value: &[u8],
+    over: Over,
+) -> io::Result<bool> {
+    let flags = over as u64;
+    let mut attr = ElementAttr { flags, ..ElementAttr::new(map, key.as_ptr(), value.as_ptr()) };
+    // SAFETY: as above; the caller gives slices of the map's sizes.
+    match unsafe { bpf(MAP_UPDATE_ELEM, &mut attr) } {
+        Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(false),
+        result => result.map(|_| true),
+    }
+}
+
+/// Reads an element of a map that is known by its sizes only; false when there is none.
+pub(crate) fn get_bytes(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> io::Result<bool> {
+    let mut attr = ElementAttr::new(map, key.as_ptr(), value.as_mut_ptr());
+    // SAFETY: as above, for BPF_MAP_LOOKUP_ELEM, which writes one value.
+    some(unsafe { bpf(MAP_LOOKUP_ELEM, &mut attr) }).map(|found| found.is_some())
+}
+
+/// As [`next_key`], of a map that is known by its sizes only; false at the end.
+pub(crate) fn next_key_bytes(
+    map: BorrowedFd<'_>,
+    key: Option<&[u8]>,
+    next: &mut [u8],
+) -> io::Result<bool> {
+    let key = key.map_or(std::ptr::null(), <[u8]>::as_ptr);
+    let mut attr = ElementAttr::new(map, key, next.as_mut_ptr());
+    // SAFETY: as above, for BPF_MAP_GET_NEXT_KEY, which writes one key.
+    some(unsafe { bpf(MAP_GET_NEXT_KEY, &mut attr) }).map(|found| found.is_some())
 }
 
 /// Changes an element; false when there is none.
@@ -420,11 +483,12 @@ pub(crate) fn put_all<K: aya::Pod, V: aya::Pod>(
 }
 
 /// Where a reading in bulk has come to.
-#[derive(Default)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Cursor {
-    position: u32,
+    /// Of a hash map: the bucket that is read next.
+    pub(crate) position: u32,
     begun: bool,
-    ended: bool,
+    pub(crate) ended: bool,
 }
 
 /// Reads the next elements of a hash map into the slices, and says how many; 0 at the end. There must be as many
@@ -435,16 +499,43 @@ pub(crate) fn get_some<K: aya::Pod, V: aya::Pod>(
     keys: &mut [K],
     values: &mut [V],
 ) -> io::Result<usize> {
+    let room = keys.len();
+    let (keys, values) = (address(keys.as_mut_ptr()), address(values.as_mut_ptr()));
+    // SAFETY: both slices have room for so many elements of the map's sizes: the caller has compared them.
+    unsafe { lookup_batch(map, cursor, keys, values, room) }
+}
+
+/// As [`get_some`], of a map that is known by its sizes only. The slices have room for so many.
+pub(crate) fn get_some_bytes(
+    map: BorrowedFd<'_>,
+    cursor: &mut Cursor,
+    keys: &mut [u8],
+    values: &mut [u8],
+    room: usize,
+) -> io::Result<usize> {
+    let (keys, values) = (address(keys.as_mut_ptr()), address(values.as_mut_ptr()));
+    // SAFETY: the caller gives slices with room for so many elements of the map's sizes.
+    unsafe { lookup_batch(map, cursor, keys, values, room) }
+}
+
+/// # Safety
+/// At both addresses there must be room for so many elements of the map's sizes.
+unsafe fn lookup_batch(
+    map: BorrowedFd<'_>,
+    cursor: &mut Cursor,
+    keys: u64,
+    values: u64,
+    room: usize,
+) -> io::Result<usize> {
     if cursor.ended {
         return Ok(0);
     }
-    let room = keys.len();
     let from = cursor.position;
     let mut attr = BatchAttr {
         in_batch: if cursor.begun { address(&raw const from) } else { 0 },
         out_batch: address(&raw mut cursor.position),
-        keys: address(keys.as_mut_ptr()),
-        values: address(values.as_mut_ptr()),
+        keys,
+        values,
         count: u32::try_from(room).unwrap_or(u32::MAX),
         map: number(map),
         elem_flags: 0,

@@ -20,6 +20,7 @@ const BATCH: usize = 4096;
 pub(crate) struct Table<K, V> {
     name: &'static str,
     map: OwnedFd,
+    max_entries: u32,
     types: PhantomData<(K, V)>,
 }
 
@@ -39,11 +40,20 @@ where
             let other = io::Error::other("its keys or values have another size");
             return Err(EbpfError::Pin { path, source: other });
         }
-        Ok(Table { name, map, types: PhantomData })
+        Ok(Table { name, map, max_entries: info.max_entries, types: PhantomData })
     }
 
     fn fail(&self, source: io::Error) -> EbpfError {
-        EbpfError::Map { name: self.name, source }
+        let Table { name, max_entries, .. } = *self;
+        match source.raw_os_error() {
+            Some(libc::E2BIG | libc::ENOSPC) => EbpfError::Full { name, max_entries },
+            _ => EbpfError::Map { name, source },
+        }
+    }
+
+    /// What it has room for.
+    pub(crate) fn max_entries(&self) -> u32 {
+        self.max_entries
     }
 
     pub(crate) fn put(&self, key: &K, value: &V) -> Result<(), EbpfError> {
@@ -85,6 +95,23 @@ where
             read => read,
         }
         .map_err(|e| self.fail(e))
+    }
+
+    /// About so many elements of a hash map, from where the last reading ended.
+    pub(crate) fn read_on(
+        &self,
+        cursor: &mut sys::Cursor,
+        room: usize,
+    ) -> Result<Vec<(K, V)>, EbpfError> {
+        const PART: usize = 1024;
+        let (mut keys, mut values) = (vec![K::default(); PART], vec![V::default(); PART]);
+        let mut found = Vec::new();
+        while found.len() < room && !cursor.ended {
+            let count = sys::get_some(self.map.as_fd(), cursor, &mut keys, &mut values);
+            let count = count.map_err(|e| self.fail(e))?;
+            found.extend(keys.iter().copied().zip(values.iter().copied()).take(count));
+        }
+        Ok(found)
     }
 
     fn read_in_bulk(&self) -> io::Result<HashMap<K, V>> {

@@ -77,6 +77,10 @@ impl Intake {
         self.lists.services_done && self.lists.slices_done && self.lists.node_done
     }
 
+    pub(super) fn node_name(&self) -> &str {
+        &self.config.node_name
+    }
+
     pub(super) fn backend_config(&self) -> BackendConfig {
         let mut ranges: Vec<IpNetwork> = self.lists.cidrs.values().flatten().copied().collect();
         ranges.sort_unstable();

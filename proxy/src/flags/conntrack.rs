@@ -11,7 +11,7 @@ use crate::conntrack::ConntrackLimits;
 #[derive(Debug, Default, clap::Args)]
 #[group(skip)]
 pub struct ConntrackFlags {
-    /// Connections that the kernel remembers per core
+    /// Connections that the kernel remembers per core; in mode ebpf also those that its own programs do
     #[arg(long, value_name = "N")]
     pub conntrack_max_per_core: Option<u32>,
     /// Connections that it remembers at least

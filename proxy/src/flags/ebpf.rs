@@ -21,17 +21,23 @@ pub struct EbpfFlags {
     /// Mode ebpf: show the traffic of at most so many Service ports on /metrics, those with the most (default 1000)
     #[arg(long, value_name = "COUNT")]
     pub ebpf_service_metrics: Option<usize>,
+    /// Mode ebpf: endpoints of all Services together that there may be; memory is used only for those that there are
+    /// (default 1048576)
+    #[arg(long, value_name = "N")]
+    pub ebpf_max_endpoints: Option<u32>,
 }
 
 impl EbpfFlags {
-    /// What they say.
-    pub fn config(&self) -> EbpfConfig {
+    /// What they say, where so many connections may be remembered.
+    pub fn config(&self, max_flows: Option<u32>) -> EbpfConfig {
         let default = EbpfConfig::default();
         EbpfConfig {
             pins: self.ebpf_pins.clone().unwrap_or(default.pins.clone()),
             cgroup: self.ebpf_cgroup.clone(),
             sockets: self.ebpf_sockets.unwrap_or(default.sockets),
             service_metrics: self.ebpf_service_metrics.unwrap_or(default.service_metrics),
+            max_flows: max_flows.unwrap_or(default.max_flows),
+            max_endpoints: self.ebpf_max_endpoints.unwrap_or(default.max_endpoints),
             ..default
         }
     }

@@ -12,6 +12,7 @@ mod corners;
 mod crash;
 mod ebpf;
 mod flows;
+mod growth;
 mod guards;
 mod harness;
 mod ipvs;
@@ -44,6 +45,7 @@ fn rows() -> Vec<Row> {
         flows::ROWS,
         ipvs::ROWS,
         ebpf::ROWS,
+        growth::ROWS,
         needs::ROWS,
         whole::ROWS,
         metrics::ROWS,

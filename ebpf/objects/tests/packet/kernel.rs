@@ -75,6 +75,14 @@ impl Kernel {
         map.get(&0, 0).unwrap().iter().sum()
     }
 
+    /// As while user space moves connections to other maps.
+    pub(crate) fn hold_until(&mut self, held_until_ns: u64) {
+        let map = self.ebpf.map_mut("settings").unwrap();
+        let mut map = Array::<_, Settings>::try_from(map).unwrap();
+        let settings = map.get(&0, 0).unwrap();
+        map.set(0, Settings { held_until_ns, ..settings }, 0).unwrap();
+    }
+
     pub(crate) fn hash<K: Pod, V: Pod>(&mut self, name: &str) -> HashMap<&mut MapData, K, V> {
         HashMap::try_from(self.ebpf.map_mut(name).unwrap()).unwrap()
     }

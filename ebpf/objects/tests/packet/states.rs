@@ -1,14 +1,15 @@
 //! When a connection is over and another one begins, and what two connections may share.
 
 use keelson_ebpf_abi::{
-    FLOW_FROM_ENDPOINT, FLOW_TO_ENDPOINT, Flow, MASQUERADE_ALWAYS, MASQUERADE_NEVER,
+    DROP_HELD, FLOW_FROM_ENDPOINT, FLOW_TO_ENDPOINT, Flow, MASQUERADE_ALWAYS, MASQUERADE_NEVER,
     MEMBER_SERVING, STATE_ANSWERED, STATE_CLIENT_DONE, STATE_ENDPOINT_DONE, STATE_RESET, Tuple,
 };
 
 use crate::bytes::{ACK, FIN, RST, SYN, Sent, tcp, udp};
-use crate::kernel::{Kernel, PASS, to_pool, tuple};
+use crate::kernel::{DROP, Kernel, PASS, to_pool, tuple};
 
 const CLIENT: &str = "198.51.100.7:40001";
+const STRANGER: &str = "198.51.100.9:40009";
 const SERVICE: &str = "10.96.0.10:80";
 const OTHER_SERVICE: &str = "10.96.0.11:80";
 const OLD: &str = "10.1.0.5:8080";
@@ -226,4 +227,21 @@ fn a_flood_pushes_out_the_idle_and_not_who_talks() {
         kernel.leaves_as(&from_endpoint(ACK), &from_endpoint(ACK).from(SERVICE));
     }
     assert_eq!(kernel.drops().iter().sum::<u64>(), 0);
+}
+
+#[test]
+fn while_connections_are_moved_those_that_there_are_go_on_and_none_begins() {
+    let mut kernel = connected();
+    kernel.hold_until(u64::MAX);
+    kernel.arrives_as(&from_client(ACK), &from_client(ACK).to(OLD));
+    kernel.leaves_as(&from_endpoint(ACK), &from_endpoint(ACK).from(SERVICE));
+    // Nobody is told anything: it may be known elsewhere.
+    let begins = || tcp(SYN, STRANGER, SERVICE);
+    for stranger in [begins(), tcp(ACK, STRANGER, SERVICE), udp(STRANGER, SERVICE)] {
+        assert_eq!(kernel.arrives(&stranger).0, DROP, "{stranger:?}");
+    }
+    assert_eq!(kernel.drops()[DROP_HELD as usize], 3);
+    // It ends by itself.
+    kernel.hold_until(1);
+    kernel.arrives_as(&begins(), &begins().to(NEW));
 }

@@ -3,9 +3,9 @@
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use keelson_ebpf::maps::{INTERFACES, POD_RANGES, SETTINGS};
-use keelson_ebpf::{counters, endpoint, frontend};
+use keelson_ebpf::{counters, endpoint, frontend, hold};
 use keelson_ebpf_abi::{
-    Address, DROP_FAILED, DROP_NO_PORT, DROP_NO_SUCH_ADDRESS, DROP_POLICY, DROP_SOURCE,
+    Address, DROP_FAILED, DROP_HELD, DROP_NO_PORT, DROP_NO_SUCH_ADDRESS, DROP_POLICY, DROP_SOURCE,
     ENDPOINT_HERE, FLOW_FROM_ENDPOINT, FLOW_MASQUERADE_SOON, FLOW_TO_ENDPOINT,
     FRONTEND_HAS_SOURCES, Flow, Frontend, INTERFACE_PODS, MASQUERADE_ALWAYS, MASQUERADE_UNLESS_POD,
     RangeKey, SETTING_KNOWS_PODS, SETTING_PASSES_UNKNOWN, SETTING_PODS_BY_INTERFACE, SIGN_START,
@@ -78,9 +78,12 @@ fn nothing(scratch: &Scratch) -> Opened {
 }
 
 /// What becomes of a packet to a Service that goes nowhere. One that begins nothing is of a connection that
-/// was forgotten, unless those that netfilter translates are still to live.
+/// was forgotten, unless those that netfilter translates are still to live, or it is on its way to another map.
 #[inline(always)]
 fn unknown(signs: u8) -> Opened {
+    if signs & SIGN_START == 0 && hold::is_held() {
+        return Opened(DROP_HELD);
+    }
     let passes = SETTINGS.get(0).is_some_and(|s| s.flags & SETTING_PASSES_UNKNOWN != 0);
     if passes && signs & SIGN_START == 0 { Opened::PASS } else { Opened::REFUSE }
 }
@@ -94,6 +97,9 @@ fn follow(skb: *mut __sk_buff, scratch: &mut Scratch, found: &Frontend, sender: 
         VERDICT_FORWARD => {}
         VERDICT_DROP => return Opened(DROP_POLICY),
         _ => return Opened::REFUSE,
+    }
+    if hold::is_held() {
+        return Opened(DROP_HELD);
     }
     let Some(endpoint) = endpoint::choose(route.pool, client) else { return Opened::REFUSE };
     let meets_itself = endpoint.flags & ENDPOINT_HERE != 0 && endpoint.address.is(client);

@@ -43,7 +43,8 @@ impl Node {
     pub(crate) fn with(mode: Mode, config: BackendConfig) -> Self {
         let premises = Premises::new();
         let ebpf = premises.as_ref().map(Premises::config).unwrap_or_default();
-        let ebpf = EbpfConfig { sockets: config.ebpf.sockets, ..ebpf };
+        let EbpfConfig { sockets, max_flows, max_endpoints, .. } = config.ebpf;
+        let ebpf = EbpfConfig { sockets, max_flows, max_endpoints, ..ebpf };
         let config = BackendConfig { ebpf, ..config };
         let (mut namespace, outside) = (Namespace::new(), Namespace::new());
         namespace.connect("eth0", &outside, "eth0");

@@ -1,0 +1,242 @@
+//! Moves what maps hold to other ones: to larger ones, or to those of another version.
+//!
+//! ```text
+//! 1  maps-next/NAME    is made, and filled while NAME goes on being used
+//! 2                    no connection begins; what changed meanwhile is copied
+//! 3  maps-before/NAME  is what NAME was, and NAME is the new one: from here on there is no way back
+//! 4                    programs that use the new maps take the place of those that use the old ones
+//! 5                    what those still wrote is copied, maps-before goes, connections begin again
+//! ```
+//!
+//! A process that is killed before 3 has changed nothing. After it, the old programs go on with the old maps until
+//! the next start goes on with 4. Maps whose shape does not change stay where they are.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::mem::offset_of;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use keelson_ebpf_abi::{ANEW, Settings, VERSION};
+
+use super::alarm::monotonic_ns;
+use super::error::EbpfError;
+use super::raw::{Raw, What};
+use super::sys::{self, MapInfo};
+
+/// No longer than that does no connection begin, also when the process is killed.
+const HOLD: Duration = Duration::from_secs(3);
+/// Written by user space alone, which does nothing else while it moves them.
+const WRITTEN_HERE: [&str; 11] = [
+    "addresses",
+    "exempt",
+    "frontends",
+    "interfaces",
+    "members",
+    "pod_ranges",
+    "pools",
+    "service_ranges",
+    "settings",
+    "slots",
+    "sources",
+];
+
+/// Where the maps of this version are pinned.
+pub(crate) fn maps_folder(pins: &Path) -> PathBuf {
+    pins.join(format!("maps-v{VERSION}"))
+}
+
+fn next_folder(pins: &Path) -> PathBuf {
+    pins.join("maps-next")
+}
+
+fn before_folder(pins: &Path) -> PathBuf {
+    pins.join("maps-before")
+}
+
+/// The maps that another version left, the latest first.
+fn other_versions(pins: &Path) -> Vec<(u32, PathBuf)> {
+    let entries = fs::read_dir(pins).into_iter().flatten().flatten();
+    let mut found: Vec<_> = entries
+        .filter_map(|entry| {
+            let version = entry.file_name().to_str()?.strip_prefix("maps-v")?.parse().ok()?;
+            (version != VERSION).then(|| (version, entry.path()))
+        })
+        .collect();
+    found.sort_unstable_by(|a, b| b.cmp(a));
+    found
+}
+
+/// What a map is like.
+pub(crate) type Shapes = BTreeMap<String, MapInfo>;
+
+/// Maps that are to be replaced.
+pub(crate) struct Moving {
+    pins: PathBuf,
+    /// By name, where each is now.
+    from: BTreeMap<String, PathBuf>,
+}
+
+impl Moving {
+    /// Compares what is pinned with what is wanted, and says what the maps shall be like. `size` is told a map's
+    /// name, its shape, and what is there.
+    pub(crate) fn plan(
+        pins: &Path,
+        mut wanted: Shapes,
+        size: impl Fn(&str, &MapInfo, Option<&MapInfo>) -> u32,
+    ) -> Result<(Self, Shapes), EbpfError> {
+        remove(&next_folder(pins))?;
+        let maps = maps_folder(pins);
+        make(&maps)?;
+        let mut from = BTreeMap::new();
+        for (name, shape) in &mut wanted {
+            let here = maps.join(name);
+            let there = match open(&here) {
+                Some(map) => Some((here.clone(), map)),
+                None => left_by_other_version(pins, name),
+            };
+            shape.max_entries = size(name, shape, there.as_ref().map(|(_, map)| map.info()));
+            let Some((path, map)) = there else { continue };
+            // An earlier process did not finish: that comes first.
+            let may_grow = !before_folder(pins).join(name).exists();
+            let same_size = shape.max_entries == map.info().max_entries;
+            if !fits(map.info(), shape) || !same_size && may_grow {
+                from.insert(name.clone(), path);
+            } else if path != here {
+                pin(&map, &here)?;
+            }
+        }
+        Ok((Moving { pins: pins.to_owned(), from }, wanted))
+    }
+
+    pub(crate) fn is_needed(&self) -> bool {
+        !self.from.is_empty()
+    }
+
+    /// Where the map of that name is pinned that new programs shall use.
+    pub(crate) fn home(&self, name: &str) -> PathBuf {
+        let moves = self.from.contains_key(name);
+        let folder = if moves { next_folder(&self.pins) } else { maps_folder(&self.pins) };
+        folder.join(name)
+    }
+
+    /// To be called before the new maps are made.
+    pub(crate) fn begin(&self) -> Result<(), EbpfError> {
+        if self.is_needed() { make(&next_folder(&self.pins)) } else { Ok(()) }
+    }
+
+    /// Fills the new maps and puts them in the place of the old ones. The programs that use them must follow.
+    pub(crate) fn finish(&self) -> Result<(), EbpfError> {
+        let since = monotonic_ns()?;
+        self.carry(What::All, |_| true)?;
+        if self.from.keys().any(|name| name.starts_with("flows")) {
+            self.hold()?;
+            sys::wait_for_programs();
+        }
+        self.carry(What::Since(since), |name| !WRITTEN_HERE.contains(&name) || name == "settings")?;
+        let (next, before) = (next_folder(&self.pins), before_folder(&self.pins));
+        if self.is_needed() {
+            make(&before)?;
+        }
+        for (name, from) in &self.from {
+            let fail = |source| EbpfError::Pin { path: from.clone(), source };
+            let kept = before.join(name);
+            if kept.exists() {
+                fs::remove_file(&kept).map_err(fail)?;
+            }
+            pin(&Raw::open(from).map_err(fail)?, &kept)?;
+            fs::rename(next.join(name), maps_folder(&self.pins).join(name)).map_err(fail)?;
+            tracing::info!(map = name, "A map is replaced by one of another size or layout");
+        }
+        remove(&next)
+    }
+
+    fn carry(&self, what: What, which: impl Fn(&str) -> bool) -> Result<(), EbpfError> {
+        for (name, from) in self.from.iter().filter(|(name, _)| which(name)) {
+            let to = self.home(name);
+            let fail = |source| EbpfError::Pin { path: to.clone(), source };
+            let (from, to) = (Raw::open(from).map_err(fail)?, Raw::open(&to).map_err(fail)?);
+            to.carry(name, &from, what).map_err(fail)?;
+        }
+        Ok(())
+    }
+
+    /// Tells the programs that are attached now.
+    fn hold(&self) -> Result<(), EbpfError> {
+        const SETTINGS: &str = "settings";
+        let path = match self.from.get(SETTINGS) {
+            Some(old) => old.clone(),
+            None => maps_folder(&self.pins).join(SETTINGS),
+        };
+        let fail = |source| EbpfError::Pin { path: path.clone(), source };
+        let until = monotonic_ns()?.saturating_add(nanoseconds(HOLD));
+        let settings = Raw::open(&path).map_err(fail)?;
+        settings.patch(0, offset_of!(Settings, held_until_ns), &until.to_ne_bytes()).map_err(fail)
+    }
+}
+
+/// The last step: brings over what the old programs wrote, now that nobody uses their maps any more. True when there
+/// was something to do.
+pub(crate) fn settle(pins: &Path) -> Result<bool, EbpfError> {
+    let (before, maps) = (before_folder(pins), maps_folder(pins));
+    let kept: Vec<_> = fs::read_dir(&before).into_iter().flatten().flatten().collect();
+    for entry in &kept {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let fail = |source| EbpfError::Pin { path: entry.path(), source };
+        if let Some(map) = open(&maps.join(&name))
+            && !WRITTEN_HERE.contains(&&*name)
+        {
+            let old = Raw::open(&entry.path()).map_err(fail)?;
+            if old.info().id != map.info().id {
+                map.carry(&name, &old, What::Missing).map_err(fail)?;
+            }
+        }
+        fs::remove_file(entry.path()).map_err(fail)?;
+    }
+    remove(&before)?;
+    for (_, folder) in other_versions(pins) {
+        remove(&folder)?;
+    }
+    Ok(!kept.is_empty())
+}
+
+/// The same shape, whatever the size.
+fn fits(found: &MapInfo, wanted: &MapInfo) -> bool {
+    let shape = |info: &MapInfo| (info.kind, info.key_size, info.value_size);
+    shape(found) == shape(wanted)
+}
+
+/// A map of another version whose elements mean something here.
+fn left_by_other_version(pins: &Path, name: &str) -> Option<(PathBuf, Raw)> {
+    let means_another = |version: u32| {
+        ANEW.iter().any(|(map, since)| *map == name && (version < *since) != (VERSION < *since))
+    };
+    let versions = other_versions(pins).into_iter();
+    let paths = versions.filter(|(version, _)| !means_another(*version));
+    let mut paths = paths.map(|(_, folder)| folder.join(name));
+    paths.find_map(|path| open(&path).map(|map| (path, map)))
+}
+
+fn open(path: &Path) -> Option<Raw> {
+    Raw::open(path).ok()
+}
+
+fn pin(map: &Raw, path: &Path) -> Result<(), EbpfError> {
+    let fail = |source| EbpfError::Pin { path: path.to_owned(), source };
+    sys::pin(map.descriptor().as_fd(), path).map_err(fail)
+}
+
+fn make(folder: &Path) -> Result<(), EbpfError> {
+    let fail = |source| EbpfError::Pin { path: folder.to_owned(), source };
+    fs::create_dir_all(folder).map_err(fail)
+}
+
+fn remove(folder: &Path) -> Result<(), EbpfError> {
+    let fail = |source| EbpfError::Pin { path: folder.to_owned(), source };
+    super::programs::remove(folder).map_err(fail)
+}
+
+fn nanoseconds(of: Duration) -> u64 {
+    u64::try_from(of.as_nanos()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,265 @@
+//! Maps of the eBPF mode that become larger, are of another version, or are full.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use keelson_proxy::backend::MapFill;
+use keelson_proxy::ebpf::EbpfConfig;
+use serde_json::{Value, json};
+
+use crate::stage::*;
+use crate::world::{World, endpoint, eventually, node_object, service, with_configured_proxy};
+
+rows![
+    tables_grow_under_traffic_and_no_connection_is_lost,
+    maps_of_services_grow_with_them,
+    a_service_that_does_not_fit_is_refused_by_name,
+    an_alarm_is_raised_before_a_map_is_full,
+];
+
+fn only_ebpf(mode: Mode) {
+    if mode != Mode::Ebpf {
+        skip("only eBPF has maps of a limited size");
+    }
+}
+
+/// A node whose sockets are left to the packet layer, which has the tables.
+fn packets_only(max_flows: u32) -> BackendConfig {
+    let pods = ["10.66.0.0/16", "fd66::/48"].map(|range| range.parse().unwrap());
+    let ebpf = EbpfConfig { sockets: false, max_flows, ..EbpfConfig::default() };
+    BackendConfig { pods: PodSources::Ranges(pods.to_vec()), ebpf, ..BackendConfig::default() }
+}
+
+pub(crate) fn fill(node: &mut Node, map: &str) -> MapFill {
+    let figures = node.backend.as_mut().unwrap().take_figures();
+    *figures.maps.iter().find(|fill| fill.map == map).unwrap()
+}
+
+/// A connection at both ends.
+pub(crate) struct Pair(TcpStream, TcpStream);
+
+impl Pair {
+    pub(crate) fn new(from: &Namespace, to: &str, listener: &TcpListener) -> Self {
+        let to: SocketAddr = to.parse().unwrap();
+        let near = from.run(|| TcpStream::connect(to).unwrap());
+        let (far, _) = listener.accept().unwrap();
+        for end in [&near, &far] {
+            end.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        }
+        Pair(near, far)
+    }
+
+    /// Something goes there and back.
+    pub(crate) fn go_on(&mut self) {
+        let mut buffer = [0; 4];
+        self.0.write_all(b"ping").unwrap();
+        self.1.read_exact(&mut buffer).unwrap();
+        self.1.write_all(b"pong").unwrap();
+        self.0.read_exact(&mut buffer).unwrap();
+        assert_eq!(&buffer, b"pong");
+    }
+}
+
+fn tables_grow_under_traffic_and_no_connection_is_lost(mode: Mode) {
+    only_ebpf(mode);
+    // More than begin in a small table.
+    const CLIENTS: u16 = 14_000;
+    // Longer than a client waits until it tries again.
+    const PATIENCE: Duration = Duration::from_secs(15);
+    let mut node = Node::with(mode, packets_only(1 << 16));
+    let (client, server) = (node.pod("client", 10), node.pod("server", 2));
+    let listener = server.namespace.run(|| TcpListener::bind("[::]:9090").unwrap());
+    let _answers = node.pod("one", 3).serving("TCP", 8080).serving("UDP", 8080);
+    for (last, protocol, port, pod) in
+        [(1, "TCP", 9090, 2), (2, "TCP", 8080, 3), (3, "UDP", 8080, 3)]
+    {
+        let name = format!("s{last}");
+        node.service(&name, node_port(cluster_ip(last, protocol, 80), 30080 + u16::from(last)));
+        node.ready(&name, protocol, port, &[pod]);
+    }
+    node.apply();
+    let small = fill(&mut node, "flows_in").max_entries;
+    assert!(small < u32::from(CLIENTS) * 4 / 3);
+    let ways = [
+        (&client.namespace, "10.96.0.1:80".to_owned()),
+        (&client.namespace, "[fd96::1]:80".to_owned()),
+        (&node.outside, format!("{NODE4}:30081")),
+        (&node.outside, format!("[{NODE6}]:30081")),
+    ];
+    let mut pairs: Vec<Pair> =
+        (0..5).flat_map(|_| ways.iter().map(|(from, to)| Pair::new(from, to, &listener))).collect();
+    // Sockets that must keep their endpoint, and those that only take room.
+    let dns = client.namespace.udp_socket("10.96.0.3:80");
+    let before = udp_exchange(&dns, PATIENCE).unwrap();
+    let crowd: Vec<UdpSocket> = client.namespace.run(|| {
+        let open = |port| UdpSocket::bind(("10.66.0.10", port)).unwrap();
+        (20_000..20_000 + CLIENTS).map(open).collect()
+    });
+    let (stop, asked) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let mut backend = node.backend.take().unwrap();
+    std::thread::scope(|scope| {
+        for (from, to) in [
+            (&client.namespace, "10.96.0.2:80".to_owned()),
+            (&node.outside, format!("{NODE4}:30082")),
+        ] {
+            let (stop, asked) = (&stop, &asked);
+            scope.spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    assert_eq!(from.ask_for("TCP", &to, PATIENCE).unwrap().server, "one", "{to}");
+                    asked.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        let stop_at_last = Stop(&stop);
+        client.namespace.run(|| {
+            crowd.iter().for_each(|socket| _ = socket.send_to(b"?", "10.96.0.3:80").unwrap());
+        });
+        eventually("the tables are larger", || {
+            assert!(!backend.disturbed().unwrap());
+            pairs.iter_mut().for_each(Pair::go_on);
+            let maps = backend.take_figures().maps;
+            let grown = |map| maps.iter().any(|fill| fill.map == map && fill.max_entries > small);
+            (grown("flows_in") && grown("flows_out")).then_some(())
+        });
+        let until_now = asked.load(Ordering::Relaxed);
+        eventually("new connections go on", || {
+            (asked.load(Ordering::Relaxed) > until_now + 20).then_some(())
+        });
+        drop(stop_at_last);
+    });
+    node.backend = Some(backend);
+    pairs.iter_mut().for_each(Pair::go_on);
+    assert_eq!(udp_exchange(&dns, PATIENCE).unwrap(), before);
+    node.assert_as_planned();
+    // Larger is how it stays.
+    assert_eq!(node.restart(), 0);
+    assert!(fill(&mut node, "flows_in").max_entries > small);
+    pairs.iter_mut().for_each(Pair::go_on);
+}
+
+/// Ends threads also when an assertion fails.
+struct Stop<'s>(&'s AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Endpoints that nobody is at.
+fn nobodys(service: &str, count: u32) -> Value {
+    let addresses: Vec<String> =
+        (0..count).map(|number| format!("10.70.{}.{}", number / 250, 1 + number % 250)).collect();
+    let endpoints: Vec<_> = addresses.iter().map(|address| (&**address, "other")).collect();
+    slice(service, "IPv4", &endpoints, "", 8080)
+}
+
+fn maps_of_services_grow_with_them(mode: Mode) {
+    only_ebpf(mode);
+    let mut node = Node::with(mode, packets_only(1 << 16));
+    let client = node.pod("client", 10);
+    let server = node.pod("server", 2);
+    let listener = server.namespace.run(|| TcpListener::bind("[::]:9090").unwrap());
+    let _one = node.pod("one", 3).serving("TCP", 8080);
+    node.service("kept", cluster_ip(1, "TCP", 80));
+    node.ready("kept", "TCP", 9090, &[2]);
+    node.service("web", cluster_ip(2, "TCP", 80));
+    node.ready("web", "TCP", 8080, &[3]);
+    node.apply();
+    let mut pair = Pair::new(&client.namespace, "10.96.0.1:80", &listener);
+    let small = fill(&mut node, "slots").max_entries;
+    node.service("large", cluster_ip(3, "TCP", 80));
+    node.slice(nobodys("large", small));
+    node.apply();
+    let grown = fill(&mut node, "slots");
+    assert!(grown.max_entries > small && grown.entries > small, "{grown:?}");
+    pair.go_on();
+    assert_eq!(client.namespace.tcp("10.96.0.2:80").unwrap().server, "one");
+    node.assert_as_planned();
+    assert_eq!(node.restart(), 0);
+    node.delete_service("large");
+    node.apply();
+    assert_eq!(fill(&mut node, "slots").max_entries, grown.max_entries);
+    assert!(fill(&mut node, "slots").entries < 10);
+    pair.go_on();
+    node.assert_as_planned();
+}
+
+/// The proxy on a node, with room for so many endpoints.
+fn with_room_for(node: &Node, max_endpoints: u32, lists: Value, work: impl FnOnce(&mut World)) {
+    let folder = tempfile::tempdir().unwrap();
+    let configure = |mut config: keelson_proxy::ProxyConfig| {
+        config.ebpf.max_endpoints = max_endpoints;
+        config
+    };
+    with_configured_proxy(node, lists, folder.path(), configure, work);
+}
+
+fn next_event(world: &mut World, reason: &str) -> Value {
+    eventually(reason, || {
+        let (kind, object) = world.posted.try_recv().ok()?;
+        (kind == "posted" && object["reason"] == reason).then_some(object)
+    })
+}
+
+fn a_service_that_does_not_fit_is_refused_by_name(mode: Mode) {
+    only_ebpf(mode);
+    let node = crate::world::bare(mode);
+    let client = node.pod("client", 10);
+    let _one = node.pod("one", 2).serving("TCP", 8080);
+    let versioned = |mut slice: Value, version: &str| {
+        slice["metadata"]["resourceVersion"] = json!(version);
+        slice
+    };
+    let lists = json!({
+        "services": [service("web", cluster_ip(1, "TCP", 80)), service("large", cluster_ip(2, "TCP", 80))],
+        "endpointslices": [endpoint("web", "10.66.0.2"), versioned(nobodys("large", 900), "2")],
+        "nodes": [node_object()],
+    });
+    with_room_for(&node, 1024, lists, |world| {
+        assert_eq!(client.namespace.tcp("10.96.0.1:80").unwrap().server, "one");
+        world.tell("endpointslices", "MODIFIED", versioned(nobodys("large", 1200), "3"));
+        let event = next_event(world, "KernelRefused");
+        assert_eq!(event["regarding"]["name"], "large");
+        let note = event["note"].as_str().unwrap();
+        assert!(note.contains("the BPF map slots is full: it has room for 1024"), "{note}");
+        // Others come and go meanwhile.
+        world.tell("services", "ADDED", service("late", cluster_ip(3, "TCP", 80)));
+        world.tell("endpointslices", "ADDED", endpoint("late", "10.66.0.2"));
+        eventually("a Service that fits", || client.namespace.tcp("10.96.0.3:80").ok());
+        let metrics = node.namespace.get("127.0.0.1:10249", "/metrics");
+        let failures = "keelson_proxy_sync_failures_total 0";
+        assert!(!metrics.contains(failures), "{metrics}");
+        assert!(
+            metrics.contains("keelson_proxy_ebpf_map_max_entries{map=\"slots\"} 1024"),
+            "{metrics}"
+        );
+        // What it had is still there.
+        assert!(metrics.contains("keelson_proxy_ebpf_map_entries{map=\"slots\"} 902"), "{metrics}");
+    });
+}
+
+fn an_alarm_is_raised_before_a_map_is_full(mode: Mode) {
+    only_ebpf(mode);
+    let node = crate::world::bare(mode);
+    let lists = json!({
+        "services": [service("large", cluster_ip(2, "TCP", 80))],
+        "endpointslices": [{"metadata": {"namespace": "default", "name": "none", "resourceVersion": "2"},
+            "addressType": "IPv4", "endpoints": [], "ports": []}],
+        "nodes": [node_object()],
+    });
+    with_room_for(&node, 1024, lists, |world| {
+        let mut slice = nobodys("large", 950);
+        slice["metadata"]["resourceVersion"] = json!("3");
+        world.tell("endpointslices", "ADDED", slice);
+        let event = next_event(world, "MapNearlyFull");
+        assert_eq!(
+            (&event["regarding"]["kind"], &event["regarding"]["name"]),
+            (&json!("Node"), &json!("here"))
+        );
+        let note = event["note"].as_str().unwrap();
+        assert!(note.contains("the BPF map slots is nearly full: 950 of 1024"), "{note}");
+    });
+}
