@@ -25,13 +25,15 @@ const GRACE_NS: u64 = 10 * SECOND_NS;
 /// As kube-proxy has it for connection tracking.
 const HALF_CLOSED_NS: u64 = 3600 * SECOND_NS;
 
-/// Whether nobody needs a flow any more. A connection that one side has closed may be silent for long.
+/// Whether nobody needs a flow any more. A connection that one side has closed may be silent for long, and the ports
+/// that the endpoint sees stay taken while it remembers them.
 fn is_done(flow: &Flow, now_ns: u64) -> bool {
     const BOTH: u8 = STATE_CLIENT_DONE | STATE_ENDPOINT_DONE;
     let closed = flow.state & STATE_RESET != 0 || flow.state & BOTH == BOTH;
     let half_closed = flow.state & BOTH != 0 && !closed;
     let kept_ns = if half_closed { HALF_CLOSED_NS } else { GRACE_NS };
-    flow.is_over(now_ns) && now_ns.saturating_sub(flow.last_seen_ns) >= kept_ns
+    let over = if flow.is_from_client() { flow.is_over(now_ns) } else { flow.is_forgotten(now_ns) };
+    over && now_ns.saturating_sub(flow.last_seen_ns) >= kept_ns
 }
 
 /// A table that is gone through, round after round.
@@ -171,27 +173,34 @@ impl Tables {
 
 #[cfg(test)]
 mod tests {
-    use keelson_ebpf_abi::{PROTOCOL_TCP, PROTOCOL_UDP, STATE_ANSWERED};
+    use keelson_ebpf_abi::{
+        FLOW_FROM_ENDPOINT, FLOW_MASQUERADE, FLOW_TO_ENDPOINT, FLOW_UNMASQUERADE, PROTOCOL_TCP,
+        PROTOCOL_UDP, STATE_ANSWERED,
+    };
 
     use super::*;
 
     #[test]
     fn what_is_over_is_kept_for_a_while_and_what_is_half_closed_for_long() {
-        for (protocol, state, secs) in [
-            (PROTOCOL_TCP, 0, 60),
-            (PROTOCOL_TCP, STATE_RESET, 10),
-            (PROTOCOL_TCP, STATE_ANSWERED | STATE_CLIENT_DONE | STATE_ENDPOINT_DONE, 10),
-            (PROTOCOL_TCP, STATE_ANSWERED | STATE_CLIENT_DONE, 3600),
-            (PROTOCOL_TCP, STATE_ANSWERED | STATE_ENDPOINT_DONE | STATE_RESET, 10),
-            (PROTOCOL_TCP, STATE_ANSWERED, 86_400),
-            (PROTOCOL_UDP, 0, 30),
-            (PROTOCOL_UDP, STATE_ANSWERED, 120),
+        const CLOSED: u8 = STATE_ANSWERED | STATE_CLIENT_DONE | STATE_ENDPOINT_DONE;
+        for (role, protocol, state, secs) in [
+            (FLOW_TO_ENDPOINT, PROTOCOL_TCP, 0, 60),
+            (FLOW_TO_ENDPOINT, PROTOCOL_TCP, STATE_RESET, 10),
+            (FLOW_TO_ENDPOINT, PROTOCOL_TCP, CLOSED, 10),
+            (FLOW_FROM_ENDPOINT, PROTOCOL_TCP, CLOSED, 60),
+            (FLOW_UNMASQUERADE, PROTOCOL_TCP, CLOSED, 60),
+            (FLOW_UNMASQUERADE, PROTOCOL_TCP, STATE_RESET, 10),
+            (FLOW_TO_ENDPOINT, PROTOCOL_TCP, STATE_ANSWERED | STATE_CLIENT_DONE, 3600),
+            (FLOW_MASQUERADE, PROTOCOL_TCP, STATE_ENDPOINT_DONE | STATE_RESET, 10),
+            (FLOW_TO_ENDPOINT, PROTOCOL_TCP, STATE_ANSWERED, 86_400),
+            (FLOW_TO_ENDPOINT, PROTOCOL_UDP, 0, 30),
+            (FLOW_FROM_ENDPOINT, PROTOCOL_UDP, STATE_ANSWERED, 120),
         ] {
             let to = Tuple { protocol, ..Tuple::default() };
-            let flow = Flow { to, state, last_seen_ns: 5 * SECOND_NS, ..Flow::default() };
+            let flow = Flow { to, role, state, last_seen_ns: 5 * SECOND_NS, ..Flow::default() };
             let end = flow.last_seen_ns + secs * SECOND_NS;
-            assert!(is_done(&flow, end), "{protocol} {state}");
-            assert!(!is_done(&flow, end - 1), "{protocol} {state}");
+            assert!(is_done(&flow, end), "{role} {protocol} {state}");
+            assert!(!is_done(&flow, end - 1), "{role} {protocol} {state}");
         }
     }
 }

@@ -5,6 +5,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use crate::growth::{Pair, packets_only};
 use crate::stage::api::{api_server, kubeconfig};
 use crate::stage::*;
 use keelson_proxy::ebpf::EbpfConfig;
@@ -14,7 +15,10 @@ use tokio::net::TcpListener;
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 
-rows![killed_at_any_moment_it_goes_on_where_it_was,];
+rows![
+    killed_at_any_moment_it_goes_on_where_it_was,
+    killed_while_it_moves_connections_it_loses_none,
+];
 
 const SERVICES: u16 = 1500;
 
@@ -112,6 +116,20 @@ pub(crate) fn be_victim() -> ExitCode {
     ExitCode::SUCCESS
 }
 
+/// When to kill. The moment is what is random here; nothing waits for it.
+struct Moments(u32);
+
+impl Moments {
+    fn new() -> Self {
+        Moments(0x2545_f491)
+    }
+
+    fn next(&mut self, within_millis: u64) -> Duration {
+        self.0 = self.0.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        Duration::from_millis(u64::from(self.0 >> 16) % within_millis)
+    }
+}
+
 fn killed_at_any_moment_it_goes_on_where_it_was(mode: Mode) {
     let mut node = Node::new(mode);
     node.backend = None;
@@ -123,12 +141,10 @@ fn killed_at_any_moment_it_goes_on_where_it_was(mode: Mode) {
     let lists = json!({"services": services, "endpointslices": slices, "nodes": nodes});
     let (namespace, ebpf) = (&node.namespace, &node.config.ebpf);
     let api = Api::start(namespace, lists, directory.path());
-    let mut random = 0x2545_f491_u32;
+    let mut moments = Moments::new();
     for round in 0..25 {
         let mut proxy = namespace.run(|| victim(mode, ebpf, &api.kubeconfig).spawn().unwrap());
-        random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        // The moment is what is random here; nothing waits for it.
-        std::thread::sleep(Duration::from_millis(u64::from(random >> 16) % 350));
+        std::thread::sleep(moments.next(350));
         proxy.kill().unwrap();
         proxy.wait().unwrap();
         if round % 4 == 3 {
@@ -148,4 +164,43 @@ fn killed_at_any_moment_it_goes_on_where_it_was(mode: Mode) {
         let address = format!("10.96.{}.{}:80", 1 + number / 250, 1 + number % 250);
         assert_eq!(client.namespace.tcp(&address).unwrap().server, "one");
     }
+}
+
+/// Each start has other limits than the one before, so that it moves connections to other maps.
+fn killed_while_it_moves_connections_it_loses_none(mode: Mode) {
+    if mode != Mode::Ebpf {
+        skip("only eBPF has maps of a limited size");
+    }
+    let mut node = Node::with(mode, packets_only(1 << 14));
+    let (client, server) = (node.pod("client", 10), node.pod("server", 2));
+    let listener = server.namespace.run(|| std::net::TcpListener::bind("[::]:8080").unwrap());
+    let directory = tempfile::tempdir().unwrap();
+    let (service, slice) = objects(0);
+    let nodes = json!([{"metadata": {"name": "here", "resourceVersion": "1"}}]);
+    let lists = json!({"services": [&service], "endpointslices": [&slice], "nodes": nodes});
+    node.service_object(service);
+    node.slice(slice);
+    node.apply();
+    let mut pairs: Vec<Pair> =
+        (0..10).map(|_| Pair::new(&client.namespace, "10.96.1.1:80", &listener)).collect();
+    node.backend = None;
+    let (namespace, ebpf) = (&node.namespace, &node.config.ebpf);
+    let api = Api::start(namespace, lists, directory.path());
+    let mut moments = Moments::new();
+    for round in 0..30 {
+        let ebpf = EbpfConfig { max_flows: 1 << (12 + round % 3), ..ebpf.clone() };
+        let mut proxy = namespace.run(|| victim(mode, &ebpf, &api.kubeconfig).spawn().unwrap());
+        // The programs are loaded meanwhile, which takes most of the time.
+        std::thread::sleep(moments.next(1500));
+        proxy.kill().unwrap();
+        proxy.wait().unwrap();
+        pairs.iter_mut().for_each(Pair::go_on);
+    }
+    drop(api);
+    // One that lives: from here on new ones come as well.
+    node.restart();
+    assert_eq!(node.restart(), 0);
+    pairs.push(Pair::new(&client.namespace, "10.96.1.1:80", &listener));
+    pairs.iter_mut().for_each(Pair::go_on);
+    node.assert_as_planned();
 }

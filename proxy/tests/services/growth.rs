@@ -5,6 +5,8 @@ use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use aya::maps::{HashMap, Map, MapData};
+use keelson_ebpf_abi::{Flow, Tuple, VERSION};
 use keelson_proxy::backend::MapFill;
 use keelson_proxy::ebpf::EbpfConfig;
 use serde_json::{Value, json};
@@ -17,6 +19,7 @@ rows![
     maps_of_services_grow_with_them,
     a_service_that_does_not_fit_is_refused_by_name,
     an_alarm_is_raised_before_a_map_is_full,
+    connections_outlive_a_change_of_layouts_forth_and_back,
 ];
 
 fn only_ebpf(mode: Mode) {
@@ -26,7 +29,7 @@ fn only_ebpf(mode: Mode) {
 }
 
 /// A node whose sockets are left to the packet layer, which has the tables.
-fn packets_only(max_flows: u32) -> BackendConfig {
+pub(crate) fn packets_only(max_flows: u32) -> BackendConfig {
     let pods = ["10.66.0.0/16", "fd66::/48"].map(|range| range.parse().unwrap());
     let ebpf = EbpfConfig { sockets: false, max_flows, ..EbpfConfig::default() };
     BackendConfig { pods: PodSources::Ranges(pods.to_vec()), ebpf, ..BackendConfig::default() }
@@ -262,4 +265,81 @@ fn an_alarm_is_raised_before_a_map_is_full(mode: Mode) {
         let note = event["note"].as_str().unwrap();
         assert!(note.contains("the BPF map slots is nearly full: 950 of 1024"), "{note}");
     });
+}
+
+/// The maps of a folder of pins become those of another version, whose flows have `N` bytes.
+fn become_version<const N: usize>(node: &Node, version: u32) {
+    let pins = &node.config.ebpf.pins;
+    let folder = pins.join(format!("maps-v{version}"));
+    std::fs::rename(pins.join(format!("maps-v{VERSION}")), &folder).unwrap();
+    for name in ["flows_in", "flows_out"] {
+        let path = folder.join(name);
+        let ours = Map::LruHashMap(MapData::from_pin(&path).unwrap());
+        let ours = HashMap::<_, Tuple, Flow>::try_from(ours).unwrap();
+        const LRU_HASH: u32 = 9;
+        let (key, value) = (size_of::<Tuple>(), N);
+        let [key, value] = [key, value].map(|size| u32::try_from(size).unwrap());
+        let shape = aya_obj::Map::new_from_params(LRU_HASH, key, value, 4096, 0);
+        let theirs = MapData::create(shape, name, None).unwrap();
+        let mut theirs: HashMap<_, Tuple, [u8; N]> =
+            HashMap::try_from(Map::LruHashMap(theirs)).unwrap();
+        for entry in ours.iter() {
+            let (tuple, flow) = entry.unwrap();
+            let mut bytes = [0; N];
+            let length = N.min(size_of::<Flow>());
+            bytes[..length].copy_from_slice(&bytes_of(&flow)[..length]);
+            theirs.insert(tuple, bytes, 0).unwrap();
+        }
+        std::fs::remove_file(&path).unwrap();
+        theirs.pin(&path).unwrap();
+    }
+}
+
+fn bytes_of(flow: &Flow) -> [u8; size_of::<Flow>()] {
+    // SAFETY: plain data without holes.
+    #[expect(unsafe_code, reason = "the bytes of a plain structure")]
+    unsafe {
+        std::mem::transmute_copy(flow)
+    }
+}
+
+fn map_number(node: &Node, name: &str) -> u32 {
+    let folder = node.config.ebpf.pins.join(format!("maps-v{VERSION}"));
+    MapData::from_pin(folder.join(name)).unwrap().info().unwrap().id()
+}
+
+fn connections_outlive_a_change_of_layouts_forth_and_back(mode: Mode) {
+    only_ebpf(mode);
+    let mut node = Node::with(mode, packets_only(1 << 16));
+    let (client, server) = (node.pod("client", 10), node.pod("server", 2));
+    let listener = server.namespace.run(|| TcpListener::bind("[::]:9090").unwrap());
+    node.service("web", node_port(cluster_ip(1, "TCP", 80), 30080));
+    node.ready("web", "TCP", 9090, &[2]);
+    node.apply();
+    let open = || {
+        [
+            Pair::new(&client.namespace, "10.96.0.1:80", &listener),
+            Pair::new(&node.outside, &format!("{NODE4}:30080"), &listener),
+            Pair::new(&node.outside, &format!("[{NODE6}]:30080"), &listener),
+        ]
+    };
+    let mut pairs = Vec::from(open());
+    let changes: [(u32, fn(&Node, u32)); 2] =
+        [(VERSION - 1, become_version::<64>), (VERSION + 1, become_version::<96>)];
+    for (version, becomes) in changes {
+        node.backend = None;
+        let same = map_number(&node, "connected");
+        becomes(&node, version);
+        assert!(node.restart() > 0);
+        pairs.iter_mut().for_each(Pair::go_on);
+        assert_eq!(node.restart(), 0);
+        node.assert_as_planned();
+        // What has the same layout is the same map, and nothing else is left.
+        assert_eq!(map_number(&node, "connected"), same);
+        assert!(!node.config.ebpf.pins.join(format!("maps-v{version}")).exists());
+        assert!(!node.config.ebpf.pins.join("maps-before").exists());
+        let listener = &listener;
+        pairs.push(Pair::new(&client.namespace, "10.96.0.1:80", listener));
+        pairs.iter_mut().for_each(Pair::go_on);
+    }
 }
