@@ -324,12 +324,14 @@ fn connections_outlive_a_change_of_layouts_forth_and_back(mode: Mode) {
         ]
     };
     let mut pairs = Vec::from(open());
-    let changes: [(u32, fn(&Node, u32)); 2] =
-        [(VERSION - 1, become_version::<64>), (VERSION + 1, become_version::<96>)];
-    for (version, becomes) in changes {
+    for version in [VERSION - 1, VERSION + 1] {
         node.backend = None;
         let same = map_number(&node, "connected");
-        becomes(&node, version);
+        if version < VERSION {
+            become_version::<64>(&node, version);
+        } else {
+            become_version::<96>(&node, version);
+        }
         assert!(node.restart() > 0);
         pairs.iter_mut().for_each(Pair::go_on);
         assert_eq!(node.restart(), 0);
