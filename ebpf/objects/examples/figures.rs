@@ -8,19 +8,13 @@ use aya::programs::{Program, ProgramInfo};
 
 type Error = Box<dyn std::error::Error>;
 
-const OBJECTS: [(&str, &[u8]); 3] = [
-    ("namespace", keelson_ebpf_objects::NAMESPACE),
-    ("packet", keelson_ebpf_objects::PACKET),
-    ("socket", keelson_ebpf_objects::SOCKET),
-];
-
 fn main() -> Result<(), Error> {
     let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
     println!("Linux {}\n", kernel.trim());
     println!(
         "| object | program | instructions | verified | native bytes |\n|---|---|---|---|---|"
     );
-    for (object, bytes) in OBJECTS {
+    for (object, bytes) in keelson_ebpf_objects::ALL {
         // With all that a new kernel has: the largest that a program becomes.
         let table = table(object, bytes, 1).or_else(|_| table(object, bytes, 0))?;
         print!("{table}");

@@ -8,3 +8,7 @@ pub static PACKET: &[u8] = aya::include_bytes_aligned!("../packet.bpf.o");
 
 /// `sock_create` for a cgroup, which tells the number of a network namespace where sockets do not.
 pub static NAMESPACE: &[u8] = aya::include_bytes_aligned!("../namespace.bpf.o");
+
+/// All of them, by name.
+pub static ALL: [(&str, &[u8]); 3] =
+    [("namespace", NAMESPACE), ("packet", PACKET), ("socket", SOCKET)];

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 
 use aya_obj::Object;
 use aya_obj::generated::bpf_insn;
-use keelson_ebpf_objects::{NAMESPACE, PACKET, SOCKET};
+use keelson_ebpf_objects::ALL;
 
 /// The last helper of Linux 5.10, `bpf_redirect_peer`.
 const LAST_HELPER: i32 = 155;
@@ -14,9 +14,6 @@ const LAST_HELPER: i32 = 155;
 const LAST_MAP: u32 = 28;
 /// Newer helpers that are called only behind a switch: `bpf_set_retval` behind `HAS_SET_RETVAL`.
 const SWITCHED: [(&str, i32); 1] = [("socket", 187)];
-
-const OBJECTS: [(&str, &[u8]); 3] =
-    [("namespace", NAMESPACE), ("packet", PACKET), ("socket", SOCKET)];
 
 fn instructions(object: &Object) -> impl Iterator<Item = &bpf_insn> {
     object.functions.values().flat_map(|function| &function.instructions)
@@ -26,7 +23,7 @@ fn instructions(object: &Object) -> impl Iterator<Item = &bpf_insn> {
 fn only_helpers_that_linux_5_10_has() {
     const CALL: u8 = 0x85;
     const OF_HELPER: u8 = 0;
-    for (name, bytes) in OBJECTS {
+    for (name, bytes) in ALL {
         let object = Object::parse(bytes).unwrap();
         let calls = instructions(&object).filter(|i| i.code == CALL && i.src_reg() == OF_HELPER);
         let newer: BTreeSet<i32> = calls.map(|i| i.imm).filter(|n| *n > LAST_HELPER).collect();
@@ -38,7 +35,7 @@ fn only_helpers_that_linux_5_10_has() {
 /// Version 3 of the instruction set, without the atomic operations of Linux 5.12.
 #[test]
 fn only_instructions_that_linux_5_10_has() {
-    for (name, bytes) in OBJECTS {
+    for (name, bytes) in ALL {
         let object = Object::parse(bytes).unwrap();
         let newer: Vec<_> = with_positions(&object).filter(|(_, i)| is_newer(i)).collect();
         assert!(newer.is_empty(), "{name}: {newer:?}");
@@ -74,7 +71,7 @@ fn is_newer(instruction: &bpf_insn) -> bool {
 
 #[test]
 fn only_kinds_of_maps_that_linux_5_10_has() {
-    for (name, bytes) in OBJECTS {
+    for (name, bytes) in ALL {
         let object = Object::parse(bytes).unwrap();
         for (map, definition) in &object.maps {
             assert!(definition.map_type() <= LAST_MAP, "{name}: {map}");

@@ -49,7 +49,7 @@ fn a_connection_of_a_pod_carries_the_endpoints_address(mode: Mode) {
     }
 }
 
-/// Without the socket layer: what virtual machines, raw sockets and old kernels get.
+/// Case 59. Without the socket layer: what virtual machines, raw sockets and old kernels get.
 fn packets_alone_do_the_same(mode: Mode) {
     only_ebpf(mode);
     let ebpf = EbpfConfig { sockets: false, ..EbpfConfig::default() };

@@ -16,6 +16,7 @@ mod growth;
 mod guards;
 mod harness;
 mod ipvs;
+mod kernel_clients;
 mod lasting;
 mod metrics;
 mod needs;
@@ -50,6 +51,7 @@ fn rows() -> Vec<Row> {
         whole::ROWS,
         metrics::ROWS,
         clock::ROWS,
+        kernel_clients::ROWS,
         lasting::ROWS,
         switching::ROWS,
         scale::ROWS,

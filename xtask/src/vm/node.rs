@@ -1,14 +1,13 @@
 //! Whole nodes in the emulated machine: tests of the node lane where cgroup v2 is all there is, as on Debian 12 and newer.
 
 use std::path::PathBuf;
-use std::process::Command;
 
 use anyhow::Result;
 
 use super::cpio::Archive;
 use super::{END, Kernel};
 use crate::build::{self, Profile};
-use crate::{install, shell};
+use crate::install;
 
 /// The tests that run here, by parts of their names: the others do not depend on the kernel, or take long under emulation.
 const USUAL: [&str; 3] = ["pods::a_pod_runs", "restart::", "services::"];
@@ -61,19 +60,15 @@ fn initramfs(kernel: &Kernel, tests: &[String]) -> Result<Vec<u8>> {
     Ok(archive.finish())
 }
 
-/// keelson's programs and the tests, without what only a debugger reads: half a gigabyte.
+/// keelson's programs and the tests.
 fn own_programs() -> Result<Vec<(String, PathBuf)>> {
     let bin = build::node_programs(Profile::Dev)?;
     let mut programs: Vec<(String, PathBuf)> = ["keelson", "keelson-proxy", "keelson-cni"]
         .map(|name| (name.to_owned(), bin.join(name)))
         .into();
     programs.push(("node".into(), super::test_binary("keelson-tests", "node")?));
-    let folder = build::target_dir().join("vm-programs");
-    std::fs::create_dir_all(&folder)?;
-    for (name, path) in &mut programs {
-        let small = folder.join(&name);
-        shell::run(Command::new("strip").arg("-o").arg(&small).arg(&path))?;
-        *path = small;
+    for (_, path) in &mut programs {
+        *path = super::stripped(path)?;
     }
     Ok(programs)
 }
@@ -89,7 +84,8 @@ exec /bin/busybox switch_root /new /bin/busybox sh /machine
 ";
 
 fn machine(tests: &[String]) -> String {
-    let tests = super::quoted(tests, &USUAL);
+    let usual = USUAL.map(str::to_owned);
+    let tests = super::quoted(if tests.is_empty() { &usual } else { tests });
     format!(
         "export PATH=/bin
 /bin/busybox --install -s /bin 2>/dev/null

@@ -26,10 +26,11 @@ fn initramfs(kernel: &Kernel, tests: &[String]) -> Result<Vec<u8>> {
     figures.args(["-p", PACKAGE, "--example", "figures"]);
     let mut programs: Vec<(String, PathBuf)> = vec![
         ("bin/busybox".to_owned(), super::program("busybox")?),
-        ("bin/figures".to_owned(), super::executable(&mut figures, "figures")?),
+        ("bin/figures".to_owned(), super::stripped(&super::executable(&mut figures, "figures")?)?),
     ];
     for name in TESTS {
-        programs.push((format!("bin/{name}"), super::test_binary(PACKAGE, name)?));
+        programs
+            .push((format!("bin/{name}"), super::stripped(&super::test_binary(PACKAGE, name)?)?));
     }
     super::add_programs(&mut archive, &programs)?;
     super::add_modules(&mut archive, kernel, MODULES)?;
@@ -39,7 +40,7 @@ fn initramfs(kernel: &Kernel, tests: &[String]) -> Result<Vec<u8>> {
 
 /// All are run, whether one before failed or not.
 fn commands(tests: &[String]) -> String {
-    let tests = super::quoted(tests, &[]);
+    let tests = super::quoted(tests);
     let mut commands = "ulimit -l unlimited\ncode=0\nfigures || code=$?\n".to_owned();
     for name in TESTS {
         commands += &format!("{name} --test-threads=2 {tests} || code=$?\n");

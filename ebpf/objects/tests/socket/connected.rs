@@ -6,6 +6,7 @@ use std::io::ErrorKind;
 use super::families::{ALL, Family, Servers, sender};
 use super::world::{TCP, UDP, World, frontend_key};
 
+/// Case 59: programs that ask whom they speak with see the Service.
 #[test]
 fn a_tcp_connection_reaches_an_endpoint_and_its_peer_is_the_service() {
     let mut world = World::new();

@@ -242,6 +242,7 @@ fn clients_of_one_namespace_stick_to_one_endpoint() {
     assert!(others.len() > 1, "{others:?}");
 }
 
+/// Case 59: a virtual machine, or a sidecar that must see the Service's address in packets.
 #[test]
 fn an_exempt_namespace_is_left_alone() {
     let mut world = World::new();
@@ -261,6 +262,7 @@ fn an_exempt_namespace_is_left_alone() {
     assert_eq!(world.in_pod(outcome), [Ok(()), Err(refused()), Ok(())]);
 }
 
+/// Case 59, for all pods.
 #[test]
 fn sockets_of_pods_can_all_be_left_alone() {
     let mut world = World::new();
