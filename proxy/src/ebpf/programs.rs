@@ -15,26 +15,34 @@ use sha2::{Digest, Sha256};
 use super::config::EbpfConfig;
 use super::error::EbpfError;
 use super::moving::{self, Moving, Shapes};
+use super::needs;
 use super::sizes::{Bounds, Needs};
 use super::sys::{self, MapInfo};
-use crate::switch::with_sources;
 
 /// A file of programs.
 struct Object {
     name: &'static str,
     bytes: &'static [u8],
-    /// Constants that switch something on that not every kernel has, and what is said without it.
-    switches: &'static [(&'static str, &'static str)],
+    switches: &'static [Switch],
+}
+
+/// A constant that switches something on that not every kernel has.
+struct Switch {
+    name: &'static str,
+    is_there: fn() -> bool,
+    /// What is said without it.
+    lacking: &'static str,
 }
 
 const OBJECTS: &[Object] = &[
     Object {
         name: "socket",
         bytes: SOCKET,
-        switches: &[(
-            "HAS_SET_RETVAL",
-            "Calls to Services without endpoints are refused by packets: this kernel has no bpf_set_retval for sockets",
-        )],
+        switches: &[Switch {
+            name: "HAS_SET_RETVAL",
+            is_there: needs::has_set_retval,
+            lacking: "Calls to Services without endpoints are refused by packets: this kernel has no bpf_set_retval for sockets",
+        }],
     },
     Object { name: "packet", bytes: PACKET, switches: &[] },
 ];
@@ -202,13 +210,15 @@ fn load_object(
     object: &'static Object,
     maps: &[Place],
 ) -> Result<Vec<(String, OwnedFd)>, EbpfError> {
-    for (switch, lacking) in object.switches {
-        match load_with(object, maps, &[(switch, 1)]) {
-            Ok(programs) => return Ok(programs),
-            Err(error) => tracing::info!(error = with_sources(&error), "{lacking}"),
+    let mut switches = Vec::new();
+    for switch in object.switches {
+        if (switch.is_there)() {
+            switches.push((switch.name, 1));
+        } else {
+            tracing::info!("{}", switch.lacking);
         }
     }
-    load_with(object, maps, &[])
+    load_with(object, maps, &switches)
 }
 
 fn load_with(

@@ -163,25 +163,34 @@ struct ProgramLoadAttr {
     count: u32,
     instructions: u64,
     license: u64,
-    rest: [u64; 3],
+    /// Log, kernel version, flags, name, interface.
+    rest: [u32; 11],
+    attach_type: u32,
 }
 
-/// Whether packet programs may call that function, with four zeros.
-pub(crate) fn knows_helper(number: i32) -> bool {
-    const CLASSIFIER: u32 = 3;
+/// A kind of programs, and what they are attached as where that must be said.
+#[derive(Clone, Copy)]
+pub(crate) struct ProgramKind(u32, u32);
+
+pub(crate) const CLASSIFIER: ProgramKind = ProgramKind(3, 0);
+pub(crate) const ON_CONNECT: ProgramKind = ProgramKind(18, AttachType::Connect4 as u32);
+
+/// Whether such programs may call that function, with four zeros.
+pub(crate) fn knows_helper(ProgramKind(kind, attach_type): ProgramKind, number: u32) -> bool {
     const SET: u64 = 0xb7;
     const CALL: u64 = 0x85;
     const EXIT: u64 = 0x95;
-    let number = u64::from(number.unsigned_abs()) << 32;
-    // The register is in the second byte.
-    let instructions = [1, 2, 3, 4].map(|register| SET | register << 8);
-    let instructions = [instructions.as_slice(), &[CALL | number, EXIT]].concat();
+    // The register is in the second byte, the number in the last four.
+    let set = |register: u64, number: u64| SET | register << 8 | number << 32;
+    let call = CALL | u64::from(number) << 32;
+    let instructions = [set(1, 0), set(2, 0), set(3, 0), set(4, 0), call, set(0, 1), EXIT];
     let mut attr = ProgramLoadAttr {
-        kind: CLASSIFIER,
-        count: 6,
+        kind,
+        count: 7,
         instructions: address(instructions.as_ptr()),
         license: address(c"GPL".as_ptr()),
-        rest: [0; 3],
+        rest: [0; 11],
+        attach_type,
     };
     // SAFETY: the beginning of the layout of BPF_PROG_LOAD; instructions and license live through the call.
     let result = unsafe { bpf(PROG_LOAD, &mut attr) };
