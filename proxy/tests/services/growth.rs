@@ -308,6 +308,7 @@ fn map_number(node: &Node, name: &str) -> u32 {
     MapData::from_pin(folder.join(name)).unwrap().info().unwrap().id()
 }
 
+/// Case 57: no new map takes the place of an old one before it has what that had.
 fn connections_outlive_a_change_of_layouts_forth_and_back(mode: Mode) {
     only_ebpf(mode);
     let mut node = Node::with(mode, packets_only(1 << 16));
