@@ -24,6 +24,7 @@ mod details;
 mod drops;
 mod ender;
 mod error;
+mod filter;
 mod follow;
 mod grow;
 mod item;

@@ -12,6 +12,7 @@ mod address;
 mod counters;
 mod drops;
 mod events;
+mod filter;
 mod flow;
 mod sctp;
 mod service;
@@ -22,6 +23,7 @@ pub use address::Address;
 pub use counters::Counters;
 pub use drops::*;
 pub use events::*;
+pub use filter::{FILTER_ADDRESS, FILTER_RANGE, FILTER_WORDS, FilterPlace};
 pub use flow::*;
 pub use sctp::sctp_checksum_change;
 pub use service::{

@@ -6,6 +6,7 @@ use keelson_ebpf_abi::{
 
 use aya_ebpf::btf_maps::lpm_trie::Key;
 
+use crate::filter;
 use crate::maps::{ADDRESSES, FRONTENDS, SERVICE_RANGES, SOURCES};
 
 /// What is at a destination.
@@ -21,7 +22,7 @@ pub enum Found<'m> {
 #[inline(always)]
 pub fn find(address: &Address, port_be: u16, protocol: u8) -> Found<'static> {
     // As a key it means node ports, which is not what somebody who sends there means.
-    if address.is_unspecified() {
+    if address.is_unspecified() || !filter::may_be_served(address) {
         return Found::Nothing;
     }
     let mut key = FrontendKey { address: *address, port_be, protocol, zero: 0 };

@@ -6,6 +6,7 @@
 pub mod counters;
 pub mod endpoint;
 pub mod events;
+pub mod filter;
 pub mod frontend;
 pub mod hold;
 pub mod maps;

@@ -31,6 +31,7 @@ impl Ebpf {
         operations += self.attach(&kernel)?;
         operations += self.settle(&kernel)?;
         let mut observed = Observed::read(&kernel.maps)?;
+        kernel.maps.filter.add_addresses(observed.destinations())?;
         self.used = observed.amounts();
         let mut applied = self.adopt_services(&mut kernel, plans, &mut observed)?;
         let leftovers = Operations { puts: Vec::new(), deletes: observed.leftovers() };

@@ -48,6 +48,8 @@ impl Ebpf {
         wanted: NodeState,
     ) -> Result<usize, EbpfError> {
         let maps = &kernel.maps;
+        maps.filter.add_addresses(wanted.addresses.keys())?;
+        maps.filter.add_ranges(wanted.service_ranges.keys())?;
         let mut operations = replace(&maps.addresses, &self.node.addresses, &wanted.addresses)?;
         operations += replace(&maps.interfaces, &self.node.interfaces, &wanted.interfaces)?;
         operations += replace(&maps.pod_ranges, &self.node.pod_ranges, &wanted.pod_ranges)?;

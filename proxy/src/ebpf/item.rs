@@ -43,6 +43,15 @@ impl Item {
             Item::Address(key, _) => Key::Address(key),
         }
     }
+
+    /// Where packets for it go, if that is an address of its own.
+    pub(crate) fn destination(&self) -> Option<&Address> {
+        match self {
+            Item::Frontend(key, _) => Some(&key.address),
+            Item::Address(address, _) => Some(address),
+            _ => None,
+        }
+    }
 }
 
 impl std::fmt::Display for Item {

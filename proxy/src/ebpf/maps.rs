@@ -8,12 +8,14 @@ use keelson_ebpf_abi::{
 };
 
 use super::error::EbpfError;
+use super::filter::Filter;
 use super::item::{Item, Key, Operations};
 use super::sizes::Amounts;
 use super::table::{PerCpu, Table};
 
 /// What user space writes, and `counters`, where it only removes. Named as in `ebpf/programs/src/maps.rs`.
 pub(crate) struct Maps {
+    pub(crate) filter: Filter,
     pub(crate) settings: Table<u32, Settings>,
     pub(crate) interfaces: Table<u32, Interface>,
     pub(crate) pod_ranges: Table<RangePrefix, u32>,
@@ -31,6 +33,7 @@ pub(crate) struct Maps {
 impl Maps {
     pub(crate) fn open(pins: &Path) -> Result<Self, EbpfError> {
         Ok(Maps {
+            filter: Filter::open(pins)?,
             settings: Table::open(pins, "settings")?,
             interfaces: Table::open(pins, "interfaces")?,
             pod_ranges: Table::open(pins, "pod_ranges")?,
@@ -60,6 +63,7 @@ impl Maps {
 
     /// Writes, then removes. What was done before an error stays done.
     pub(crate) fn perform(&self, operations: &Operations) -> Result<(), EbpfError> {
+        self.filter.add_addresses(operations.puts.iter().filter_map(Item::destination))?;
         self.put(&operations.puts)?;
         operations.deletes.iter().try_for_each(|key| self.delete(key))
     }

@@ -46,6 +46,11 @@ impl Observed {
         })
     }
 
+    /// Where packets for Services go.
+    pub(crate) fn destinations(&self) -> impl Iterator<Item = &Address> {
+        self.frontends.keys().map(|key| &key.address).chain(self.addresses.keys())
+    }
+
     fn has(&self, item: &Item) -> bool {
         match item {
             Item::Slot(key, value) => self.slots.get(key) == Some(value),

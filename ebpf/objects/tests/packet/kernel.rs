@@ -6,9 +6,9 @@ use aya::maps::{Array, HashMap, LpmTrie, MapData, PerCpuArray, PerCpuHashMap, Ri
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
 use aya::{Ebpf, EbpfLoader, Pod};
 use keelson_ebpf_abi::{
-    Address, Counters, DROP_REASONS, Endpoint, Event, Flow, Frontend, FrontendKey, Interface,
-    MemberKey, Pool, RangeKey, Route, SETTING_KNOWS_PODS, Settings, SlotKey, SourceKey, Tuple,
-    VERDICT_FORWARD,
+    Address, Counters, DROP_REASONS, Endpoint, Event, FILTER_ADDRESS, FILTER_RANGE, FilterPlace,
+    Flow, Frontend, FrontendKey, Interface, MemberKey, Pool, RangeKey, Route, SETTING_KNOWS_PODS,
+    Settings, SlotKey, SourceKey, Tuple, VERDICT_FORWARD,
 };
 
 use crate::bytes::{Sent, at};
@@ -33,7 +33,7 @@ impl Kernel {
         let mut kernel = Self::with_flows(1024);
         let interface =
             Interface { address4: ip(NODE4).into(), address6: ip(NODE6).into(), flags: 0 };
-        kernel.hash("interfaces").insert(INTERFACE, interface, 0).unwrap();
+        kernel.interface(INTERFACE, interface);
         kernel.settings(SETTING_KNOWS_PODS);
         kernel.range("pod_ranges", "10.1.0.0", 16);
         kernel.range("pod_ranges", "fd01::", 16);
@@ -90,6 +90,9 @@ impl Kernel {
     pub(crate) fn range(&mut self, map: &str, address: &str, bits: u32) {
         let address = ip(address);
         let bits = if address.is_ipv4() { 96 + bits } else { bits };
+        if map == "service_ranges" {
+            self.know(FilterPlace::of_range(&address.into()), FILTER_RANGE);
+        }
         let key = lpm_trie::Key::new(bits, RangeKey { address: address.into() });
         let mut trie: LpmTrie<_, RangeKey, u32> =
             LpmTrie::try_from(self.ebpf.map_mut(map).unwrap()).unwrap();
@@ -105,7 +108,24 @@ impl Kernel {
         trie.insert(&key, 1, 0).unwrap();
     }
 
+    /// An interface and the addresses that packets are masqueraded with there.
+    pub(crate) fn interface(&mut self, index: u32, interface: Interface) {
+        for address in [interface.address4, interface.address6] {
+            self.know(FilterPlace::of_address(&address), FILTER_ADDRESS);
+        }
+        self.hash("interfaces").insert(index, interface, 0).unwrap();
+    }
+
+    fn know(&mut self, place: FilterPlace, flag: u8) {
+        let map = self.ebpf.map_mut("destinations").unwrap();
+        let mut filter = Array::<_, [u8; 8]>::try_from(map).unwrap();
+        let mut word = filter.get(&place.word, 0).unwrap();
+        word[place.flag as usize] |= flag;
+        filter.set(place.word, word, 0).unwrap();
+    }
+
     pub(crate) fn address(&mut self, address: &str, flags: u32) {
+        self.know(FilterPlace::of_address(&ip(address).into()), FILTER_ADDRESS);
         self.hash("addresses").insert(Address::from(ip(address)), flags, 0).unwrap();
     }
 
@@ -134,6 +154,9 @@ impl Kernel {
         protocol: u8,
         frontend: Frontend,
     ) {
+        if !address.is_unspecified() {
+            self.know(FilterPlace::of_address(&address), FILTER_ADDRESS);
+        }
         let key = FrontendKey { address, port_be: port.to_be(), protocol, zero: 0 };
         self.hash("frontends").insert(key, frontend, 0).unwrap();
     }

@@ -91,7 +91,7 @@ impl Node {
             });
             let index = rtnl.link(name).unwrap().unwrap().index;
             let interface = Interface { address4, address6, flags: 0 };
-            kernel.hash("interfaces").insert(index, interface, 0).unwrap();
+            kernel.interface(index, interface);
         }
         let mut node = Node { kernel, netns, neighbours };
         node.attach();

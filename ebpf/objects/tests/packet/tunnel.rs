@@ -35,7 +35,7 @@ fn tunnel(node: &mut Node) -> File {
     let route = Route { link: Some(link), ..Route::to("203.0.113.0/24".parse().unwrap()) };
     rtnl.ensure_route(&route).unwrap();
     let interface = Interface { flags: INTERFACE_NO_LINK_HEADER, ..Interface::default() };
-    node.kernel.hash("interfaces").insert(link, interface, 0).unwrap();
+    node.kernel.interface(link, interface);
     let Node { kernel, netns, .. } = node;
     netns
         .run(|| {

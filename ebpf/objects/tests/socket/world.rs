@@ -8,8 +8,9 @@ use aya::maps::{Array, HashMap, MapData, PerCpuHashMap};
 use aya::programs::{CgroupAttachMode, CgroupSock, CgroupSockAddr};
 use aya::{Ebpf, EbpfLoader, Pod};
 use keelson_ebpf_abi::{
-    ADDRESS_CLUSTER_IP, Address, Counters, Endpoint, Frontend, FrontendKey, MASQUERADE_NEVER,
-    MEMBER_SERVING, MemberKey, Pool, Route, SETTING_KNOWS_PODS, Settings, SlotKey, VERDICT_FORWARD,
+    ADDRESS_CLUSTER_IP, Address, Counters, Endpoint, FILTER_ADDRESS, FilterPlace, Frontend,
+    FrontendKey, MASQUERADE_NEVER, MEMBER_SERVING, MemberKey, Pool, Route, SETTING_KNOWS_PODS,
+    Settings, SlotKey, VERDICT_FORWARD,
 };
 use keelson_netlink::netns::Netns;
 use keelson_netlink::route::Rtnl;
@@ -125,6 +126,9 @@ impl World {
     }
 
     pub(crate) fn set_frontend(&mut self, at: SocketAddr, protocol: u8, frontend: Frontend) {
+        if !at.ip().is_unspecified() {
+            self.know(at.ip());
+        }
         self.map("frontends").insert(frontend_key(at, protocol), frontend, 0).unwrap();
     }
 
@@ -144,7 +148,18 @@ impl World {
         (self.frontend(at, protocol, forward(pool)), pool)
     }
 
+    /// The filter lets it through.
+    fn know(&mut self, address: IpAddr) {
+        let place = FilterPlace::of_address(&address.into());
+        let map = self.bpf.map_mut("destinations").unwrap();
+        let mut filter = Array::<_, [u8; 8]>::try_from(map).unwrap();
+        let mut word = filter.get(&place.word, 0).unwrap();
+        word[place.flag as usize] |= FILTER_ADDRESS;
+        filter.set(place.word, word, 0).unwrap();
+    }
+
     pub(crate) fn set_address(&mut self, address: IpAddr, flags: u32) {
+        self.know(address);
         self.map("addresses").insert(Address::from(address), flags, 0).unwrap();
     }
 

@@ -1,12 +1,13 @@
 //! What arrives at an interface: it gets the destination that it is meant for.
 
 use aya_ebpf::bindings::__sk_buff;
+use keelson_ebpf::filter;
 use keelson_ebpf_abi::{FLOW_TO_ENDPOINT, HOOK_INGRESS};
 
 use crate::answer::refuse;
 use crate::maps::{FLOWS_IN, FLOWS_OUT, Scratch, scratch};
 use crate::open::{self, Opened, Sender};
-use crate::parse::{Kind, parse};
+use crate::parse::{Kind, parse, parse_transport};
 use crate::rewrite::translate;
 use crate::verdict::{PASS, dropped};
 use crate::{events, flow, fragment, icmp, own};
@@ -16,7 +17,11 @@ pub fn handle(skb: *mut __sk_buff) -> i32 {
     let Some(scratch) = scratch() else { return PASS };
     scratch.hook = HOOK_INGRESS;
     scratch.flow.frontend = 0;
-    match parse(skb, &mut scratch.packet) {
+    let kind = parse(skb, &mut scratch.packet);
+    if !filter::may_be_served(&scratch.packet.tuple.destination) && kind != Kind::Icmp {
+        return PASS;
+    }
+    match kind {
         Kind::Ports => with_ports(skb, scratch),
         Kind::LaterFragment => fragment::later(skb, scratch, &FLOWS_IN),
         Kind::Icmp => icmp::arriving(skb, scratch),
@@ -26,6 +31,9 @@ pub fn handle(skb: *mut __sk_buff) -> i32 {
 
 #[inline(always)]
 fn with_ports(skb: *mut __sk_buff, scratch: &mut Scratch) -> i32 {
+    if !parse_transport(skb, &mut scratch.packet) {
+        return PASS;
+    }
     if let Some(flow) = flow::find(&FLOWS_IN, &scratch.packet.tuple) {
         let now = flow::now();
         scratch.to.set(&flow.to);

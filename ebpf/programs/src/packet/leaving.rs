@@ -2,6 +2,7 @@
 //! gets its destination here as well.
 
 use aya_ebpf::bindings::{__sk_buff, BPF_F_INGRESS};
+use keelson_ebpf::filter;
 use keelson_ebpf_abi::{
     EVENT_MASQUERADED, FLOW_MASQUERADE_SOON, FLOW_TO_ENDPOINT, HOOK_EGRESS, SIGN_START,
 };
@@ -9,7 +10,7 @@ use keelson_ebpf_abi::{
 use crate::answer::refuse;
 use crate::maps::{FLOWS_IN, FLOWS_OUT, Scratch, scratch};
 use crate::open::{self, Opened, Sender};
-use crate::parse::{Kind, parse};
+use crate::parse::{Kind, parse, parse_transport};
 use crate::rewrite::translate;
 use crate::verdict::{PASS, dropped};
 use crate::{events, flow, fragment, icmp, masquerade, own};
@@ -19,7 +20,11 @@ pub fn handle(skb: *mut __sk_buff) -> i32 {
     let Some(scratch) = scratch() else { return PASS };
     scratch.hook = HOOK_EGRESS;
     scratch.flow.frontend = 0;
-    match parse(skb, &mut scratch.packet) {
+    let kind = parse(skb, &mut scratch.packet);
+    if !may_matter(skb, scratch) && kind != Kind::Icmp {
+        return PASS;
+    }
+    match kind {
         Kind::Ports => with_ports(skb, scratch),
         Kind::LaterFragment => fragment::later(skb, scratch, &FLOWS_OUT),
         Kind::Icmp => icmp::leaving(skb, scratch),
@@ -27,8 +32,27 @@ pub fn handle(skb: *mut __sk_buff) -> i32 {
     }
 }
 
+/// Whether it may be of a client's connection, one way or the other, or of one that the node has made or makes.
+#[inline(always)]
+fn may_matter(skb: *mut __sk_buff, scratch: &Scratch) -> bool {
+    let tuple = &scratch.packet.tuple;
+    filter::may_be_client(&tuple.destination)
+        || filter::may_be_client(&tuple.source)
+        || is_own(skb) && filter::may_be_served(&tuple.destination)
+}
+
+/// Whether the node itself has made it.
+#[inline(always)]
+fn is_own(skb: *mut __sk_buff) -> bool {
+    // SAFETY: a field of the context.
+    unsafe { (*skb).ingress_ifindex == 0 }
+}
+
 #[inline(always)]
 fn with_ports(skb: *mut __sk_buff, scratch: &mut Scratch) -> i32 {
+    if !parse_transport(skb, &mut scratch.packet) {
+        return PASS;
+    }
     if let Some(flow) = flow::find(&FLOWS_OUT, &scratch.packet.tuple) {
         let now = flow::now();
         scratch.to.set(&flow.to);
@@ -55,8 +79,7 @@ fn with_ports(skb: *mut __sk_buff, scratch: &mut Scratch) -> i32 {
             let _ = FLOWS_OUT.remove(&scratch.packet.tuple);
         }
     }
-    // SAFETY: a field of the context.
-    if unsafe { (*skb).ingress_ifindex } != 0 || scratch.packet.signs & SIGN_START == 0 {
+    if !is_own(skb) || scratch.packet.signs & SIGN_START == 0 {
         return PASS;
     }
     begins_here(skb, scratch)

@@ -3,7 +3,7 @@
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use keelson_ebpf::maps::{INTERFACES, POD_RANGES, SETTINGS};
-use keelson_ebpf::{counters, endpoint, frontend, hold};
+use keelson_ebpf::{counters, endpoint, filter, frontend, hold};
 use keelson_ebpf_abi::{
     Address, DROP_FAILED, DROP_HELD, DROP_NO_PORT, DROP_NO_SUCH_ADDRESS, DROP_POLICY, DROP_SOURCE,
     ENDPOINT_HERE, FLOW_FROM_ENDPOINT, FLOW_MASQUERADE_SOON, FLOW_TO_ENDPOINT,
@@ -144,6 +144,7 @@ fn is_pod(skb: *mut __sk_buff, source: &Address) -> bool {
 /// meets it in one state only.
 #[inline(never)]
 pub fn connect(scratch: &mut Scratch) -> Opened {
+    filter::know(&scratch.packet.tuple.source, false);
     if !claim_answers(&FLOWS_OUT, scratch) {
         return Opened(DROP_NO_PORT);
     }

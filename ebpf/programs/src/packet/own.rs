@@ -13,6 +13,7 @@ use aya_ebpf::bindings::{
 use aya_ebpf::helpers::{
     bpf_fib_lookup as fib_lookup, bpf_redirect, bpf_redirect_neigh, bpf_skb_load_bytes,
 };
+use keelson_ebpf::filter;
 use keelson_ebpf::maps::INTERFACES;
 use keelson_ebpf_abi::{
     DROP_FAILED, DROP_NO_ADDRESS, DROP_NO_PORT, DROP_NO_ROUTE, FLOW_TO_ENDPOINT, Flow,
@@ -38,6 +39,7 @@ pub fn connect(skb: *mut __sk_buff, scratch: &mut Scratch) -> Opened {
         scratch.to.source =
             if scratch.packet.is_v4 { addresses.address4 } else { addresses.address6 };
     }
+    filter::know(&scratch.to.source, true);
     // SAFETY: a field of the context.
     scratch.flow.node_interface = unsafe { (*skb).ifindex };
     scratch.flow.endpoint_interface = interface;

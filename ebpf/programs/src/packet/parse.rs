@@ -131,7 +131,7 @@ pub fn load<T>(skb: *mut __sk_buff, offset: u32) -> Option<T> {
     }
 }
 
-/// Reads a packet's headers into `packet`.
+/// Reads a packet's IP headers into `packet`. [`parse_transport`] reads what is behind them.
 #[inline(always)]
 pub fn parse(skb: *mut __sk_buff, packet: &mut Packet) -> Kind {
     // SAFETY: fields of the context.
@@ -147,7 +147,6 @@ pub fn parse(skb: *mut __sk_buff, packet: &mut Packet) -> Kind {
     };
     match parse_ip(skb, packet, is_v4, 0) {
         Kind::Ports if packet.is_later_fragment => Kind::LaterFragment,
-        Kind::Ports if !parse_transport(skb, packet) => Kind::Other,
         kind => kind,
     }
 }
@@ -266,8 +265,9 @@ fn skip_extension(skb: *mut __sk_buff, packet: &mut Packet) -> Skipped {
     Skipped::Extension
 }
 
+/// Reads ports and what the packet says of its connection. False when they are not there.
 #[inline(always)]
-fn parse_transport(skb: *mut __sk_buff, packet: &mut Packet) -> bool {
+pub fn parse_transport(skb: *mut __sk_buff, packet: &mut Packet) -> bool {
     let at = packet.transport;
     let (source_be, destination_be) = match packet.tuple.protocol {
         PROTOCOL_TCP => {
