@@ -91,7 +91,7 @@ impl Kernel {
         let address = ip(address);
         let bits = if address.is_ipv4() { 96 + bits } else { bits };
         if map == "service_ranges" {
-            self.know(FilterPlace::of_range(&address.into()), FILTER_RANGE);
+            self.know("destinations", FilterPlace::of_range(&address.into()), FILTER_RANGE);
         }
         let key = lpm_trie::Key::new(bits, RangeKey { address: address.into() });
         let mut trie: LpmTrie<_, RangeKey, u32> =
@@ -111,13 +111,14 @@ impl Kernel {
     /// An interface and the addresses that packets are masqueraded with there.
     pub(crate) fn interface(&mut self, index: u32, interface: Interface) {
         for address in [interface.address4, interface.address6] {
-            self.know(FilterPlace::of_address(&address), FILTER_ADDRESS);
+            self.know("destinations", FilterPlace::of_address(&address), FILTER_ADDRESS);
         }
         self.hash("interfaces").insert(index, interface, 0).unwrap();
     }
 
-    fn know(&mut self, place: FilterPlace, flag: u8) {
-        let map = self.ebpf.map_mut("destinations").unwrap();
+    /// The filter `map` lets it through.
+    pub(crate) fn know(&mut self, map: &str, place: FilterPlace, flag: u8) {
+        let map = self.ebpf.map_mut(map).unwrap();
         let mut filter = Array::<_, [u8; 8]>::try_from(map).unwrap();
         let mut word = filter.get(&place.word, 0).unwrap();
         word[place.flag as usize] |= flag;
@@ -125,7 +126,7 @@ impl Kernel {
     }
 
     pub(crate) fn address(&mut self, address: &str, flags: u32) {
-        self.know(FilterPlace::of_address(&ip(address).into()), FILTER_ADDRESS);
+        self.know("destinations", FilterPlace::of_address(&ip(address).into()), FILTER_ADDRESS);
         self.hash("addresses").insert(Address::from(ip(address)), flags, 0).unwrap();
     }
 
@@ -155,7 +156,7 @@ impl Kernel {
         frontend: Frontend,
     ) {
         if !address.is_unspecified() {
-            self.know(FilterPlace::of_address(&address), FILTER_ADDRESS);
+            self.know("destinations", FilterPlace::of_address(&address), FILTER_ADDRESS);
         }
         let key = FrontendKey { address, port_be: port.to_be(), protocol, zero: 0 };
         self.hash("frontends").insert(key, frontend, 0).unwrap();
