@@ -96,7 +96,7 @@ fn more_beginnings_than_there_is_room_for_cost_no_connection_that_talks() {
         address4: ip(NODE4).into(),
         ..keelson_ebpf_abi::Interface::default()
     };
-    kernel.hash("interfaces").insert(crate::kernel::INTERFACE, interface, 0).unwrap();
+    kernel.interface(crate::kernel::INTERFACE, interface);
     let hidden = Hidden::begin(&mut kernel);
     for number in 0..8 * ROOM {
         let [_, b, c, d] = number.to_be_bytes();
