@@ -18,7 +18,7 @@ const RUSTC_VERSION: &str = "1.96.";
 const LLVM: &str = "/usr/lib/llvm-22";
 const LINKER_VERSION: &str = "0.13.0";
 /// Each is a program of the crate in `ebpf/programs` and an object in `ebpf/objects`.
-const OBJECTS: &[&str] = &["namespace", "packet", "socket"];
+const OBJECTS: &[&str] = &["namespace", "packet", "socket", "xdp"];
 
 #[derive(clap::Args)]
 pub(crate) struct EbpfArgs {

@@ -188,6 +188,14 @@ impl Flow {
         self.role & 1 == 1
     }
 
+    /// The number of the frontend that packets of this translation are counted for; 0 where they are counted at the
+    /// node's other end, too.
+    #[inline(always)]
+    #[must_use]
+    pub const fn counts_for(&self) -> u32 {
+        if matches!(self.role, FLOW_TO_ENDPOINT | FLOW_FROM_ENDPOINT) { self.frontend } else { 0 }
+    }
+
     /// The translation of the other direction, which is found at `to.reversed()`.
     #[inline(always)]
     #[must_use]

@@ -9,6 +9,7 @@
 #![no_std]
 
 mod address;
+mod checksum;
 mod counters;
 mod drops;
 mod events;
@@ -18,8 +19,10 @@ mod sctp;
 mod service;
 mod settings;
 mod socket;
+mod xdp;
 
 pub use address::Address;
+pub use checksum::{Sum, pseudo_header};
 pub use counters::Counters;
 pub use drops::*;
 pub use events::*;
@@ -41,6 +44,7 @@ pub use socket::{
     CONVERSATIONS, Connected, Conversation, Conversations, PLACES, Peer, client_of_namespace,
     namespace_of_client, place_of,
 };
+pub use xdp::{XDP_SENDS, XdpInterface};
 
 /// Part of the folder's name that maps, programs and links are pinned in.
 pub const VERSION: u32 = 2;

@@ -47,6 +47,7 @@ fn load(program: &mut Program) -> Result<ProgramInfo, Error> {
         Program::CgroupSock(program) => program.load()?,
         Program::CgroupSockAddr(program) => program.load()?,
         Program::SchedClassifier(program) => program.load()?,
+        Program::Xdp(program) => program.load()?,
         _ => return Err("a program of another kind".into()),
     }
     Ok(program.info()?)

@@ -9,6 +9,9 @@ pub static PACKET: &[u8] = aya::include_bytes_aligned!("../packet.bpf.o");
 /// `sock_create` for a cgroup, which tells the number of a network namespace where sockets do not.
 pub static NAMESPACE: &[u8] = aya::include_bytes_aligned!("../namespace.bpf.o");
 
+/// Forwarding of frames that belong to connections which the programs for packets know: `forward` for XDP.
+pub static XDP: &[u8] = aya::include_bytes_aligned!("../xdp.bpf.o");
+
 /// All of them, by name.
-pub static ALL: [(&str, &[u8]); 3] =
-    [("namespace", NAMESPACE), ("packet", PACKET), ("socket", SOCKET)];
+pub static ALL: [(&str, &[u8]); 4] =
+    [("namespace", NAMESPACE), ("packet", PACKET), ("socket", SOCKET), ("xdp", XDP)];

@@ -1,5 +1,5 @@
 //! The maps that tell the programs what Services there are. User space writes them, programs read them,
-//! except for `affinity`, `counters` and `events`.
+//! except for `affinity`, `counters`, `events` and the flows.
 //!
 //! `max_entries` here is what the loader takes when it is told nothing else. Maps without preallocation
 //! cost memory for what is in them, and a little for each possible entry.
@@ -10,8 +10,8 @@ use aya_ebpf::btf_maps::{
 };
 use aya_ebpf::macros::btf_map;
 use keelson_ebpf_abi::{
-    Address, Affinity, AffinityKey, Counters, Endpoint, Event, Frontend, FrontendKey, Interface,
-    MemberKey, Pool, RangeKey, Settings, SlotKey, SourceKey,
+    Address, Affinity, AffinityKey, Counters, Endpoint, Event, Flow, Frontend, FrontendKey,
+    Interface, MemberKey, Pool, RangeKey, Settings, SlotKey, SourceKey, Tuple,
 };
 
 const GROWING: usize = BPF_F_NO_PREALLOC as usize;
@@ -63,3 +63,13 @@ pub static EVENTS: RingBuf<Event, 262_144> = RingBuf::new();
 /// How many events found no room there.
 #[btf_map(name = "events_lost")]
 pub static EVENTS_LOST: PerCpuArray<u64, 1> = PerCpuArray::new();
+
+pub type Flows = LruHashMap<Tuple, Flow, 131_072>;
+
+/// Translations of what arrives.
+#[btf_map(name = "flows_in")]
+pub static FLOWS_IN: Flows = Flows::new();
+
+/// Translations of what leaves.
+#[btf_map(name = "flows_out")]
+pub static FLOWS_OUT: Flows = Flows::new();

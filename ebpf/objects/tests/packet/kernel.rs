@@ -30,18 +30,26 @@ pub(crate) struct Kernel {
 impl Kernel {
     /// With [`INTERFACE`], pods in 10.1.0.0/16 and fd01::/16, and no Services.
     pub(crate) fn new() -> Self {
-        let mut kernel = Self::with_flows(1024);
+        Self::with_flows(1024).prepared()
+    }
+
+    pub(crate) fn prepared(mut self) -> Self {
+        let kernel = &mut self;
         let interface =
             Interface { address4: ip(NODE4).into(), address6: ip(NODE6).into(), flags: 0 };
         kernel.interface(INTERFACE, interface);
         kernel.settings(SETTING_KNOWS_PODS);
         kernel.range("pod_ranges", "10.1.0.0", 16);
         kernel.range("pod_ranges", "fd01::", 16);
-        kernel
+        self
     }
 
     pub(crate) fn with_flows(flows: u32) -> Self {
-        let mut loader = EbpfLoader::new();
+        Self::loaded(&mut EbpfLoader::new(), flows)
+    }
+
+    /// As the loader has it, with small maps.
+    pub(crate) fn loaded(loader: &mut EbpfLoader<'_>, flows: u32) -> Self {
         for map in ["frontends", "pools", "slots", "members", "addresses", "counters"] {
             loader.map_max_entries(map, 1024);
         }

@@ -40,7 +40,7 @@ fn with_ports(skb: *mut __sk_buff, scratch: &mut Scratch) -> i32 {
         scratch.flow.frontend = flow.frontend;
         if flow::is_valid(flow, scratch, now) {
             flow::note(flow, scratch, now, &FLOWS_OUT);
-            let verdict = translate(skb, scratch, flow.frontend);
+            let verdict = translate(skb, scratch, flow.counts_for());
             if verdict == PASS && flow.node_interface != 0 {
                 return own::receive(skb, scratch, flow);
             }

@@ -47,7 +47,7 @@ pub fn later(skb: *mut __sk_buff, scratch: &mut Scratch, flows: &'static Flows) 
         return unless_to_a_service(skb, scratch);
     };
     scratch.to.set(&flow.to);
-    translate(skb, scratch, flow.frontend)
+    translate(skb, scratch, flow.counts_for())
 }
 
 /// Nobody could do anything with a piece for an address that only Services have.

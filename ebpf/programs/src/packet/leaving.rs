@@ -67,7 +67,7 @@ fn with_ports(skb: *mut __sk_buff, scratch: &mut Scratch) -> i32 {
             } else {
                 flow::note(flow, scratch, now, &FLOWS_IN);
             }
-            let verdict = translate(skb, scratch, flow.frontend);
+            let verdict = translate(skb, scratch, flow.counts_for());
             return if verdict == PASS && flow.role == FLOW_TO_ENDPOINT {
                 own::send(flow)
             } else {

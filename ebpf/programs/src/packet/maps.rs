@@ -7,15 +7,7 @@ use keelson_ebpf_abi::{DROP_REASONS, Flow, FragmentKey, FragmentPorts, Tuple};
 use crate::answer::Body;
 use crate::parse::Packet;
 
-pub type Flows = LruHashMap<Tuple, Flow, 131_072>;
-
-/// Translations of what arrives.
-#[btf_map(name = "flows_in")]
-pub static FLOWS_IN: Flows = Flows::new();
-
-/// Translations of what leaves.
-#[btf_map(name = "flows_out")]
-pub static FLOWS_OUT: Flows = Flows::new();
+pub use keelson_ebpf::maps::{FLOWS_IN, FLOWS_OUT, Flows};
 
 #[btf_map(name = "fragments")]
 pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts, 8_192> = LruHashMap::new();

@@ -45,7 +45,7 @@ pub fn network_offset(skb: *mut __sk_buff) -> u32 {
     if has_link_header(skb) { ETHERNET } else { 0 }
 }
 
-/// Makes the packet carry `scratch.to`, and counts it.
+/// Makes the packet carry `scratch.to`, and counts it for the frontend, if that is not 0.
 #[inline(never)]
 pub fn translate(skb: *mut __sk_buff, scratch: &Scratch, frontend: u32) -> i32 {
     let network = network_offset(skb);
@@ -57,6 +57,9 @@ pub fn translate(skb: *mut __sk_buff, scratch: &Scratch, frontend: u32) -> i32 {
         || rewrite_ports(skb, network, packet, &scratch.to).is_err()
     {
         return dropped(skb, scratch, DROP_FAILED);
+    }
+    if frontend == 0 {
+        return PASS;
     }
     // SAFETY: fields of the context.
     let (length, segments) = unsafe { ((*skb).len, (*skb).gso_segs) };

@@ -1,0 +1,22 @@
+//! The program at XDP in the kernel, held to what the programs for packets do: with frames made by hand
+//! (`BPF_PROG_TEST_RUN`), and with those of sockets between network namespaces of the tests' own. Needs root.
+#![allow(
+    clippy::unwrap_used,
+    dead_code,
+    reason = "a test ends where something that it needs does not hold"
+)]
+
+#[path = "packet/bytes.rs"]
+mod bytes;
+#[path = "xdp/equality.rs"]
+mod equality;
+#[path = "xdp/frames.rs"]
+mod frames;
+#[path = "packet/kernel.rs"]
+mod kernel;
+#[path = "xdp/speed.rs"]
+mod speed;
+#[path = "xdp/stage.rs"]
+mod stage;
+#[path = "xdp/wire.rs"]
+mod wire;
