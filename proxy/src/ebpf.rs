@@ -44,6 +44,7 @@ mod sizes;
 mod sys;
 mod table;
 mod tend;
+mod xdp;
 
 use std::collections::{HashMap, HashSet};
 use std::os::fd::BorrowedFd;
@@ -72,6 +73,8 @@ use programmed::{Pending, Programmed, together};
 use programs::Programs;
 use sizes::{Amounts, Needs};
 use tend::Tables;
+use xdp::Frames;
+pub use xdp::XdpChoice;
 
 /// Interfaces whose links are looked at each time.
 const LOOK_AT_ONCE: usize = 16;
@@ -87,6 +90,7 @@ struct Kernel {
     programs: Programs,
     links: Links,
     way: Way,
+    frames: Frames,
     ender: Ender,
     tables: Tables,
 }
@@ -148,8 +152,8 @@ impl Ebpf {
         let (maps, tables) = (Maps::open(&folder)?, Tables::open(&folder, config)?);
         let ender = Ender::start(&folder, config.namespaces.clone())?;
         let way = Way::find(&programs, &self.netns)?;
-        let links = Links::open(pins)?;
-        Ok((Kernel { maps, programs, links, way, ender, tables }, operations))
+        let (links, frames) = (Links::open(pins)?, Frames::default());
+        Ok((Kernel { maps, programs, links, way, frames, ender, tables }, operations))
     }
 
     fn interfaces(&self) -> HashSet<u32> {
@@ -157,14 +161,16 @@ impl Ebpf {
     }
 
     /// Attaches what is not attached yet, and the other way round.
-    fn attach(&self, kernel: &Kernel) -> Result<usize, EbpfError> {
+    fn attach(&self, kernel: &mut Kernel) -> Result<usize, EbpfError> {
         let (interfaces, sockets) = (self.interfaces(), self.config.ebpf.sockets);
-        let Kernel { links, programs, way, .. } = kernel;
+        let Kernel { maps, links, programs, way, frames, .. } = kernel;
         let mut operations = links.serve_packets(programs, *way, &self.netns, &interfaces)?;
         if sockets {
             let cgroup = self.config.ebpf.cgroup()?;
             operations += links.serve_sockets(programs, &cgroup)?;
         }
+        let wanted = xdp::observe(&self.config.ebpf, &self.netns)?;
+        operations += frames.serve((links, programs, maps), &self.netns, &wanted)?;
         Ok(operations + links.remove_others(sockets, &interfaces))
     }
 
@@ -249,9 +255,9 @@ impl Ebpf {
             Some(last) if next.len() == LOOK_AT_ONCE => *last,
             _ => 0,
         };
-        let Kernel { links, way, .. } = kernel;
+        let Kernel { links, way, frames, .. } = kernel;
         let missing = links.missing(self.config.ebpf.sockets, next.into_iter(), *way, &self.netns);
-        !missing.is_empty()
+        !missing.is_empty() || frames.pins().any(|pin| !links.works(&pin))
     }
 }
 

@@ -12,6 +12,7 @@ use super::observed::Observed;
 use super::programmed::{Pending, Programmed};
 use super::programs::Programs;
 use super::sizes::Amounts;
+use super::xdp::Frames;
 use super::{Ebpf, EbpfError, Kernel};
 use crate::backend::{Applied, Difference};
 use crate::diff::{Plans, sorted};
@@ -28,7 +29,7 @@ impl Ebpf {
         operations += self.adopt_node(&kernel, settings)?;
         // What begins at one interface must find the programs at all others, so first all are attached. As long as they
         // find no Service, they change nothing.
-        operations += self.attach(&kernel)?;
+        operations += self.attach(&mut kernel)?;
         operations += self.settle(&kernel)?;
         let mut observed = Observed::read(&kernel.maps)?;
         kernel.maps.filter.add_addresses(observed.destinations())?;
@@ -94,6 +95,10 @@ impl Ebpf {
         let (links, way) = (Links::open(&pins)?, Way::find(&programs, &self.netns)?);
         let interfaces = node.interfaces.keys().copied();
         for pin in links.missing(self.config.ebpf.sockets, interfaces, way, &self.netns) {
+            differs(None, format!("{pin} is not attached"));
+        }
+        let frames = self.kernel.as_ref().map(|kernel| &kernel.frames);
+        for pin in frames.into_iter().flat_map(Frames::pins).filter(|pin| !links.works(pin)) {
             differs(None, format!("{pin} is not attached"));
         }
         if read_node(&maps, maps.settings.get(&0)?.unwrap_or_default())? != node {

@@ -125,7 +125,7 @@ impl Links {
     }
 
     /// Makes sure that a link is there, works, and leads to that program; true when something had to be done.
-    fn ensure(
+    pub(super) fn ensure(
         &self,
         pin: &str,
         program: &OwnedFd,
@@ -171,7 +171,7 @@ impl Links {
         sockets.chain(packets(interfaces)).filter(missing).collect()
     }
 
-    fn works(&self, pin: &str) -> bool {
+    pub(super) fn works(&self, pin: &str) -> bool {
         let link = sys::open_pinned(&self.folder.join(pin));
         link.is_ok_and(|link| sys::link_info(link.as_fd()).is_ok_and(|info| info.is_attached()))
     }
@@ -179,10 +179,17 @@ impl Links {
     /// Detaches what is not wanted: from interfaces that are gone, or from sockets.
     pub(crate) fn remove_others(&self, sockets: bool, interfaces: &HashSet<u32>) -> usize {
         let wanted = |name: &str| match name.rsplit_once('-') {
+            // Others' business.
+            Some((program, _)) if program.starts_with("xdp_") => true,
             Some((_, index)) => index.parse().is_ok_and(|index| interfaces.contains(&index)),
             None => sockets,
         };
         remove(&self.folder, |name| !wanted(name))
+    }
+
+    /// Detaches what has such a name, and says how much that was.
+    pub(super) fn remove_where(&self, which: impl Fn(&str) -> bool) -> usize {
+        remove(&self.folder, which)
     }
 
     /// Detaches the programs for sockets that any process attached for these pins.

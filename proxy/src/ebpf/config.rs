@@ -7,6 +7,7 @@ use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use serde::{Deserialize, Serialize};
 
 use super::error::EbpfError;
+use super::xdp::XdpChoice;
 
 /// Where BPF file systems are mounted.
 const BPFFS: &str = "/sys/fs/bpf";
@@ -27,6 +28,10 @@ pub struct EbpfConfig {
     pub sockets: bool,
     /// At most so many Service ports are shown on /metrics with their traffic.
     pub service_metrics: usize,
+    /// Whether frames of known connections are forwarded at XDP.
+    pub xdp: XdpChoice,
+    /// The interfaces where they are; without any, those that a default route leaves by.
+    pub xdp_interfaces: Vec<String>,
     /// Folders in which network namespaces are pinned. Sockets are looked for there and wherever a process lives.
     pub namespaces: Vec<PathBuf>,
     /// Connections that the packet layer may remember: entries of each of its tables, which begin small and grow.
@@ -42,6 +47,8 @@ impl Default for EbpfConfig {
             pins: Path::new(BPFFS).join("keelson-proxy"),
             cgroup: None,
             sockets: true,
+            xdp: XdpChoice::Off,
+            xdp_interfaces: Vec::new(),
             service_metrics: 1000,
             namespaces: vec![PathBuf::from("/run/netns")],
             max_flows: 131_072,

@@ -14,11 +14,11 @@ use super::{Ebpf, EbpfError, Kernel};
 impl Ebpf {
     /// Follows what happened to interfaces and addresses.
     pub(super) fn follow_node(&mut self) -> Result<(), EbpfError> {
-        let Some(kernel) = self.kernel.take() else { return Ok(()) };
+        let Some(mut kernel) = self.kernel.take() else { return Ok(()) };
         let followed = self
             .observe_node()
             .and_then(|node| self.refresh_node(&kernel, node))
-            .and_then(|_| self.attach(&kernel));
+            .and_then(|_| self.attach(&mut kernel));
         self.kernel = Some(kernel);
         followed.map(drop)
     }
@@ -96,7 +96,7 @@ pub(super) fn read_node(maps: &Maps, settings: Settings) -> Result<NodeState, Eb
 }
 
 /// From one content of a map to another; says how many elements that took.
-fn replace<K, V>(
+pub(super) fn replace<K, V>(
     table: &Table<K, V>,
     before: &BTreeMap<K, V>,
     after: &BTreeMap<K, V>,

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use keelson_ebpf_abi::{
     Address, Counters, Endpoint, Frontend, FrontendKey, Interface, MemberKey, Pool, RangePrefix,
-    Settings, SlotKey, SourcePrefix,
+    Settings, SlotKey, SourcePrefix, XdpInterface,
 };
 
 use super::error::EbpfError;
@@ -28,6 +28,7 @@ pub(crate) struct Maps {
     pub(crate) sources: Table<SourcePrefix, u32>,
     pub(crate) counters: PerCpu<u32, Counters>,
     pub(crate) watched: Table<u32, u32>,
+    pub(crate) xdp_interfaces: Table<u32, XdpInterface>,
 }
 
 impl Maps {
@@ -46,6 +47,7 @@ impl Maps {
             sources: Table::open(pins, "sources")?,
             counters: PerCpu::open(pins, "counters")?,
             watched: Table::open(pins, "watched")?,
+            xdp_interfaces: Table::open(pins, "xdp_interfaces")?,
         })
     }
 

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use aya::EbpfLoader;
 use aya::programs::{Program, ProgramError};
 use keelson_ebpf_abi::VERSION;
-use keelson_ebpf_objects::{PACKET, SOCKET};
+use keelson_ebpf_objects::{PACKET, SOCKET, XDP};
 use sha2::{Digest, Sha256};
 
 use super::config::EbpfConfig;
@@ -45,6 +45,7 @@ const OBJECTS: &[Object] = &[
         }],
     },
     Object { name: "packet", bytes: PACKET, switches: &[] },
+    Object { name: "xdp", bytes: XDP, switches: &[] },
 ];
 
 impl Object {
@@ -255,6 +256,10 @@ fn verified(program: &mut Program) -> Result<OwnedFd, ProgramError> {
             program.fd()?.as_fd().try_clone_to_owned()
         }
         Program::SchedClassifier(program) => {
+            program.load()?;
+            program.fd()?.as_fd().try_clone_to_owned()
+        }
+        Program::Xdp(program) => {
             program.load()?;
             program.fd()?.as_fd().try_clone_to_owned()
         }

@@ -44,6 +44,7 @@ pub(crate) enum AttachType {
     SockRelease = 34,
     TcxIngress = 46,
     TcxEgress = 47,
+    Xdp = 37,
 }
 
 /// Calls bpf(2) with one of the layouts of `union bpf_attr`.
@@ -125,11 +126,29 @@ pub(crate) fn create_link(
     target: u32,
     attach_type: AttachType,
 ) -> io::Result<OwnedFd> {
+    create_link_with(program, target, attach_type, 0)
+}
+
+/// Attaches a program to an interface at XDP, in the mode that the flags (`XDP_FLAGS_*`) say.
+pub(crate) fn create_xdp_link(
+    program: BorrowedFd<'_>,
+    interface: u32,
+    flags: u32,
+) -> io::Result<OwnedFd> {
+    create_link_with(program, interface, AttachType::Xdp, flags)
+}
+
+fn create_link_with(
+    program: BorrowedFd<'_>,
+    target: u32,
+    attach_type: AttachType,
+    flags: u32,
+) -> io::Result<OwnedFd> {
     let mut attr = LinkCreateAttr {
         program: number(program),
         target,
         attach_type: attach_type as u32,
-        flags: 0,
+        flags,
         rest: [0; 4],
     };
     // SAFETY: the layout of BPF_LINK_CREATE without pointers.

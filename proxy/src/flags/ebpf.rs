@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::ArgAction;
 
-use crate::ebpf::EbpfConfig;
+use crate::ebpf::{EbpfConfig, XdpChoice};
 
 #[derive(Debug, Default, clap::Args)]
 #[group(skip)]
@@ -18,6 +18,12 @@ pub struct EbpfFlags {
     /// Mode ebpf: serve sockets when they connect, which costs no packet any work (default true)
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", action = ArgAction::Set)]
     pub ebpf_sockets: Option<bool>,
+    /// Mode ebpf: forward frames of known connections to other nodes at XDP (default off)
+    #[arg(long, value_name = "MODE", value_enum)]
+    pub ebpf_xdp: Option<XdpChoice>,
+    /// Mode ebpf: where that is done; without it at the interfaces that a default route leaves by
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    pub ebpf_xdp_interfaces: Vec<String>,
     /// Mode ebpf: show the traffic of at most so many Service ports on /metrics, those with the most (default 1000)
     #[arg(long, value_name = "COUNT")]
     pub ebpf_service_metrics: Option<usize>,
@@ -35,6 +41,8 @@ impl EbpfFlags {
             pins: self.ebpf_pins.clone().unwrap_or(default.pins.clone()),
             cgroup: self.ebpf_cgroup.clone(),
             sockets: self.ebpf_sockets.unwrap_or(default.sockets),
+            xdp: self.ebpf_xdp.unwrap_or(default.xdp),
+            xdp_interfaces: self.ebpf_xdp_interfaces.clone(),
             service_metrics: self.ebpf_service_metrics.unwrap_or(default.service_metrics),
             max_flows: max_flows.unwrap_or(default.max_flows),
             max_endpoints: self.ebpf_max_endpoints.unwrap_or(default.max_endpoints),

@@ -7,8 +7,10 @@ use std::process::ExitCode;
 use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
+use clap::ValueEnum;
 use keelson_netlink::netns::Netns;
 use keelson_proxy::backend::Mode;
+use keelson_proxy::ebpf::XdpChoice;
 
 /// One behaviour.
 #[derive(Clone, Copy)]
@@ -55,6 +57,13 @@ pub(crate) fn silence() -> Duration {
 
 static SILENCE: OnceLock<Duration> = OnceLock::new();
 
+/// Whether nodes of mode ebpf forward frames at XDP.
+pub(crate) fn xdp() -> XdpChoice {
+    *XDP.get_or_init(|| XdpChoice::Off)
+}
+
+static XDP: OnceLock<XdpChoice> = OnceLock::new();
+
 /// How many random histories are tried.
 pub(crate) fn histories() -> u32 {
     *HISTORIES.get_or_init(|| 40)
@@ -94,6 +103,11 @@ fn options() -> Options {
             "--silence-ms" => {
                 let millis = value().parse().expect("milliseconds");
                 SILENCE.get_or_init(|| Duration::from_millis(millis));
+            }
+            // For all rows that ask for nothing else.
+            "--ebpf-xdp" => {
+                let choice = XdpChoice::from_str(&value(), false).expect("a mode");
+                XDP.get_or_init(|| choice);
             }
             "--histories" => {
                 let number = value().parse().expect("a number");

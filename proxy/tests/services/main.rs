@@ -30,6 +30,7 @@ mod stage;
 mod switching;
 mod whole;
 mod world;
+mod xdp;
 
 use std::process::ExitCode;
 
@@ -48,6 +49,7 @@ fn rows() -> Vec<Row> {
         ebpf::ROWS,
         growth::ROWS,
         needs::ROWS,
+        xdp::ROWS,
         whole::ROWS,
         metrics::ROWS,
         clock::ROWS,

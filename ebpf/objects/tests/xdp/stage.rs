@@ -30,21 +30,34 @@ pub(crate) const WAYS: [[&str; 3]; 2] = [
     ["198.51.100.7:40001", "192.0.2.1:30080", "10.2.0.5:8080"],
     ["[2001:db8:9::7]:40001", "[2001:db8::1]:30080", "[fd02::5]:8080"],
 ];
-/// The interfaces, their addresses, and what is behind a neighbour there.
-const LINES: [(&str, [&str; 2], [&str; 2], [&str; 2]); 3] = [
-    (
-        "eth0",
-        ["198.51.100.1/24", "2001:db8:9::1/64"],
-        ["198.51.100.9", "2001:db8:9::9"],
-        ["10.2.0.0/16", "fd02::/32"],
-    ),
-    (
-        "eth1",
-        ["203.0.113.1/24", "2001:db8:a::1/64"],
-        ["203.0.113.9", "2001:db8:a::9"],
-        ["10.3.0.0/16", "fd03::/32"],
-    ),
-    ("pod", ["10.1.0.1/24", "fd01::1/64"], ["10.1.0.5", "fd01::5"], ["10.1.9.0/24", "fd01:9::/32"]),
+/// An interface of the node.
+struct Line {
+    name: &'static str,
+    addresses: [&'static str; 2],
+    /// A neighbour, and what is behind it.
+    via: [&'static str; 2],
+    behind: [&'static str; 2],
+}
+
+const LINES: [Line; 3] = [
+    Line {
+        name: "eth0",
+        addresses: ["198.51.100.1/24", "2001:db8:9::1/64"],
+        via: ["198.51.100.9", "2001:db8:9::9"],
+        behind: ["10.2.0.0/16", "fd02::/32"],
+    },
+    Line {
+        name: "eth1",
+        addresses: ["203.0.113.1/24", "2001:db8:a::1/64"],
+        via: ["203.0.113.9", "2001:db8:a::9"],
+        behind: ["10.3.0.0/16", "fd03::/32"],
+    },
+    Line {
+        name: "pod",
+        addresses: ["10.1.0.1/24", "fd01::1/64"],
+        via: ["10.1.0.5", "fd01::5"],
+        behind: ["10.1.9.0/24", "fd01:9::/32"],
+    },
 ];
 pub(crate) const NEIGHBOUR: Mac = Mac([2, 0, 0, 0, 0, 9]);
 const CLIENTS: [&str; 2] = ["198.51.100.7", "2001:db8:9::7"];
@@ -253,11 +266,8 @@ fn forward() {
     sysctl::write("net/ipv6/conf/default/accept_dad", "0").unwrap();
 }
 
-fn lay(
-    node: &Netns,
-    others: &Netns,
-    (name, addresses, via, behind): &(&str, [&str; 2], [&str; 2], [&str; 2]),
-) -> (u32, Mac) {
+fn lay(node: &Netns, others: &Netns, line: &Line) -> (u32, Mac) {
+    let Line { name, addresses, via, behind } = *line;
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let far = format!("line{}", NEXT.fetch_add(1, Ordering::Relaxed));
     let mut rtnl = Rtnl::open_in(node).unwrap();
@@ -268,7 +278,7 @@ fn lay(
     })
     .unwrap();
     Rtnl::open_in(others).unwrap().set_up(&*far).unwrap();
-    let link = rtnl.link(*name).unwrap().unwrap();
+    let link = rtnl.link(name).unwrap().unwrap();
     for ((address, via), behind) in addresses.iter().zip(via).zip(behind) {
         rtnl.ensure_address(link.index, address.parse().unwrap()).unwrap();
         rtnl.ensure_neighbour(link.index, ip(via), NEIGHBOUR).unwrap();
@@ -279,7 +289,7 @@ fn lay(
         };
         rtnl.ensure_route(&route).unwrap();
     }
-    if *name == "eth0" {
+    if name == "eth0" {
         for client in CLIENTS {
             rtnl.ensure_neighbour(link.index, ip(client), NEIGHBOUR).unwrap();
         }

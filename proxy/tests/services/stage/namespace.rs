@@ -1,7 +1,7 @@
 //! Network namespaces, links, addresses and routes, over netlink: no `ip` is needed.
 
-use std::net::Ipv6Addr;
-use std::os::fd::AsFd;
+use std::net::{Ipv6Addr, UdpSocket};
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 use std::process::Command;
 
@@ -46,7 +46,7 @@ impl Namespace {
         Rtnl::open_in(&self.netns).unwrap()
     }
 
-    fn index(&self, link: &str) -> u32 {
+    pub(crate) fn index(&self, link: &str) -> u32 {
         self.rtnl().link(link).unwrap().unwrap_or_else(|| panic!("no link {link}")).index
     }
 
@@ -163,6 +163,35 @@ impl Namespace {
         let output = output.unwrap_or_else(|error| panic!("{program}: {error}"));
         assert!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Packets leave by that link with all checksums, as they come by a wire.
+    pub(crate) fn finish_checksums(&self, link: &str) {
+        const SIOCETHTOOL: libc::Ioctl = 0x8946;
+        const SET_TX_CHECKSUMS: u32 = 0x17;
+        let mut setting = [SET_TX_CHECKSUMS, 0];
+        // SAFETY: integers and arrays of them.
+        #[allow(unsafe_code, reason = "a kernel structure")]
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        for (to, from) in request.ifr_name.iter_mut().zip(link.bytes()) {
+            *to = from.cast_signed();
+        }
+        request.ifr_ifru.ifru_data = setting.as_mut_ptr().cast();
+        let socket = self.run(|| UdpSocket::bind("0.0.0.0:0").unwrap());
+        // SAFETY: the request, and the setting that it points to, live for the call.
+        #[allow(unsafe_code, reason = "no crate at hand sets this")]
+        let result = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL, &raw mut request) };
+        assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+    }
+
+    /// How many IPv4 packets were forwarded.
+    pub(crate) fn forwarded(&self) -> u64 {
+        let read = || std::fs::read_to_string("/proc/thread-self/net/snmp").unwrap();
+        let all = self.run(read);
+        let mut lines = all.lines().filter(|line| line.starts_with("Ip:"));
+        let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
+        let mut both = names.split_whitespace().zip(values.split_whitespace());
+        both.find(|(name, _)| *name == "ForwDatagrams").unwrap().1.parse().unwrap()
     }
 
     pub(crate) fn set(&self, sysctl: &str, value: &str) {

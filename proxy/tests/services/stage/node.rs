@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use keelson_proxy::backend::Backend;
 use keelson_proxy::conntrack::{Checks, clean};
 use keelson_proxy::diff::{Plans, advance};
-use keelson_proxy::ebpf::EbpfConfig;
+use keelson_proxy::ebpf::{EbpfConfig, XdpChoice};
 use keelson_proxy::model::objects::{EndpointSlice, Service};
 use keelson_proxy::model::{Model, NodeFacts, Protocol, ServiceKey};
 use keelson_proxy::trace::{Ground, Packet, Trace, trace};
@@ -43,8 +43,9 @@ impl Node {
     pub(crate) fn with(mode: Mode, config: BackendConfig) -> Self {
         let premises = Premises::new();
         let ebpf = premises.as_ref().map(Premises::config).unwrap_or_default();
-        let EbpfConfig { sockets, max_flows, max_endpoints, .. } = config.ebpf;
-        let ebpf = EbpfConfig { sockets, max_flows, max_endpoints, ..ebpf };
+        let EbpfConfig { sockets, max_flows, max_endpoints, xdp, .. } = config.ebpf;
+        let xdp = if xdp == XdpChoice::Off { crate::harness::xdp() } else { xdp };
+        let ebpf = EbpfConfig { sockets, max_flows, max_endpoints, xdp, ..ebpf };
         let config = BackendConfig { ebpf, ..config };
         let (mut namespace, outside) = (Namespace::new(), Namespace::new());
         namespace.connect("eth0", &outside, "eth0");

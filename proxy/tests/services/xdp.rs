@@ -1,0 +1,144 @@
+//! Mode ebpf: frames that are forwarded at XDP, and how the program comes to interfaces and goes.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::time::Duration;
+
+use aya::programs::{Xdp, XdpMode};
+use keelson_proxy::ebpf::{EbpfConfig, XdpChoice};
+use serde_json::json;
+
+use crate::stage::*;
+
+rows![
+    known_connections_to_other_nodes_are_forwarded_at_xdp,
+    the_program_comes_changes_and_goes,
+    somebody_elses_program_is_left_alone,
+];
+
+/// Only a failure takes so long.
+const PATIENCE: Duration = Duration::from_secs(20);
+const BULK: usize = 1 << 20;
+/// A pod of another node, which is the host outside here.
+const POD: &str = "10.77.0.5";
+
+fn node(mode: Mode, xdp: XdpChoice) -> Node {
+    if mode != Mode::Ebpf {
+        skip("this is about eBPF");
+    }
+    let pods = PodSources::Ranges(vec!["10.66.0.0/16".parse().unwrap()]);
+    let ebpf = EbpfConfig { xdp, ..EbpfConfig::default() };
+    let mut node = Node::with(mode, BackendConfig { ebpf, pods, ..BackendConfig::default() });
+    node.outside.address("eth0", POD);
+    node.outside.finish_checksums("eth0");
+    node.namespace.route("10.77.0.0/16", OUTSIDE4);
+    node.service("web", node_port(cluster_ip(1, "TCP", 80), 30080));
+    node.slice(json!({
+        "metadata": {
+            "namespace": "default",
+            "name": "web-1",
+            "labels": {"kubernetes.io/service-name": "web"},
+        },
+        "addressType": "IPv4",
+        "endpoints": [
+            {"addresses": [POD], "nodeName": "there", "conditions": {"ready": true}},
+        ],
+        "ports": [{"name": "", "protocol": "TCP", "port": 8080}],
+    }));
+    node.apply();
+    node
+}
+
+/// Sends much to the node port and back.
+fn transfer(node: &Node) {
+    let listener = node.outside.run(|| TcpListener::bind(format!("{POD}:8080")).unwrap());
+    let pod = std::thread::spawn(move || {
+        let (mut stream, peer) = listener.accept().unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut all = Vec::new();
+        stream.read_to_end(&mut all).unwrap();
+        stream.set_write_timeout(Some(PATIENCE)).unwrap();
+        stream.write_all(&all).unwrap();
+        assert_eq!(peer.ip().to_string(), NODE4);
+    });
+    let to: SocketAddr = format!("{NODE4}:30080").parse().unwrap();
+    let mut client = node.outside.run(|| TcpStream::connect_timeout(&to, PATIENCE).unwrap());
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    client.set_write_timeout(Some(PATIENCE)).unwrap();
+    let sent: Vec<u8> = (0..BULK).map(|i| (i / 7 % 251) as u8).collect();
+    client.write_all(&sent).unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    let mut back = Vec::new();
+    client.read_to_end(&mut back).unwrap();
+    assert!(back == sent, "the bytes are others");
+    pod.join().unwrap();
+}
+
+fn known_connections_to_other_nodes_are_forwarded_at_xdp(mode: Mode) {
+    let node = node(mode, XdpChoice::Generic);
+    transfer(&node);
+    // More than a thousand packets; the kernel saw the first ones.
+    let forwarded = node.namespace.forwarded();
+    assert!(forwarded < 200, "the kernel forwarded {forwarded} packets");
+}
+
+/// The modes in which the program is attached.
+fn pins(node: &Node) -> Vec<String> {
+    let entries = std::fs::read_dir(node.namespace.pins().join("links")).unwrap();
+    let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let index = node.namespace.index("eth0");
+    let ours = names.filter_map(|name| {
+        let name = name.strip_suffix(&format!("-{index}"))?;
+        name.starts_with("xdp_").then(|| name.to_owned())
+    });
+    ours.collect()
+}
+
+fn the_program_comes_changes_and_goes(mode: Mode) {
+    let mut node = node(mode, XdpChoice::Native);
+    assert_eq!(pins(&node), ["xdp_native"]);
+    assert_eq!(node.restart(), 0);
+    node.assert_as_planned();
+    // It is mended, as everything is.
+    let pin = format!("links/xdp_native-{}", node.namespace.index("eth0"));
+    std::fs::remove_file(node.namespace.pins().join(pin)).unwrap();
+    assert!(node.backend.as_mut().unwrap().disturbed().unwrap());
+    node.adopt();
+    assert_eq!(pins(&node), ["xdp_native"]);
+    // A veth's driver is not taken unless it is asked for.
+    for (choice, expected) in [
+        (XdpChoice::Generic, &["xdp_generic"][..]),
+        (XdpChoice::Native, &["xdp_native"]),
+        (XdpChoice::Auto, &["xdp_generic"]),
+    ] {
+        node.config.ebpf.xdp = choice;
+        node.restart();
+        assert_eq!(pins(&node), expected);
+        node.assert_as_planned();
+    }
+    transfer(&node);
+    node.config.ebpf.xdp = XdpChoice::Off;
+    node.restart();
+    assert_eq!(pins(&node), [] as [String; 0]);
+    transfer(&node);
+    node.config.ebpf.xdp = XdpChoice::Native;
+    node.restart();
+    let backend = node.backend.as_mut().unwrap();
+    backend.cleanup().unwrap();
+    assert!(!node.namespace.pins().join("links").exists() || pins(&node).is_empty());
+}
+
+fn somebody_elses_program_is_left_alone(mode: Mode) {
+    let mut node = node(mode, XdpChoice::Off);
+    let mut theirs = aya::Ebpf::load(keelson_ebpf_objects::XDP).unwrap();
+    let program: &mut Xdp = theirs.program_mut("forward").unwrap().try_into().unwrap();
+    program.load().unwrap();
+    node.namespace.run(|| program.attach("eth0", XdpMode::Skb).unwrap());
+    for choice in [XdpChoice::Generic, XdpChoice::Native, XdpChoice::Auto] {
+        node.config.ebpf.xdp = choice;
+        node.restart();
+        assert_eq!(pins(&node), [] as [String; 0]);
+        node.assert_as_planned();
+    }
+    transfer(&node);
+}
