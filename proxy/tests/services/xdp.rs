@@ -129,7 +129,9 @@ fn the_program_comes_changes_and_goes(mode: Mode) {
 }
 
 fn somebody_elses_program_is_left_alone(mode: Mode) {
-    let mut node = node(mode, XdpChoice::Off);
+    let mut node = node(mode, XdpChoice::Native);
+    node.config.ebpf.xdp = XdpChoice::Off;
+    node.restart();
     let mut theirs = aya::Ebpf::load(keelson_ebpf_objects::XDP).unwrap();
     let program: &mut Xdp = theirs.program_mut("forward").unwrap().try_into().unwrap();
     program.load().unwrap();
