@@ -14,6 +14,10 @@ mod equality;
 mod frames;
 #[path = "packet/kernel.rs"]
 mod kernel;
+#[path = "xdp/line.rs"]
+mod line;
+#[path = "xdp/objects.rs"]
+mod objects;
 #[path = "xdp/speed.rs"]
 mod speed;
 #[path = "xdp/stage.rs"]

@@ -3,11 +3,10 @@
 
 use std::net::IpAddr;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use aya::Ebpf;
 use aya::programs::{TestRun, TestRunOptions, Xdp};
-use aya::{Ebpf, EbpfLoader};
 use keelson_ebpf_abi::{
     ADDRESS_NODE, ADDRESS_NODE_PORTS, Address, Flow, MASQUERADE_ALWAYS, MEMBER_SERVING, Tuple,
     XDP_SENDS, XdpInterface,
@@ -15,11 +14,10 @@ use keelson_ebpf_abi::{
 use keelson_netlink::netns::Netns;
 use keelson_netlink::route::{Mac, Route, Rtnl, VethEnd, VethPair};
 use keelson_netlink::sysctl;
-use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
 
 use crate::bytes::{ACK, SYN, Sent, tcp, udp};
 use crate::kernel::{Kernel, NODE4, NODE6, PASS, ip, to_pool};
+use crate::objects::load;
 
 pub(crate) const XDP_PASS: u32 = 2;
 pub(crate) const XDP_TX: u32 = 3;
@@ -69,30 +67,6 @@ pub(crate) struct Stage {
     others: Netns,
     /// Index and link address of each interface.
     pub(crate) interfaces: Vec<(u32, Mac)>,
-}
-
-/// Both objects with one set of maps: pinned for a moment, in a file system that only the calling thread sees.
-pub(crate) fn load() -> (Kernel, Ebpf) {
-    let both = || {
-        let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
-        let none = None::<&str>;
-        unshare(CloneFlags::CLONE_NEWNS).unwrap();
-        mount(none, "/", none, private, none).unwrap();
-        mount(Some("bpf"), "/sys/fs/bpf", Some("bpf"), MsFlags::empty(), none).unwrap();
-        let maps = ["flows_in", "flows_out", "members", "counters"];
-        let at = |map: &str| PathBuf::from("/sys/fs/bpf").join(map);
-        let (mut one, mut two) = (EbpfLoader::new(), EbpfLoader::new());
-        for map in maps {
-            one.map_pin_path(map, at(map));
-            two.map_pin_path(map, at(map));
-        }
-        let kernel = Kernel::loaded(&mut one, 1024);
-        let mut xdp = two.load(keelson_ebpf_objects::XDP).unwrap();
-        let program: &mut Xdp = xdp.program_mut("forward").unwrap().try_into().unwrap();
-        program.load().unwrap();
-        (kernel, xdp)
-    };
-    std::thread::spawn(both).join().unwrap()
 }
 
 impl Stage {
