@@ -174,9 +174,12 @@ fn a_monitor_tells_what_becomes_of_connections(mode: Mode) {
             );
             let connects = "-> 10.96.0.1:80 [default/web] goes to 10.66.0.2:8080 (connect)";
             expect(connects, &|| inside("10.96.0.1:80"));
-            // The Service is told also where it has no such port.
-            expect("-> 10.96.0.1:81 [default/web] refused: nobody is there (connect)", &|| {
+            // The Service is told also where it has no such port: by the socket, or before Linux 6.1 by the packet.
+            let refused = "-> 10.96.0.1:81 [default/web] refused: nobody is there";
+            eventually(refused, || {
                 inside("10.96.0.1:81");
+                let told = |how: &str| said(&format!("{refused} ({how}"));
+                (told("connect)") || told("arriving at pod10)")).then_some(())
             });
             let from_node = format!("a socket of the node {connects}");
             expect(&from_node, &|| drop(node.namespace.tcp("10.96.0.1:80")));

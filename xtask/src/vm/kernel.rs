@@ -111,6 +111,10 @@ fn download(version: Version, folder: &Path) -> Result<()> {
     // Aside, then renamed: half a kernel is never taken for one.
     let beside = folder.join("unpacking");
     shell::read(Command::new("dpkg").arg("-x").arg(&file).arg(&beside))?;
+    if !beside.join("lib").exists() {
+        // Since trixie packages know no other.
+        std::os::unix::fs::symlink("usr/lib", beside.join("lib"))?;
+    }
     std::fs::rename(&beside, folder.join("root"))?;
     Ok(std::fs::remove_file(file)?)
 }
