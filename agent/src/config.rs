@@ -183,6 +183,8 @@ pub struct PodDefaults {
     pub log_max_files: u32,
     /// The longest pause between two starts of a crashing container.
     pub max_restart_period: Duration,
+    /// Pods of these runtime classes want their sockets left alone by the service proxy.
+    pub socket_exempt_runtime_classes: Vec<String>,
     /// Processes per pod; `None` is no limit.
     pub pids_limit: Option<i64>,
     /// How many images are pulled at the same time.
@@ -291,6 +293,7 @@ impl Default for PodDefaults {
             log_max_size: 10 << 20,
             log_max_files: 5,
             max_restart_period: Duration::from_secs(300),
+            socket_exempt_runtime_classes: Vec::new(),
             pids_limit: None,
             max_parallel_image_pulls: 8,
         }

@@ -16,7 +16,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    Up(command::up::UpArgs),
+    Up(Box<command::up::UpArgs>),
     Down(command::up::DownArgs),
     Agent(Box<command::agent::AgentArgs>),
     Image(command::image::ImageArgs),

@@ -109,6 +109,7 @@ impl Runtime {
     /// When containerd does not answer or is older than 1.6; the error says what to do.
     pub async fn connect(options: RuntimeOptions) -> Result<Runtime, RuntimeError> {
         let pauses = Pauses::open(&options.run_dir, spec::oom_score_floor())?;
+        sandbox::make_exempt_folder(&options.run_dir)?;
         let runtime = Runtime::open(options, Some(pauses)).await?;
         runtime.inner.logs.start()?;
         lease::delete_unfinished(&runtime.inner.connection).await?;

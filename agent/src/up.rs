@@ -2,6 +2,7 @@
 
 mod containerd;
 mod down;
+mod ebpf;
 mod layout;
 mod lock;
 mod network;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use keelson_proxy::backend::{Backend, BackendConfig, Mode, PodSources};
 use keelson_proxy::diff::{Plans, advance};
-use keelson_proxy::ebpf::EbpfConfig;
+use keelson_proxy::ebpf::{EbpfConfig, Sockets};
 use keelson_proxy::model::objects::{EndpointSlice, Service};
 use keelson_proxy::model::{Model, NodeFacts};
 use nix::mount::{MsFlags, mount};
@@ -217,7 +217,7 @@ fn node() -> NodeFacts {
 fn config() -> anyhow::Result<BackendConfig> {
     let pods = PodSources::Ranges(vec!["10.0.0.0/8".parse()?]);
     // The sockets of this machine are not ours.
-    let ebpf = EbpfConfig { sockets: false, ..EbpfConfig::default() };
+    let ebpf = EbpfConfig { sockets: Sockets::None, ..EbpfConfig::default() };
     Ok(BackendConfig { pods, ebpf, ..BackendConfig::default() })
 }
 

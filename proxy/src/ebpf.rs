@@ -24,6 +24,7 @@ mod details;
 mod drops;
 mod ender;
 mod error;
+mod exempt;
 mod filter;
 mod follow;
 mod grow;
@@ -59,10 +60,11 @@ use crate::diff::{Change, Plans};
 use crate::model::{ServiceKey, ServicePlan};
 use alarm::Alarm;
 use attach::{Links, Way};
-pub use config::EbpfConfig;
+pub use config::{EbpfConfig, Sockets};
 use counting::Tally;
 use ender::Ender;
 pub use error::EbpfError;
+use exempt::Exempt;
 use item::Operations;
 use maps::Maps;
 pub use monitor::{MonitorArgs, monitor};
@@ -79,7 +81,7 @@ pub use xdp::XdpChoice;
 /// Interfaces whose links are looked at each time.
 const LOOK_AT_ONCE: usize = 16;
 
-/// The number of the node's namespace.
+/// The number by which programs know a network namespace.
 fn own_cookie(netns: &Netns) -> Result<u64, EbpfError> {
     Ok(cookie::cookie(netns, &config::cgroup2()?)?)
 }
@@ -101,6 +103,7 @@ pub struct Ebpf {
     netns: Netns,
     cookie: u64,
     alarm: Alarm,
+    exempt: Exempt,
     /// The interface whose links were looked at last.
     looked_at: u32,
     kernel: Option<Kernel>,
@@ -131,6 +134,7 @@ impl Ebpf {
             cookie: own_cookie(&netns)?,
             netns,
             alarm: Alarm::open()?,
+            exempt: Exempt::default(),
             looked_at: 0,
             kernel: None,
             programmed: HashMap::new(),
@@ -156,13 +160,17 @@ impl Ebpf {
         Ok((Kernel { maps, programs, links, way, frames, ender, tables }, operations))
     }
 
+    fn serves_sockets(&self) -> bool {
+        self.config.ebpf.sockets != Sockets::None
+    }
+
     fn interfaces(&self) -> HashSet<u32> {
         self.node.interfaces.keys().copied().collect()
     }
 
     /// Attaches what is not attached yet, and the other way round.
     fn attach(&self, kernel: &mut Kernel) -> Result<usize, EbpfError> {
-        let (interfaces, sockets) = (self.interfaces(), self.config.ebpf.sockets);
+        let (interfaces, sockets) = (self.interfaces(), self.serves_sockets());
         let Kernel { maps, links, programs, way, frames, .. } = kernel;
         let mut operations = links.serve_packets(programs, *way, &self.netns, &interfaces)?;
         if sockets {
@@ -256,7 +264,7 @@ impl Ebpf {
             _ => 0,
         };
         let Kernel { links, way, frames, .. } = kernel;
-        let missing = links.missing(self.config.ebpf.sockets, next.into_iter(), *way, &self.netns);
+        let missing = links.missing(self.serves_sockets(), next.into_iter(), *way, &self.netns);
         !missing.is_empty() || frames.pins().any(|pin| !links.works(&pin))
     }
 }
@@ -288,7 +296,8 @@ impl Backend for Ebpf {
     }
 
     fn disturbed(&mut self) -> Result<bool, BackendError> {
-        if self.alarm.acknowledge()? {
+        let moved = self.alarm.acknowledge()?;
+        if self.exempt.may_differ(&self.config.ebpf.exempt) || moved {
             self.follow_node()?;
         }
         if let Some(kernel) = &self.kernel {

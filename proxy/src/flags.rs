@@ -12,6 +12,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use clap::{ArgAction, Parser};
+pub use ebpf::EbpfFlags;
 use ipnetwork::IpNetwork;
 
 use crate::backend::Mode;

@@ -107,6 +107,7 @@ pub(super) fn pods(
             cluster_dns: pods.cluster_dns.clone(),
             cluster_domain: pods.cluster_domain.clone(),
             resolv_conf: pods.resolv_conf.clone(),
+            socket_exempt_runtime_classes: pods.socket_exempt_runtime_classes.clone(),
             pids_limit: pods.pids_limit,
             max_restart_period: pods.max_restart_period,
             max_parallel_image_pulls: pods.max_parallel_image_pulls,

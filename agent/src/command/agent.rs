@@ -129,6 +129,10 @@ pub struct AgentArgs {
     /// How the cloud provider names this machine (spec.providerID)
     #[arg(long, value_name = "ID")]
     provider_id: Option<String>,
+    /// Runtime classes, separated by commas, whose pods' sockets the service proxy shall leave alone, as with the
+    /// annotation keelson.io/socket-lb: disabled (virtual machines)
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    socket_exempt_runtime_classes: Vec<String>,
     /// How many images the Node lists; -1 is all [default: 50]
     #[arg(long, value_name = "COUNT", allow_negative_numbers = true)]
     node_status_max_images: Option<i32>,
@@ -224,6 +228,12 @@ impl AgentArgs {
         }
         set(&mut config.pods.cluster_domain, self.cluster_domain.clone());
         set(&mut config.pods.resolv_conf, self.resolv_conf.clone());
+        if !self.socket_exempt_runtime_classes.is_empty() {
+            config
+                .pods
+                .socket_exempt_runtime_classes
+                .clone_from(&self.socket_exempt_runtime_classes);
+        }
         let node = &mut config.node;
         set(&mut node.register, self.register_node);
         set(&mut node.max_pods, self.max_pods);

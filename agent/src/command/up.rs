@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::Args;
 use ipnetwork::IpNetwork;
+use keelson_proxy::backend::Mode;
+use keelson_proxy::flags::EbpfFlags;
 
 use super::image_gc::ImageGcArgs;
 use crate::up::{self, Layout, UpConfig};
@@ -48,6 +50,15 @@ pub struct UpArgs {
     /// Only the control plane, containerd and the network: agent and proxy are run by somebody else
     #[arg(long, hide = true)]
     control_plane_only: bool,
+    /// How Services are programmed: nftables, iptables, ipvs, ebpf, or auto for the first that works here
+    #[arg(long, default_value = "auto", value_name = "MODE", value_parser = valid_mode)]
+    proxy_mode: String,
+    #[command(flatten)]
+    ebpf: EbpfFlags,
+    /// Runtime classes, separated by commas, whose pods' sockets are never served, as with the annotation
+    /// keelson.io/socket-lb: disabled (virtual machines)
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    socket_exempt_runtime_classes: Vec<String>,
     #[command(flatten)]
     image_gc: ImageGcArgs,
     /// How much to log: 0 to 4 (info to trace of everything)
@@ -78,6 +89,9 @@ impl UpArgs {
             service_cidrs: self.service_cidrs,
             containerd: self.containerd,
             control_plane_only: self.control_plane_only,
+            proxy_modes: Mode::candidates(&self.proxy_mode).unwrap_or_default(),
+            ebpf: self.ebpf,
+            socket_exempt_runtime_classes: self.socket_exempt_runtime_classes,
         })
     }
 }
@@ -98,6 +112,11 @@ impl DownArgs {
     pub fn run(self) -> anyhow::Result<()> {
         up::down(&Layout::named(&self.name))
     }
+}
+
+fn valid_mode(text: &str) -> Result<String, String> {
+    let known = Mode::candidates(text).map(|_| text.to_owned());
+    known.ok_or_else(|| "expected auto, nftables, iptables, ipvs or ebpf".to_owned())
 }
 
 /// Also a name of folders, namespaces and cgroups: nothing in it may lead elsewhere.

@@ -29,6 +29,8 @@ pub struct PodsConfig {
     pub cluster_domain: String,
     /// The resolver configuration that pods inherit; empty means none.
     pub resolv_conf: PathBuf,
+    /// Pods of these runtime classes want their sockets left alone by the service proxy.
+    pub socket_exempt_runtime_classes: Vec<String>,
     /// Processes per pod; `None` is no limit.
     pub pids_limit: Option<i64>,
     /// The longest CrashLoopBackOff.
@@ -50,6 +52,7 @@ impl Default for PodsConfig {
             cluster_dns: Vec::new(),
             cluster_domain: "cluster.local".into(),
             resolv_conf: PathBuf::from("/etc/resolv.conf"),
+            socket_exempt_runtime_classes: Vec::new(),
             pids_limit: None,
             max_restart_period: Duration::from_secs(300),
             max_parallel_image_pulls: 4,

@@ -224,6 +224,7 @@ pub(super) fn sandbox(
     attempt: u32,
     hostname: String,
     cgroup_parent: String,
+    exempt_runtime_classes: &[String],
 ) -> SandboxConfig {
     let spec = spec::spec(pod).cloned().unwrap_or_default();
     let containers = || spec::main_containers(pod).iter().chain(spec::init_containers(pod));
@@ -248,7 +249,15 @@ pub(super) fn sandbox(
         labels: pod.metadata.labels.clone().unwrap_or_default(),
         annotations: pod.metadata.annotations.clone().unwrap_or_default(),
         runtime_handler: String::new(),
+        exempt_sockets: exempts_sockets(pod, exempt_runtime_classes),
     }
+}
+
+/// Whether the service proxy shall leave the pod's sockets alone: it asks for that itself, or its runtime class needs it.
+fn exempts_sockets(pod: &Pod, runtime_classes: &[String]) -> bool {
+    let class = pod.spec.as_ref().and_then(|spec| spec.runtime_class_name.as_ref());
+    spec::annotation(pod, spec::SOCKET_LB) == Some("disabled")
+        || class.is_some_and(|class| runtime_classes.contains(class))
 }
 
 fn host_ports(pod: &Pod) -> Vec<HostPort> {

@@ -12,6 +12,8 @@ pub const CONFIG_HASH: &str = "kubernetes.io/config.hash";
 pub const CONFIG_SEEN: &str = "kubernetes.io/config.seen";
 /// Marks the API's image of a static pod; the value is the static pod's hash.
 pub const CONFIG_MIRROR: &str = "kubernetes.io/config.mirror";
+/// Annotation: with `disabled` the service proxy translates the pod's packets, never its sockets.
+pub const SOCKET_LB: &str = "keelson.io/socket-lb";
 
 /// A pod's `restartPolicy`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

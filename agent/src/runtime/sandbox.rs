@@ -4,6 +4,7 @@
 //! Containers join the namespaces by path. containerd keeps the sandbox's record as a container without a task, so that
 //! every question about a pod is answered from one place.
 
+mod exempt;
 mod network;
 
 use std::collections::BTreeMap;
@@ -22,6 +23,8 @@ use jiff::Timestamp;
 use keelson_netlink::netns::{self, Kind, Netns};
 use keelson_netlink::route::Rtnl;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+pub(crate) use exempt::make_folder as make_exempt_folder;
 
 use super::error::gone_is_fine;
 use super::pause::{self, sysctl};
@@ -173,6 +176,10 @@ fn prepare(
     let namespaces = dir.file("ns");
     fs::create_dir_all(&namespaces).map_err(RuntimeError::system("create", &namespaces))?;
     pin_namespaces(&dir, config)?;
+    if config.exempt_sockets && config.network != PodNetwork::Host {
+        // Before anything runs in it, so that the proxy knows in time.
+        exempt::mark(&dir)?;
+    }
     let ips = match &config.network {
         PodNetwork::Host => Vec::new(),
         PodNetwork::Cni { .. } => network::add(inner, id, &dir, config)?,
@@ -295,6 +302,7 @@ async fn take_down(
 
 /// Unpins the namespaces and unmounts what the sandbox's folder holds.
 fn release(dir: &SandboxDir) -> Result<(), RuntimeError> {
+    exempt::unmark(dir)?;
     for name in ["net", "ipc", "uts"] {
         let pin = dir.namespace(name);
         netns::delete(&pin).map_err(|e| RuntimeError::invalid(chain(&e)))?;

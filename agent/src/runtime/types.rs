@@ -35,6 +35,8 @@ pub struct SandboxConfig {
     pub annotations: BTreeMap<String, String>,
     /// Name of the OCI runtime, empty for the configured default.
     pub runtime_handler: String,
+    /// The service proxy shall leave its sockets alone and translate its packets.
+    pub exempt_sockets: bool,
 }
 
 /// Where a pod's network comes from.

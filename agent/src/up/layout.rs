@@ -54,6 +54,11 @@ impl Layout {
         self.state_dir.join("containerd")
     }
 
+    /// A BPF file system of the node's own, for the proxy's mode ebpf.
+    pub fn bpf_dir(&self) -> PathBuf {
+        self.run_dir.join("bpf")
+    }
+
     /// The control plane's store, certificates and kubeconfigs.
     pub fn control_plane_dir(&self) -> PathBuf {
         self.state_dir.clone()

@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use ipnetwork::IpNetwork;
+use keelson_proxy::backend::Mode;
+use keelson_proxy::flags::EbpfFlags;
 use keelson_proxy::{LocalSources, ProxyConfig};
 use keelson_standalone::StandaloneConfig;
 use sd_notify::NotifyState;
@@ -15,7 +17,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use super::layout::Layout;
-use super::{containerd, lock, network};
+use super::{containerd, ebpf, lock, network};
 use crate::agent;
 use crate::config::{AgentConfig, ImageGc, Threshold};
 use crate::node::addresses::node_addresses;
@@ -38,6 +40,11 @@ pub struct UpConfig {
     pub image_gc: ImageGc,
     /// Agent and proxy are run by somebody else.
     pub control_plane_only: bool,
+    /// How Services are programmed, in order of preference.
+    pub proxy_modes: &'static [Mode],
+    pub ebpf: EbpfFlags,
+    /// Pods of these runtime classes want their sockets left alone by the service proxy.
+    pub socket_exempt_runtime_classes: Vec<String>,
 }
 
 /// What the node lives on, once the process is where it belongs.
@@ -151,7 +158,8 @@ async fn serve(config: &UpConfig, ground: Ground) -> Result<()> {
             ground.containerd,
         );
         agent.image_gc = config.image_gc;
-        let proxy = proxy_config(layout, &node_name, &ground.addresses, &config.pod_cidrs);
+        agent.pods.socket_exempt_runtime_classes.clone_from(&config.socket_exempt_runtime_classes);
+        let proxy = proxy_config(config, &node_name, &ground.addresses)?;
         let stop = shutdown.clone();
         parts.spawn(async move { agent::run(agent, stop).await.context("the agent failed") });
         let stop = shutdown.clone();
@@ -226,19 +234,17 @@ pub fn image_gc() -> ImageGc {
     ImageGc { high_threshold_percent: 95, low_threshold_percent: 90, ..ImageGc::default() }
 }
 
-fn proxy_config(
-    layout: &Layout,
-    node_name: &str,
-    addresses: &[IpAddr],
-    pod_cidrs: &[IpNetwork],
-) -> ProxyConfig {
-    ProxyConfig {
+fn proxy_config(config: &UpConfig, node_name: &str, addresses: &[IpAddr]) -> Result<ProxyConfig> {
+    let layout = &config.layout;
+    Ok(ProxyConfig {
         kubeconfig: Some(layout.kubeconfig("proxy")),
         node_name: node_name.to_owned(),
         node_addresses: addresses.to_vec(),
-        local_sources: LocalSources::Cidrs(pod_cidrs.to_vec()),
+        modes: config.proxy_modes,
+        local_sources: LocalSources::Cidrs(config.pod_cidrs.clone()),
+        ebpf: ebpf::config(config)?,
         ..ProxyConfig::default()
-    }
+    })
 }
 
 /// The pod network's configuration, with its state among the node's own.

@@ -46,6 +46,7 @@ impl Ebpf {
         kernel.ender.look();
         self.kernel = Some(kernel);
         self.alarm.start_clock()?;
+        self.alarm.follow(&mut self.exempt)?;
         Ok(applied)
     }
 
@@ -94,7 +95,7 @@ impl Ebpf {
         let node = self.observe_node()?;
         let (links, way) = (Links::open(&pins)?, Way::find(&programs, &self.netns)?);
         let interfaces = node.interfaces.keys().copied();
-        for pin in links.missing(self.config.ebpf.sockets, interfaces, way, &self.netns) {
+        for pin in links.missing(self.serves_sockets(), interfaces, way, &self.netns) {
             differs(None, format!("{pin} is not attached"));
         }
         let frames = self.kernel.as_ref().map(|kernel| &kernel.frames);

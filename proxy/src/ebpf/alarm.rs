@@ -1,4 +1,5 @@
-//! Wakes the engine: when interfaces or addresses changed, and now and then, since nobody tells when a link is removed.
+//! Wakes the engine: when interfaces, addresses or exempt namespaces changed, and now and then, since nobody tells when
+//! a link is removed.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
@@ -10,6 +11,7 @@ use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
 use super::EbpfError;
+use super::exempt::Exempt;
 
 /// Damage is noticed within that time.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -21,7 +23,7 @@ pub(crate) fn monotonic_ns() -> Result<u64, EbpfError> {
     Ok(u64::try_from(now.as_nanos()).unwrap_or(u64::MAX))
 }
 
-/// One file descriptor for both.
+/// One file descriptor for all of them.
 pub(crate) struct Alarm {
     all: Epoll,
     monitor: Monitor,
@@ -47,6 +49,13 @@ impl Alarm {
     pub(crate) fn start_clock(&self) -> Result<(), EbpfError> {
         let again = Expiration::Interval(TimeSpec::from_duration(PERIOD));
         self.clock.set(again, TimerSetTimeFlags::empty()).map_err(EbpfError::Alarm)
+    }
+
+    /// From now on it also rings when somebody changes the folder.
+    pub(crate) fn follow(&self, exempt: &mut Exempt) -> Result<(), EbpfError> {
+        let Some(changes) = exempt.open().map_err(EbpfError::Alarm)? else { return Ok(()) };
+        let event = EpollEvent::new(EpollFlags::EPOLLIN, 0);
+        self.all.add(changes, event).map_err(EbpfError::Alarm)
     }
 
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {

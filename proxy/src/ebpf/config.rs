@@ -24,8 +24,11 @@ pub struct EbpfConfig {
     pub pins: PathBuf,
     /// Sockets of processes in this cgroup (version 2) and below are served when they connect; nothing means all.
     pub cgroup: Option<PathBuf>,
-    /// Whether sockets are served at all. Packets always are.
-    pub sockets: bool,
+    /// Whose sockets are served. Packets always are.
+    pub sockets: Sockets,
+    /// A folder in which others keep pinned network namespaces, or symbolic links to such, whose sockets are not
+    /// served. It need not be there.
+    pub exempt: PathBuf,
     /// At most so many Service ports are shown on /metrics with their traffic.
     pub service_metrics: usize,
     /// Whether frames of known connections are forwarded at XDP.
@@ -41,12 +44,23 @@ pub struct EbpfConfig {
     pub max_endpoints: u32,
 }
 
+/// Sockets that are translated when they connect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Sockets {
+    /// Those of all network namespaces that are not exempt.
+    All,
+    /// Those of the node's own network namespace, pods in it included.
+    Node,
+    None,
+}
+
 impl Default for EbpfConfig {
     fn default() -> Self {
         EbpfConfig {
             pins: Path::new(BPFFS).join("keelson-proxy"),
             cgroup: None,
-            sockets: true,
+            sockets: Sockets::All,
+            exempt: PathBuf::from("/run/keelson/socket-exempt"),
             xdp: XdpChoice::Off,
             xdp_interfaces: Vec::new(),
             service_metrics: 1000,
@@ -64,6 +78,20 @@ impl EbpfConfig {
             return Ok(cgroup.clone());
         }
         cgroup2()
+    }
+
+    /// The cgroup (version 2) that has all others; mounted if it is nowhere yet.
+    ///
+    /// # Errors
+    /// When it cannot be mounted.
+    pub fn all_cgroups() -> Result<PathBuf, EbpfError> {
+        cgroup2()
+    }
+
+    /// Whether a folder is in a BPF file system.
+    #[must_use]
+    pub fn is_bpffs(path: &Path) -> bool {
+        is_bpffs(path)
     }
 
     /// Makes the folder, in a file system that is mounted if there is none yet.

@@ -1,4 +1,4 @@
-//! Follows the node: its interfaces and addresses, and what the programs must know of it.
+//! Follows the node: its interfaces, addresses and exempt namespaces, and what the programs must know of it.
 
 use std::collections::BTreeMap;
 use std::hash::Hash;
@@ -53,6 +53,7 @@ impl Ebpf {
         let mut operations = replace(&maps.addresses, &self.node.addresses, &wanted.addresses)?;
         operations += replace(&maps.interfaces, &self.node.interfaces, &wanted.interfaces)?;
         operations += replace(&maps.pod_ranges, &self.node.pod_ranges, &wanted.pod_ranges)?;
+        operations += replace(&maps.exempt, &self.node.exempt, &wanted.exempt)?;
         operations +=
             replace(&maps.service_ranges, &self.node.service_ranges, &wanted.service_ranges)?;
         let settings = |node: &NodeState| (node.flags, node.address4, node.address6);
@@ -66,10 +67,11 @@ impl Ebpf {
         Ok(operations)
     }
 
-    pub(super) fn observe_node(&self) -> Result<NodeState, EbpfError> {
+    pub(super) fn observe_node(&mut self) -> Result<NodeState, EbpfError> {
         let mut rtnl = Rtnl::open_in(&self.netns)?;
         let (links, addresses) = node::observe(&mut rtnl).map_err(EbpfError::Observe)?;
-        Ok(NodeState::new(&self.config, &links, &addresses))
+        let exempt = self.exempt.read(&self.config.ebpf.exempt);
+        Ok(NodeState::new(&self.config, &links, &addresses, exempt))
     }
 
     pub(super) fn write_settings(&self, kernel: &Kernel, numbers: u32) -> Result<(), EbpfError> {
@@ -89,6 +91,7 @@ pub(super) fn read_node(maps: &Maps, settings: Settings) -> Result<NodeState, Eb
         interfaces: maps.interfaces.read()?.into_iter().collect(),
         pod_ranges: maps.pod_ranges.read()?.into_iter().collect(),
         service_ranges: maps.service_ranges.read()?.into_iter().collect(),
+        exempt: maps.exempt.read()?.into_iter().collect(),
         flags: settings.flags,
         address4: settings.address4,
         address6: settings.address6,

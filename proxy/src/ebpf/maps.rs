@@ -29,6 +29,7 @@ pub(crate) struct Maps {
     pub(crate) counters: PerCpu<u32, Counters>,
     pub(crate) watched: Table<u32, u32>,
     pub(crate) xdp_interfaces: Table<u32, XdpInterface>,
+    pub(crate) exempt: Table<u64, u32>,
 }
 
 impl Maps {
@@ -48,6 +49,7 @@ impl Maps {
             counters: PerCpu::open(pins, "counters")?,
             watched: Table::open(pins, "watched")?,
             xdp_interfaces: Table::open(pins, "xdp_interfaces")?,
+            exempt: Table::open(pins, "exempt")?,
         })
     }
 

@@ -9,6 +9,7 @@ mod decision;
 mod filter;
 mod names;
 mod rate;
+mod sockets;
 mod watching;
 
 use std::io::Write;
@@ -18,17 +19,18 @@ use std::time::Instant;
 
 use anyhow::Context;
 use aya::maps::{Map, MapData, RingBuf};
-use keelson_ebpf_abi::{Event, Settings};
+use keelson_ebpf_abi::{Event, Settings, namespace_of_client};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::EbpfConfig;
 use super::programs::Programs;
 use super::table::Table;
 use crate::model::Protocol;
-use decision::Clock;
+use decision::{Clock, From};
 use filter::Filter;
 use names::Known;
 use rate::Rate;
+use sockets::Sockets;
 use watching::Watching;
 pub(super) use watching::forget_the_dead;
 
@@ -92,7 +94,10 @@ pub fn monitor(
         filter: Filter::new(wanted),
         known: Known::ask(proxy),
         clock: Clock::read()?,
-        node: settings.get(&0)?.unwrap_or_default().host_cookie,
+        sockets: Sockets::of_node(
+            settings.get(&0)?.unwrap_or_default().host_cookie,
+            config.namespaces.clone(),
+        ),
         rate: Rate::new(wanted.rate),
         format: wanted.output,
         out,
@@ -131,8 +136,7 @@ struct Stream<'w, W> {
     filter: Filter<'w>,
     known: Known,
     clock: Clock,
-    /// Cookie of the node's network namespace.
-    node: u64,
+    sockets: Sockets,
     rate: Rate,
     format: Output,
     out: &'w mut W,
@@ -142,7 +146,11 @@ impl<W: Write> Stream<'_, W> {
     fn take(&mut self, event: &Event) -> anyhow::Result<()> {
         let now = Instant::now();
         let service = self.known.name(event, now);
-        let decision = decision::of(event, service, self.node);
+        let from = match namespace_of_client(&event.tuple.source) {
+            Some(cookie) => self.sockets.owner(cookie, event.tuple.destination.is_v4(), now),
+            None => From::address(event),
+        };
+        let decision = decision::of(event, service, from);
         if !self.filter.shows(&decision) || !self.rate.admits(now) {
             return Ok(());
         }

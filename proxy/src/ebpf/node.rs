@@ -6,11 +6,13 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipnetwork::IpNetwork;
 use keelson_ebpf_abi::{
     ADDRESS_NODE, ADDRESS_NODE_PORTS, Address, INTERFACE_NO_LINK_HEADER, INTERFACE_PODS, Interface,
-    RangeKey, RangePrefix, SETTING_KNOWS_PODS, SETTING_PASSES_UNKNOWN, SETTING_PODS_BY_INTERFACE,
+    RangeKey, RangePrefix, SETTING_EXEMPTS_NAMESPACES, SETTING_KNOWS_PODS,
+    SETTING_NODE_SOCKETS_ONLY, SETTING_PASSES_UNKNOWN, SETTING_PODS_BY_INTERFACE,
 };
 use keelson_netlink::route::{Address as LinkAddress, Link, Rtnl};
 use keelson_netlink::socket::NetlinkError;
 
+use super::config::Sockets;
 use super::item::prefix_len;
 use crate::backend::{BackendConfig, PodSources};
 
@@ -21,6 +23,8 @@ pub(crate) struct NodeState {
     pub(crate) interfaces: BTreeMap<u32, Interface>,
     pub(crate) pod_ranges: BTreeMap<RangePrefix, u32>,
     pub(crate) service_ranges: BTreeMap<RangePrefix, u32>,
+    /// By cookie.
+    pub(crate) exempt: BTreeMap<u64, u32>,
     /// `SETTING_*`.
     pub(crate) flags: u32,
     /// The node's first address of each family.
@@ -34,7 +38,12 @@ pub(crate) fn observe(rtnl: &mut Rtnl) -> Result<(Vec<Link>, Vec<LinkAddress>), 
 }
 
 impl NodeState {
-    pub(crate) fn new(config: &BackendConfig, links: &[Link], addresses: &[LinkAddress]) -> Self {
+    pub(crate) fn new(
+        config: &BackendConfig,
+        links: &[Link],
+        addresses: &[LinkAddress],
+        exempt: BTreeMap<u64, u32>,
+    ) -> Self {
         let pods = match config.pods {
             PodSources::Unknown => 0,
             PodSources::Ranges(_) => SETTING_KNOWS_PODS,
@@ -42,6 +51,9 @@ impl NodeState {
                 SETTING_KNOWS_PODS | SETTING_PODS_BY_INTERFACE
             }
         };
+        let exempts = if exempt.is_empty() { 0 } else { SETTING_EXEMPTS_NAMESPACES };
+        let only_node =
+            if config.ebpf.sockets == Sockets::Node { SETTING_NODE_SOCKETS_ONLY } else { 0 };
         let packets = links.iter().filter(|link| !link.loopback);
         NodeState {
             addresses: own_addresses(config, addresses),
@@ -51,7 +63,8 @@ impl NodeState {
             pod_ranges: ranges(config.pods.ranges()),
             service_ranges: ranges(&config.service_ranges),
             // Connections from the time of another mode are netfilter's.
-            flags: pods | SETTING_PASSES_UNKNOWN,
+            flags: pods | exempts | only_node | SETTING_PASSES_UNKNOWN,
+            exempt,
             address4: any_of_node(links, addresses, true).map_or(Address::ANY6, Address::from),
             address6: any_of_node(links, addresses, false).map_or(Address::ANY6, Address::from),
         }

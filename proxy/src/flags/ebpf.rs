@@ -2,22 +2,25 @@
 
 use std::path::PathBuf;
 
-use clap::ArgAction;
+use crate::ebpf::{EbpfConfig, Sockets, XdpChoice};
 
-use crate::ebpf::{EbpfConfig, XdpChoice};
-
-#[derive(Debug, Default, clap::Args)]
+#[derive(Clone, Debug, Default, clap::Args)]
 #[group(skip)]
 pub struct EbpfFlags {
-    /// Folder below /sys/fs/bpf that keeps the maps and programs of mode ebpf
+    /// Mode ebpf: folder in a BPF file system that keeps maps and programs
     #[arg(long, value_name = "PATH")]
     pub ebpf_pins: Option<PathBuf>,
     /// Mode ebpf: serve the sockets of processes in this cgroup (version 2) and below; without it, all
     #[arg(long, value_name = "PATH")]
     pub ebpf_cgroup: Option<PathBuf>,
-    /// Mode ebpf: serve sockets when they connect, which costs no packet any work (default true)
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", action = ArgAction::Set)]
-    pub ebpf_sockets: Option<bool>,
+    /// Mode ebpf: whose sockets are served when they connect, which costs no packet any work: all, node (only those of
+    /// the node's own network namespace), or none; true and false mean all and none (default all)
+    #[arg(long, value_name = "WHOSE", num_args = 0..=1, default_missing_value = "all", value_parser = sockets)]
+    pub ebpf_sockets: Option<Sockets>,
+    /// Mode ebpf: folder with network namespaces, or symbolic links to such, whose sockets are not served (default
+    /// /run/keelson/socket-exempt, where the node agent puts pods that ask for it)
+    #[arg(long, value_name = "PATH")]
+    pub ebpf_exempt: Option<PathBuf>,
     /// Mode ebpf: forward frames of known connections to other nodes at XDP (default off)
     #[arg(long, value_name = "MODE", value_enum)]
     pub ebpf_xdp: Option<XdpChoice>,
@@ -33,20 +36,73 @@ pub struct EbpfFlags {
     pub ebpf_max_endpoints: Option<u32>,
 }
 
+fn sockets(text: &str) -> Result<Sockets, String> {
+    match text {
+        "all" | "true" => Ok(Sockets::All),
+        "node" => Ok(Sockets::Node),
+        "none" | "false" => Ok(Sockets::None),
+        _ => Err("expected all, node or none".to_owned()),
+    }
+}
+
 impl EbpfFlags {
     /// What they say, where so many connections may be remembered.
     pub fn config(&self, max_flows: Option<u32>) -> EbpfConfig {
         let default = EbpfConfig::default();
+        let max_flows = max_flows.unwrap_or(default.max_flows);
+        self.over(EbpfConfig { max_flows, ..default })
+    }
+
+    /// What they say, and what they leave as it is.
+    pub fn over(&self, config: EbpfConfig) -> EbpfConfig {
         EbpfConfig {
-            pins: self.ebpf_pins.clone().unwrap_or(default.pins.clone()),
-            cgroup: self.ebpf_cgroup.clone(),
-            sockets: self.ebpf_sockets.unwrap_or(default.sockets),
-            xdp: self.ebpf_xdp.unwrap_or(default.xdp),
-            xdp_interfaces: self.ebpf_xdp_interfaces.clone(),
-            service_metrics: self.ebpf_service_metrics.unwrap_or(default.service_metrics),
-            max_flows: max_flows.unwrap_or(default.max_flows),
-            max_endpoints: self.ebpf_max_endpoints.unwrap_or(default.max_endpoints),
-            ..default
+            pins: self.ebpf_pins.clone().unwrap_or(config.pins),
+            cgroup: self.ebpf_cgroup.clone().or(config.cgroup),
+            sockets: self.ebpf_sockets.unwrap_or(config.sockets),
+            exempt: self.ebpf_exempt.clone().unwrap_or(config.exempt),
+            service_metrics: self.ebpf_service_metrics.unwrap_or(config.service_metrics),
+            max_endpoints: self.ebpf_max_endpoints.unwrap_or(config.max_endpoints),
+            xdp: self.ebpf_xdp.unwrap_or(config.xdp),
+            xdp_interfaces: match self.ebpf_xdp_interfaces.as_slice() {
+                [] => config.xdp_interfaces,
+                names => names.to_vec(),
+            },
+            ..config
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        ebpf: EbpfFlags,
+    }
+
+    #[test]
+    fn sockets_are_named_or_switched() {
+        for (flag, wanted) in [
+            ("--ebpf-sockets", Sockets::All),
+            ("--ebpf-sockets=true", Sockets::All),
+            ("--ebpf-sockets=node", Sockets::Node),
+            ("--ebpf-sockets=false", Sockets::None),
+        ] {
+            let line = Line::try_parse_from(["x", flag]).unwrap();
+            assert_eq!(line.ebpf.config(None).sockets, wanted, "{flag}");
+        }
+        assert!(Line::try_parse_from(["x", "--ebpf-sockets=some"]).is_err());
+    }
+
+    #[test]
+    fn what_is_not_given_stays() {
+        let of_node =
+            EbpfConfig { pins: "/a".into(), cgroup: Some("/b".into()), ..EbpfConfig::default() };
+        let line = Line::try_parse_from(["x", "--ebpf-pins=/c"]).unwrap();
+        assert_eq!(line.ebpf.over(of_node.clone()), EbpfConfig { pins: "/c".into(), ..of_node });
     }
 }

@@ -5,9 +5,11 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use aya::maps::{Array, Map, MapData};
 use clap::Parser;
+use keelson_ebpf_abi::{WATCH_ALL, WATCH_NOTHING};
 use keelson_proxy::backend::Traffic;
-use keelson_proxy::ebpf::{EbpfConfig, MonitorArgs, monitor};
+use keelson_proxy::ebpf::{EbpfConfig, MonitorArgs, Sockets, monitor};
 use keelson_proxy::model::ServiceKey;
 use serde_json::json;
 
@@ -20,6 +22,8 @@ rows![
     a_monitor_tells_what_becomes_of_connections,
     traffic_of_a_service_is_counted_and_never_less_while_it_is_there,
     metrics_and_explanations_show_the_traffic_of_services,
+    an_exempt_namespace_is_served_by_packets,
+    sockets_of_pods_can_be_left_to_packets,
 ];
 
 fn only_ebpf(mode: Mode) {
@@ -52,7 +56,7 @@ fn a_connection_of_a_pod_carries_the_endpoints_address(mode: Mode) {
 /// Case 59. Without the socket layer: what virtual machines, raw sockets and old kernels get.
 fn packets_alone_do_the_same(mode: Mode) {
     only_ebpf(mode);
-    let ebpf = EbpfConfig { sockets: false, ..EbpfConfig::default() };
+    let ebpf = EbpfConfig { sockets: Sockets::None, ..EbpfConfig::default() };
     let pods =
         PodSources::Ranges(vec!["10.66.0.0/16".parse().unwrap(), "fd66::/48".parse().unwrap()]);
     let mut node = Node::with(mode, BackendConfig { ebpf, pods, ..BackendConfig::default() });
@@ -172,7 +176,8 @@ fn a_monitor_tells_what_becomes_of_connections(mode: Mode) {
                 "[default/closed] dropped: loadBalancerSourceRanges keep the client out",
                 &|| outside("198.51.100.2:80"),
             );
-            let connects = "-> 10.96.0.1:80 [default/web] goes to 10.66.0.2:8080 (connect)";
+            let connects =
+                "tcp 10.66.0.10 -> 10.96.0.1:80 [default/web] goes to 10.66.0.2:8080 (connect)";
             expect(connects, &|| inside("10.96.0.1:80"));
             // The Service is told also where it has no such port: by the socket, or before Linux 6.1 by the packet.
             let refused = "-> 10.96.0.1:81 [default/web] refused: nobody is there";
@@ -181,8 +186,9 @@ fn a_monitor_tells_what_becomes_of_connections(mode: Mode) {
                 let told = |how: &str| said(&format!("{refused} ({how}"));
                 (told("connect)") || told("arriving at pod10)")).then_some(())
             });
-            let from_node = format!("a socket of the node {connects}");
-            expect(&from_node, &|| drop(node.namespace.tcp("10.96.0.1:80")));
+            expect("tcp node -> 10.96.0.1:80 [default/web] goes to", &|| {
+                drop(node.namespace.tcp("10.96.0.1:80"));
+            });
         });
         assert!(all.contains("[default/web] speaks from 10.66.0.1:"), "{all}");
 
@@ -210,6 +216,15 @@ fn a_monitor_tells_what_becomes_of_connections(mode: Mode) {
                 monitor(&node.config.ebpf, None, &line.monitor, &mut std::io::sink(), never).err()
             });
             assert!(format!("{busy:#}").contains("another monitor is running"), "{busy:#}");
+        });
+        let folders = std::fs::read_dir(&node.config.ebpf.pins).unwrap().flatten();
+        let maps = folders.map(|folder| folder.path()).find(|path| path.join("watched").exists());
+        let watched = MapData::from_pin(maps.unwrap().join("watched")).unwrap();
+        let mut watched: Array<_, u32> = Array::try_from(Map::Array(watched)).unwrap();
+        assert_eq!(watched.get(&0, 0).unwrap(), WATCH_NOTHING);
+        watched.set(0, WATCH_ALL, 0).unwrap();
+        eventually("the proxy sees that nobody watches", || {
+            (watched.get(&0, 0).unwrap() == WATCH_NOTHING).then_some(())
         });
     });
 }
@@ -311,6 +326,85 @@ fn metrics_and_explanations_show_the_traffic_of_services(mode: Mode) {
             assert!(explained.contains(wanted), "{wanted} is not in {explained}");
         }
     });
+}
+
+/// A server, and how a client's connection to a Service looks on the client's wire: whether it carries the address of
+/// the Service.
+struct OnTheWire {
+    node: Node,
+    client: Pod,
+    listener: TcpListener,
+    _server: Pod,
+}
+
+impl OnTheWire {
+    fn with(mode: Mode, ebpf: EbpfConfig) -> Self {
+        let pods = PodSources::Ranges(vec!["10.66.0.0/16".parse().unwrap()]);
+        let mut node = Node::with(mode, BackendConfig { ebpf, pods, ..BackendConfig::default() });
+        let (client, server) = (node.pod("client", 10), node.pod("server", 2));
+        let listener = server.namespace.run(|| TcpListener::bind("[::]:8080").unwrap());
+        node.service("web", cluster_ip(1, "TCP", 80));
+        node.ready("web", "TCP", 8080, &[2]);
+        node.apply();
+        OnTheWire { node, client, listener, _server: server }
+    }
+
+    fn carries_the_service(&self) -> bool {
+        let to: SocketAddr = "10.96.0.1:80".parse().unwrap();
+        let wire = self.client.namespace.tcp_wire();
+        let stream = self.client.namespace.run(|| TcpStream::connect(to).unwrap());
+        let (_accepted, _) = self.listener.accept().unwrap();
+        assert_eq!(stream.peer_addr().unwrap(), to);
+        match wire.sender_to(stream.local_addr().unwrap().port()) {
+            [10, 96, 0, 1] => true,
+            [10, 66, 0, 2] => false,
+            other => panic!("an answer from {other:?}"),
+        }
+    }
+
+    fn follow(&mut self) {
+        self.node.backend.as_mut().unwrap().disturbed().unwrap();
+        self.node.assert_as_planned();
+    }
+}
+
+fn an_exempt_namespace_is_served_by_packets(mode: Mode) {
+    only_ebpf(mode);
+    let base = tempfile::tempdir().unwrap();
+    let exempt = base.path().join("exempt");
+    let mut on =
+        OnTheWire::with(mode, EbpfConfig { exempt: exempt.clone(), ..EbpfConfig::default() });
+    assert!(!on.carries_the_service());
+    std::fs::create_dir(&exempt).unwrap();
+    let link = exempt.join("client");
+    std::os::unix::fs::symlink(on.client.namespace.link(), &link).unwrap();
+    on.follow();
+    assert!(on.carries_the_service());
+    // Also by the next process, which finds it so.
+    assert_eq!(on.node.restart(), 0);
+    assert!(on.carries_the_service());
+    // Which finds as well what went while there was none.
+    on.node.backend = None;
+    std::fs::remove_file(&link).unwrap();
+    assert!(on.carries_the_service());
+    assert!(on.node.restart() > 0);
+    assert!(!on.carries_the_service());
+}
+
+fn sockets_of_pods_can_be_left_to_packets(mode: Mode) {
+    only_ebpf(mode);
+    let on = OnTheWire::with(mode, EbpfConfig { sockets: Sockets::Node, ..EbpfConfig::default() });
+    assert!(on.carries_the_service());
+    // The node's own sockets are served: such a connection was never one of packets.
+    let traffic = || {
+        let counted = on.node.backend.as_ref().unwrap().counting().unwrap().read().unwrap();
+        counted.ports[0].traffic
+    };
+    let before = traffic();
+    drop(on.node.namespace.run(|| TcpStream::connect("10.96.0.1:80").unwrap()));
+    let after = traffic();
+    assert_eq!(after.connections, before.connections + 1);
+    assert_eq!(after.packets, before.packets);
 }
 
 struct Shared<'w>(&'w Mutex<Vec<u8>>);

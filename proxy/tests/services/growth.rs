@@ -8,7 +8,7 @@ use std::time::Duration;
 use aya::maps::{HashMap, Map, MapData};
 use keelson_ebpf_abi::{Flow, Tuple, VERSION};
 use keelson_proxy::backend::MapFill;
-use keelson_proxy::ebpf::EbpfConfig;
+use keelson_proxy::ebpf::{EbpfConfig, Sockets};
 use serde_json::{Value, json};
 
 use crate::stage::*;
@@ -31,7 +31,7 @@ fn only_ebpf(mode: Mode) {
 /// A node whose sockets are left to the packet layer, which has the tables.
 pub(crate) fn packets_only(max_flows: u32) -> BackendConfig {
     let pods = ["10.66.0.0/16", "fd66::/48"].map(|range| range.parse().unwrap());
-    let ebpf = EbpfConfig { sockets: false, max_flows, ..EbpfConfig::default() };
+    let ebpf = EbpfConfig { sockets: Sockets::None, max_flows, ..EbpfConfig::default() };
     BackendConfig { pods: PodSources::Ranges(pods.to_vec()), ebpf, ..BackendConfig::default() }
 }
 

@@ -435,7 +435,13 @@ async fn run_sandbox(
     let names = dns::hostname(&pod, &node_hostname(), domain)?;
     let cluster = ClusterDns { servers: &node.config.cluster_dns, domain };
     let resolv_conf = dns::resolver(&pod, &node.host_resolver(), cluster).render();
-    let config: SandboxConfig = container::sandbox(&pod, attempt, names.hostname.clone(), cgroup);
+    let config: SandboxConfig = container::sandbox(
+        &pod,
+        attempt,
+        names.hostname.clone(),
+        cgroup,
+        &node.config.socket_exempt_runtime_classes,
+    );
     let for_hosts = pod.clone();
     let hosts = move |ips: &[std::net::IpAddr]| {
         let own = std::fs::read_to_string("/etc/hosts").unwrap_or_default();

@@ -1,14 +1,13 @@
 //! One decision of the programs, for people and for machines. Pure.
 
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use jiff::Timestamp;
 use keelson_ebpf_abi::{
     Address, EVENT_CONNECTED, EVENT_DROPPED, EVENT_MASQUERADED, EVENT_REFUSED, Event, HOOK_CONNECT,
     HOOK_EGRESS, HOOK_INGRESS, HOOK_SEND, PROTOCOL_SCTP, PROTOCOL_TCP, PROTOCOL_UDP,
-    namespace_of_client,
 };
 use nix::net::if_::if_indextoname;
 use nix::time::{ClockId, clock_gettime};
@@ -39,25 +38,29 @@ pub(super) enum From {
     Address(SocketAddr),
     /// A socket of the node's own network namespace, which has no address yet.
     Node,
-    /// A socket of another one, by its cookie.
+    /// A socket of a pod with that address.
+    Pod(IpAddr),
+    /// A socket of another network namespace, by its cookie.
     Namespace(u64),
+}
+
+impl From {
+    /// Who sent a packet.
+    pub(super) fn address(event: &Event) -> From {
+        From::Address(end(event.tuple.source, event.tuple.source_port_be))
+    }
 }
 
 fn end(address: Address, port_be: u16) -> SocketAddr {
     SocketAddr::new(address.into(), u16::from_be(port_be))
 }
 
-/// `node` is the cookie of the node's network namespace.
-pub(super) fn of(event: &Event, service: Option<String>, node: u64) -> Decision {
+pub(super) fn of(event: &Event, service: Option<String>, from: From) -> Decision {
     let (tuple, to) = (&event.tuple, &event.to);
     Decision {
         what: event.what,
         protocol: tuple.protocol,
-        from: match namespace_of_client(&tuple.source) {
-            Some(cookie) if cookie == node => From::Node,
-            Some(cookie) => From::Namespace(cookie),
-            None => From::Address(end(tuple.source, tuple.source_port_be)),
-        },
+        from,
         to: end(tuple.destination, tuple.destination_port_be),
         changed: match event.what {
             EVENT_CONNECTED => Some(end(to.destination, to.destination_port_be)),
@@ -72,13 +75,15 @@ pub(super) fn of(event: &Event, service: Option<String>, node: u64) -> Decision 
 }
 
 impl Decision {
-    /// Addresses that it is about.
-    pub(super) fn ends(&self) -> impl Iterator<Item = SocketAddr> {
+    /// Addresses that it is about; without a port where there is none yet.
+    pub(super) fn ends(&self) -> impl Iterator<Item = (IpAddr, Option<u16>)> {
         let from = match self.from {
-            From::Address(from) => Some(from),
+            From::Address(from) => Some((from.ip(), Some(from.port()))),
+            From::Pod(from) => Some((from, None)),
             From::Node | From::Namespace(_) => None,
         };
-        from.into_iter().chain([self.to]).chain(self.changed)
+        let others = [self.to].into_iter().chain(self.changed);
+        from.into_iter().chain(others.map(|end| (end.ip(), Some(end.port()))))
     }
 
     fn protocol_name(&self) -> String {
@@ -127,6 +132,7 @@ impl Decision {
         });
         match self.from {
             From::Address(from) => line["source"] = json!(from),
+            From::Pod(from) => line["source"] = json!(from),
             From::Node => line["node"] = json!(true),
             From::Namespace(cookie) => line["netnsCookie"] = json!(cookie),
         }
@@ -151,8 +157,9 @@ impl fmt::Display for Decision {
         write!(f, "{} ", self.protocol_name())?;
         match self.from {
             From::Address(from) => write!(f, "{from}")?,
-            From::Node => f.write_str("a socket of the node")?,
-            From::Namespace(cookie) => write!(f, "a socket of netns {cookie}")?,
+            From::Pod(from) => write!(f, "{from}")?,
+            From::Node => f.write_str("node")?,
+            From::Namespace(cookie) => write!(f, "netns {cookie}")?,
         }
         write!(f, " -> {}", self.to)?;
         if let Some(service) = &self.service {
@@ -241,13 +248,15 @@ pub(super) mod tests {
     fn a_line_tells_who_wanted_what_and_what_became_of_it() {
         let dropped = Event { reason: 1, ..event(EVENT_DROPPED) };
         let web = || Some("ns/web:http".to_owned());
+        let packet = |event: &Event, service| of(event, service, From::address(event));
         let lines = [
-            of(&event(EVENT_CONNECTED), web(), 1),
-            of(&event(EVENT_MASQUERADED), None, 1),
-            of(&event(EVENT_REFUSED), web(), 1),
-            of(&dropped, None, 1),
-            of(&socket_event(EVENT_CONNECTED), web(), 7),
-            of(&socket_event(EVENT_REFUSED), web(), 1),
+            packet(&event(EVENT_CONNECTED), web()),
+            packet(&event(EVENT_MASQUERADED), None),
+            packet(&event(EVENT_REFUSED), web()),
+            packet(&dropped, None),
+            of(&socket_event(EVENT_CONNECTED), web(), From::Node),
+            of(&socket_event(EVENT_CONNECTED), None, From::Pod([10, 0, 0, 9].into())),
+            of(&socket_event(EVENT_REFUSED), web(), From::Namespace(7)),
         ];
         let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
         expect![[r#"
@@ -255,8 +264,9 @@ pub(super) mod tests {
             tcp 192.0.2.1:4000 -> 192.0.2.2:30080 speaks from 192.0.2.1:4000 (arriving at lo)
             tcp 192.0.2.1:4000 -> 192.0.2.2:30080 [ns/web:http] refused: nobody is there (arriving at lo)
             tcp 192.0.2.1:4000 -> 192.0.2.2:30080 dropped: loadBalancerSourceRanges keep the client out (arriving at lo)
-            tcp a socket of the node -> 10.96.0.1:30080 [ns/web:http] goes to 10.0.0.2:8080 (connect)
-            tcp a socket of netns 7 -> 10.96.0.1:30080 [ns/web:http] refused: nobody is there (connect)
+            tcp node -> 10.96.0.1:30080 [ns/web:http] goes to 10.0.0.2:8080 (connect)
+            tcp 10.0.0.9 -> 10.96.0.1:30080 goes to 10.0.0.2:8080 (connect)
+            tcp netns 7 -> 10.96.0.1:30080 [ns/web:http] refused: nobody is there (connect)
         "#]].assert_eq(&text);
         let json: String = lines.iter().map(|line| format!("{}\n", line.as_json("now"))).collect();
         expect![[r#"
@@ -265,6 +275,7 @@ pub(super) mod tests {
             {"at":"arriving","destination":"192.0.2.2:30080","event":"refused","interface":"lo","protocol":"tcp","service":"ns/web:http","source":"192.0.2.1:4000","time":"now"}
             {"at":"arriving","destination":"192.0.2.2:30080","event":"dropped","interface":"lo","protocol":"tcp","reason":"source_ranges","source":"192.0.2.1:4000","time":"now"}
             {"at":"connect","destination":"10.96.0.1:30080","endpoint":"10.0.0.2:8080","event":"connected","node":true,"protocol":"tcp","service":"ns/web:http","time":"now"}
+            {"at":"connect","destination":"10.96.0.1:30080","endpoint":"10.0.0.2:8080","event":"connected","protocol":"tcp","source":"10.0.0.9","time":"now"}
             {"at":"connect","destination":"10.96.0.1:30080","event":"refused","netnsCookie":7,"protocol":"tcp","service":"ns/web:http","time":"now"}
         "#]].assert_eq(&json);
     }

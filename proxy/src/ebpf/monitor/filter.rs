@@ -1,7 +1,5 @@
 //! Which decisions are shown. Pure.
 
-use std::net::IpAddr;
-
 use keelson_ebpf_abi::{EVENT_DROPPED, EVENT_REFUSED};
 
 use super::MonitorArgs;
@@ -18,10 +16,10 @@ impl<'a> Filter<'a> {
 
     pub(super) fn shows(&self, decision: &Decision) -> bool {
         let wanted = self.wanted;
-        let is = |address: IpAddr| decision.ends().any(|end| end.ip() == address);
+        let is = |address| decision.ends().any(|(end, _)| end == address);
         (!wanted.drops || matches!(decision.what, EVENT_DROPPED | EVENT_REFUSED))
             && wanted.address.is_none_or(is)
-            && wanted.port.is_none_or(|port| decision.ends().any(|end| end.port() == port))
+            && wanted.port.is_none_or(|port| decision.ends().any(|(_, end)| end == Some(port)))
             && wanted.protocol.is_none_or(|protocol| decision.protocol == protocol as u8)
             && wanted.service.as_ref().is_none_or(|service| {
                 decision.service.as_ref().is_some_and(|name| is_of(name, service))
@@ -39,6 +37,7 @@ mod tests {
     use clap::Parser;
     use keelson_ebpf_abi::{EVENT_CONNECTED, Event};
 
+    use super::super::decision::From;
     use super::super::decision::tests::{event, socket_event};
     use super::super::{MonitorArgs, decision};
     use super::*;
@@ -49,9 +48,9 @@ mod tests {
         monitor: MonitorArgs,
     }
 
-    fn shows(line: &str, event: &Event) -> bool {
+    fn shows(line: &str, event: &Event, from: From) -> bool {
         let line = Line::parse_from(["monitor"].into_iter().chain(line.split_whitespace()));
-        let decision = decision::of(event, Some("ns/web:http".to_owned()), 1);
+        let decision = decision::of(event, Some("ns/web:http".to_owned()), from);
         Filter::new(&line.monitor).shows(&decision)
     }
 
@@ -75,17 +74,23 @@ mod tests {
             ("--service ns/we", false),
             ("--service ns/web --port 80", false),
         ] {
-            assert_eq!(shows(line, &connected), shown, "{line}");
+            assert_eq!(shows(line, &connected, From::address(&connected)), shown, "{line}");
         }
-        assert!(shows("--drops", &event(EVENT_REFUSED)));
+        let refused = event(EVENT_REFUSED);
+        assert!(shows("--drops", &refused, From::address(&refused)));
     }
 
     #[test]
-    fn what_stands_for_a_socket_is_no_address() {
+    fn a_socket_has_the_address_of_its_pod_and_no_port() {
         let connected = socket_event(EVENT_CONNECTED);
-        let source = IpAddr::from(connected.tuple.source);
-        assert!(!shows(&format!("--address {source}"), &connected));
-        assert!(!shows("--port 0", &connected));
-        assert!(shows("--address 10.96.0.1 --port 8080", &connected));
+        let pod = From::Pod([10, 0, 0, 9].into());
+        for (line, from, shown) in [
+            ("--address 10.0.0.9", pod, true),
+            ("--address 10.0.0.9", From::Node, false),
+            ("--port 0", pod, false),
+            ("--address 10.96.0.1 --port 8080", From::Namespace(7), true),
+        ] {
+            assert_eq!(shows(line, &connected, from), shown, "{line} {from:?}");
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::net::{Ipv6Addr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use ipnetwork::IpNetwork;
@@ -40,6 +40,11 @@ impl Namespace {
     /// Where that node keeps what outlives it.
     pub(crate) fn pins(&self) -> &Path {
         &self.ebpf.pins
+    }
+
+    /// A path that leads to it, for this process.
+    pub(crate) fn link(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}", self.netns.as_fd().as_raw_fd()))
     }
 
     pub(crate) fn rtnl(&self) -> Rtnl {

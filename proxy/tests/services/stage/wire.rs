@@ -29,6 +29,22 @@ impl Wire {
             }
         }
     }
+
+    /// Who sent the next segment to that port.
+    #[track_caller]
+    pub(crate) fn sender_to(&self, port: u16) -> [u8; 4] {
+        let patience = PollTimeout::try_from(silence()).unwrap();
+        let mut buffer = [0; 2000];
+        loop {
+            let mut waiting = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+            assert_ne!(poll(&mut waiting, patience).unwrap(), 0, "nothing came to port {port}");
+            recv(self.0.as_raw_fd(), &mut buffer, MsgFlags::empty()).unwrap();
+            let transport = usize::from(buffer[0] & 0xf) * 4;
+            if buffer[transport + 2..transport + 4] == port.to_be_bytes() {
+                return buffer[12..16].try_into().unwrap();
+            }
+        }
+    }
 }
 
 fn raw_socket(protocol: SockProtocol) -> OwnedFd {
