@@ -4,8 +4,10 @@
 //! `cargo run --release -p keelson-proxy --example bench_sync -- --services 10000 --endpoints 10`
 
 use std::collections::BTreeMap;
+use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
 
+use aya::maps::MapData;
 use clap::Parser;
 use keelson_proxy::backend::{Backend, BackendConfig, Mode, PodSources};
 use keelson_proxy::diff::{Plans, advance};
@@ -66,6 +68,11 @@ fn main() -> anyhow::Result<()> {
     results.insert("1 objects parsed (s)", parsed.as_secs_f64());
     results.insert("2 start to effective (s)", began.elapsed().as_secs_f64());
     results.insert("3 resident after start (MB)", resident_mb()?);
+    let maps = maps_mb()?;
+    if maps > 0.0 {
+        results.insert("3a BPF maps (MB)", maps);
+        results.insert("3b resident and BPF maps (MB)", resident_mb()? + maps);
+    }
 
     let mut times: Vec<Duration> = Vec::new();
     for change in 0..flags.changes {
@@ -226,6 +233,22 @@ fn resident_mb() -> anyhow::Result<f64> {
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
     let kilobytes: f64 = line.unwrap_or("0").trim().trim_end_matches(" kB").parse()?;
     Ok(kilobytes / 1024.0)
+}
+
+/// What the kernel says that the pinned BPF maps take.
+fn maps_mb() -> anyhow::Result<f64> {
+    let pins = EbpfConfig::default().pins;
+    let folders = std::fs::read_dir(&pins).into_iter().flatten().flatten();
+    let folders = folders.filter(|folder| folder.file_name().to_string_lossy().starts_with("maps-"));
+    let mut bytes = 0.0;
+    for pin in folders.flat_map(|folder| std::fs::read_dir(folder.path())).flatten() {
+        let map = MapData::from_pin(pin?.path())?;
+        let descriptor = map.fd().as_fd().as_raw_fd();
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{descriptor}"))?;
+        let line = info.lines().find_map(|line| line.strip_prefix("memlock:"));
+        bytes += line.unwrap_or("0").trim().parse::<f64>()?;
+    }
+    Ok(bytes / 1024.0 / 1024.0)
 }
 
 fn service(number: u32) -> anyhow::Result<Service> {
