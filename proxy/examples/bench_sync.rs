@@ -64,6 +64,7 @@ fn main() -> anyhow::Result<()> {
         model.apply_slice(&slice(number, flags.endpoints)?);
     }
     let parsed = began.elapsed();
+    results.insert("1a resident with objects (MB)", resident_mb()?);
     put_in_force(&mut model, &mut plans, &mut *backend, true)?;
     results.insert("1 objects parsed (s)", parsed.as_secs_f64());
     results.insert("2 start to effective (s)", began.elapsed().as_secs_f64());
@@ -239,7 +240,8 @@ fn resident_mb() -> anyhow::Result<f64> {
 fn maps_mb() -> anyhow::Result<f64> {
     let pins = EbpfConfig::default().pins;
     let folders = std::fs::read_dir(&pins).into_iter().flatten().flatten();
-    let folders = folders.filter(|folder| folder.file_name().to_string_lossy().starts_with("maps-"));
+    let folders =
+        folders.filter(|folder| folder.file_name().to_string_lossy().starts_with("maps-"));
     let mut bytes = 0.0;
     for pin in folders.flat_map(|folder| std::fs::read_dir(folder.path())).flatten() {
         let map = MapData::from_pin(pin?.path())?;

@@ -58,6 +58,7 @@ use crate::backend::{
 };
 use crate::diff::{Change, Plans};
 use crate::model::{ServiceKey, ServicePlan};
+use crate::switch::with_sources;
 use alarm::Alarm;
 use attach::{Links, Way};
 pub use config::{EbpfConfig, Sockets};
@@ -304,7 +305,10 @@ impl Backend for Ebpf {
             let maps = Programs::maps_folder(&self.config.ebpf.pins);
             monitor::forget_the_dead(&kernel.maps.watched, &maps)?;
         }
-        self.tend()?;
+        if let Err(error) = self.tend() {
+            tracing::error!(error = with_sources(&error), "Cannot tend the tables of connections");
+            return Ok(true);
+        }
         Ok(self.lacks_links())
     }
 

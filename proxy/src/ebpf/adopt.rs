@@ -11,19 +11,28 @@ use super::numbering::{Numbers, number};
 use super::observed::Observed;
 use super::programmed::{Pending, Programmed};
 use super::programs::Programs;
-use super::sizes::Amounts;
+use super::sizes::{Amounts, Needs};
 use super::xdp::Frames;
-use super::{Ebpf, EbpfError, Kernel};
+use super::{Ebpf, EbpfError, Kernel, sys};
 use crate::backend::{Applied, Difference};
 use crate::diff::{Plans, sorted};
 use crate::model::{ServiceKey, ServicePlan};
+use crate::switch::with_sources;
+
+/// Services that are compared and put in force at a time: nothing is taken away meanwhile, so there is no need to have
+/// all elements of all of them in memory.
+const AT_ONCE: usize = 500;
 
 impl Ebpf {
     pub(super) fn adopt_all(&mut self, plans: &Plans) -> Result<Applied, EbpfError> {
         // The old descriptors are of no use if somebody removed the pins.
         self.kernel = None;
         let all = Amounts::of_plans(plans.values().map(|plan| &**plan));
-        let (mut kernel, mut operations) = self.kernel(&self.needs(all))?;
+        let (mut kernel, mut operations) = self.kernel(&self.needs(all)).or_else(|error| {
+            let error = with_sources(&error);
+            tracing::warn!(%error, "BPF maps cannot be as large as needed, trying with those that there are");
+            self.kernel(&Needs::default())
+        })?;
         let settings = kernel.maps.settings.get(&0)?.unwrap_or_default();
         self.numbers = Numbers::after(settings.numbers);
         operations += self.adopt_node(&kernel, settings)?;
@@ -44,6 +53,8 @@ impl Ebpf {
         applied.operations += operations;
         // Endpoints may have gone while no proxy ran.
         kernel.ender.look();
+        // The loader has read the types of the whole kernel, and we all maps.
+        sys::give_back_memory();
         self.kernel = Some(kernel);
         self.alarm.start_clock()?;
         self.alarm.follow(&mut self.exempt)?;
@@ -57,11 +68,17 @@ impl Ebpf {
         observed: &mut Observed,
     ) -> Result<Applied, EbpfError> {
         self.programmed.clear();
-        let compared = sorted(plans).into_iter();
-        let all = compared
-            .map(|(service, plan)| compare(service, plan, observed, &mut self.numbers))
-            .collect();
-        self.perform(kernel, all)
+        let mut applied = Applied::default();
+        for part in sorted(plans).chunks(AT_ONCE) {
+            let compared = part.iter();
+            let all = compared
+                .map(|(service, plan)| compare(service, plan, observed, &mut self.numbers))
+                .collect();
+            let Applied { operations, refused } = self.perform(kernel, all)?;
+            applied.operations += operations;
+            applied.refused.extend(refused);
+        }
+        Ok(applied)
     }
 
     /// Forgets what was counted of Services that are gone.

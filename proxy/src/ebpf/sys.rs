@@ -339,6 +339,15 @@ pub(crate) fn cpus() -> Result<u32, EbpfError> {
     Ok(u32::try_from(cpus).unwrap_or(u32::MAX))
 }
 
+/// Gives memory that is free back to the kernel: the allocator would keep what was needed for a moment.
+pub(crate) fn give_back_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: a call without pointers.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// Waits until no program runs any more that ran when this was called.
 pub(crate) fn wait_for_programs() {
     const GLOBAL: i64 = 1;

@@ -31,8 +31,8 @@ pub struct EbpfFlags {
     #[arg(long, value_name = "COUNT")]
     pub ebpf_service_metrics: Option<usize>,
     /// Mode ebpf: endpoints of all Services together that there may be; memory is used only for those that there are
-    /// (default 1048576)
-    #[arg(long, value_name = "N")]
+    /// (at least 1024, default 1048576)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1024..))]
     pub ebpf_max_endpoints: Option<u32>,
 }
 

@@ -63,3 +63,16 @@ fn an_unknown_mode_is_told_with_those_that_exist() {
     let error = resolve(&["--proxy-mode=telepathy"]).unwrap_err();
     assert!(error.contains("\"telepathy\" is not a mode") && error.contains("nftables"), "{error}");
 }
+
+#[test]
+fn the_limits_of_connection_tracking_are_those_of_mode_ebpf() {
+    let max_flows = |arguments: &[&str]| resolve(arguments).unwrap().ebpf.max_flows;
+    let at_least = "--conntrack-min=500000";
+    assert_eq!(max_flows(&["--conntrack-max-per-core=1", at_least]), 500_000);
+    // Left alone there, but no table is without a limit.
+    assert_eq!(max_flows(&["--conntrack-max-per-core=0", at_least]), 131_072);
+    let endpoints = |arguments: &[&str]| resolve(arguments).unwrap().ebpf.max_endpoints;
+    assert_eq!(endpoints(&[]), 1_048_576);
+    assert_eq!(endpoints(&["--ebpf-max-endpoints=2000"]), 2000);
+    assert!(Flags::try_parse_from(["keelson-proxy", "--ebpf-max-endpoints=1023"]).is_err());
+}
