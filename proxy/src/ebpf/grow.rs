@@ -60,7 +60,10 @@ impl Ebpf {
         match self.kernel(needs) {
             // Nothing that could grow.
             Ok((_, 0)) => return Ok(()),
-            Ok((grown, _)) => *kernel = grown,
+            Ok((grown, _)) => {
+                let frames = std::mem::take(&mut kernel.frames);
+                *kernel = Kernel { frames, ..grown };
+            }
             Err(error) => {
                 self.grow_again_ns = now.saturating_add(PATIENCE_NS);
                 tracing::warn!(error = with_sources(&error), "BPF maps cannot become larger");
