@@ -9,7 +9,6 @@
 //! The worlds take turns in slices of some milliseconds, all on one CPU, and a ratio is the median of the ratios of
 //! neighbouring slices: whatever else the machine does hits all alike.
 
-mod cgroup;
 mod load;
 mod objects;
 mod proxy;
@@ -22,11 +21,11 @@ use anyhow::Result;
 use clap::Args;
 use kube::Client;
 
-use crate::api;
 use crate::cluster::{Cluster, Ground, ServerOptions};
 use crate::output::OutputOptions;
 use crate::report::Report;
 use crate::services;
+use crate::{api, bpf};
 use proxy::Contender;
 use tally::Tally;
 use world::World;
@@ -68,7 +67,7 @@ pub(crate) struct DatapathOptions {
 /// # Errors
 /// When a world cannot be made or a proxy does not put its Services in force.
 pub(crate) fn run(options: &DatapathOptions) -> Result<()> {
-    world::private_mounts()?;
+    bpf::private_mounts()?;
     let contenders =
         proxy::contenders(&options.modes, options.peer_kube_proxy.as_deref(), &options.peer_modes)?;
     let mut report = Report::new("datapath");

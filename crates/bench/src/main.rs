@@ -1,6 +1,7 @@
 //! keelson's benchmarks: called by `cargo xtask bench`, which builds everything in release mode first.
 
 mod api;
+mod bpf;
 mod cluster;
 mod cpu;
 mod datapath;

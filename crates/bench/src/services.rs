@@ -15,11 +15,11 @@ use clap::Args;
 use keelson_tests::node::program;
 use kube::Client;
 
-use crate::api;
 use crate::cluster::{Cluster, Ground, ServerOptions};
 use crate::output::OutputOptions;
 use crate::report::Report;
 use crate::subject::version_label;
+use crate::{api, bpf};
 
 /// What to measure.
 #[derive(Debug, Clone, Args)]
@@ -42,7 +42,7 @@ pub(crate) struct ServicesOptions {
     /// How long the changes of --churn go on
     #[arg(long, default_value_t = 60, value_name = "SECONDS")]
     churn_secs: u64,
-    /// Value of --proxy-mode: nftables, iptables, iptables-nft, iptables-legacy, ipvs
+    /// Value of --proxy-mode: nftables, iptables, iptables-nft, iptables-legacy, ipvs, ebpf
     #[arg(long, default_value = "nftables", value_name = "MODE")]
     mode: String,
     /// A kube-proxy to measure in the same run, in the same mode
@@ -68,6 +68,9 @@ struct Subject {
 /// # Errors
 /// When keelson cannot be measured. A peer that cannot be is a note in the report.
 pub(crate) fn run(options: &ServicesOptions) -> Result<()> {
+    if options.mode == bpf::MODE {
+        bpf::private_mounts()?;
+    }
     let subjects = subjects(options)?;
     let mut report = Report::new("services");
     report

@@ -8,13 +8,11 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 use keelson_tests::node::program;
 
+use crate::bpf;
 use crate::cluster::Ground;
 use crate::process::in_netns;
 use crate::subject::node::NODE_NAME;
 use crate::subject::version_label;
-
-/// The mode whose sockets are served by a cgroup.
-const EBPF: &str = "ebpf";
 
 /// One proxy in one mode.
 #[derive(Debug)]
@@ -58,7 +56,7 @@ impl Contender {
     }
 
     pub(super) fn serves_sockets(&self) -> bool {
-        self.mode == EBPF
+        self.mode == bpf::MODE
     }
 
     /// Its command line in the namespace `netns`, with files of its own in `folder`.

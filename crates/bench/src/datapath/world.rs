@@ -10,33 +10,18 @@ use anyhow::{Context, Result, bail};
 use ipnetwork::IpNetwork;
 use keelson_netlink::netns::{self, Netns};
 use keelson_netlink::route::{Route, Rtnl, VethEnd, VethPair};
-use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
 
-use super::cgroup::ThreadGroup;
 use super::load::Server;
 use super::objects;
 use super::proxy::Contender;
 use crate::api::PATIENCE;
+use crate::bpf::ThreadGroup;
 use crate::cluster::{Ground, OUTSIDE_ADDRESS};
 use crate::process::Daemon;
 
 const CLIENT: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 244, 0, 3));
 /// The node as its pods see it.
 const GATEWAY: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 244, 0, 1));
-
-/// From now on mounts are this process' and its children's own, with a BPF file system: nothing stays of either.
-///
-/// # Errors
-/// When the kernel refuses.
-pub(super) fn private_mounts() -> Result<()> {
-    let none = None::<&str>;
-    unshare(CloneFlags::CLONE_NEWNS).context("cannot make a mount namespace")?;
-    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
-        .context("cannot make mounts private")?;
-    mount(Some("bpf"), "/sys/fs/bpf", Some("bpf"), MsFlags::empty(), none)
-        .context("cannot mount a BPF file system")
-}
 
 /// What all worlds are cabled to passes their packets on to the API server, and that one answers.
 ///

@@ -9,6 +9,7 @@ use kube::Client;
 use super::churn::Churn;
 use super::{Subject, objects, probe};
 use crate::api::{self, PATIENCE};
+use crate::bpf::{self, ThreadGroup};
 use crate::cluster::{Ground, NODE_ADDRESS};
 use crate::process::{Daemon, in_netns};
 use crate::report::{Report, Row, Unit};
@@ -44,7 +45,7 @@ impl Work<'_> {
     ) -> Result<()> {
         probe::forget_rules(self.ground)?;
         self.create_marker(LAST, 0, backend).await?;
-        let mut proxy = self.start()?;
+        let (mut proxy, _cgroup) = self.start()?;
         let outcome = self.run(report, &mut proxy, backend).await;
         let outcome = outcome
             .with_context(|| format!("the log of {} ends with:\n{}", proxy.name, proxy.log_tail()));
@@ -152,7 +153,7 @@ impl Work<'_> {
     }
 
     /// Both proxies understand the same flags, but for the file.
-    fn start(&self) -> Result<Daemon> {
+    fn start(&self) -> Result<(Daemon, Option<ThreadGroup>)> {
         let node = self.ground.node();
         let mut command = in_netns(&self.ground.netns(), &self.subject.program);
         command.args([
@@ -169,8 +170,17 @@ impl Work<'_> {
             let state = node.scratch().join("last-known.json");
             command.arg(format!("--state-file={}", state.display()));
         }
+        // Of no use to the probe's sockets, which are not in there: packets of the node find Services, too.
+        let cgroup = match self.subject.mode == bpf::MODE {
+            true => Some(ThreadGroup::make(node.name())?),
+            false => None,
+        };
+        if let Some(cgroup) = &cgroup {
+            command.arg(format!("--ebpf-cgroup={}", cgroup.path().display()));
+        }
         let log = node.scratch().join("proxy.log");
-        Daemon::start(&self.subject.label, command, &log, &format!("{}-bench-proxy", node.name()))
+        let group = format!("{}-bench-proxy", node.name());
+        Ok((Daemon::start(&self.subject.label, command, &log, &group)?, cgroup))
     }
 
     fn row(&self, what: &str) -> String {
@@ -219,6 +229,7 @@ mod goals {
         match (mode, services) {
             ("nftables", 1_000) => Some(0.3),
             ("nftables", 10_000) => Some(2.0),
+            ("ebpf", 10_000) => Some(1.0),
             ("iptables" | "iptables-nft" | "iptables-legacy", 1_000) => Some(1.0),
             _ => None,
         }
@@ -228,6 +239,7 @@ mod goals {
     pub(super) fn change(mode: &str, services: u32) -> Option<f64> {
         match (mode, services) {
             ("nftables", 10_000) => Some(20.0),
+            ("ebpf", 10_000) => Some(5.0),
             ("iptables" | "iptables-nft" | "iptables-legacy", 1_000) => Some(100.0),
             _ => None,
         }

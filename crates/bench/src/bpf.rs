@@ -1,17 +1,36 @@
-//! A cgroup for single threads: sockets that they make are those of a node, while the bench is many nodes.
+//! What keelson-proxy needs for mode ebpf, so that nothing of it concerns the machine or stays on it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
 use nix::unistd::gettid;
+
+/// The mode of which that is so.
+pub(crate) const MODE: &str = "ebpf";
 
 /// Where cgroup v2 is, alone or beside version 1.
 const MOUNTS: [&str; 2] = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"];
 
-/// A threaded cgroup below this process' own. Gone when dropped.
+/// From now on mounts are this process' and its children's own, with a BPF file system: nothing stays of either.
+///
+/// # Errors
+/// When the kernel refuses.
+pub(crate) fn private_mounts() -> Result<()> {
+    let none = None::<&str>;
+    unshare(CloneFlags::CLONE_NEWNS).context("cannot make a mount namespace")?;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
+        .context("cannot make mounts private")?;
+    mount(Some("bpf"), "/sys/fs/bpf", Some("bpf"), MsFlags::empty(), none)
+        .context("cannot mount a BPF file system")
+}
+
+/// A threaded cgroup below this process' own: sockets that threads make in there are those of a node, while the bench
+/// is many nodes. Gone when dropped.
 #[derive(Debug)]
-pub(super) struct ThreadGroup {
+pub(crate) struct ThreadGroup {
     parent: PathBuf,
     path: PathBuf,
 }
@@ -19,7 +38,7 @@ pub(super) struct ThreadGroup {
 impl ThreadGroup {
     /// # Errors
     /// When there is no cgroup v2, or it takes no group.
-    pub(super) fn make(name: &str) -> Result<ThreadGroup> {
+    pub(crate) fn make(name: &str) -> Result<ThreadGroup> {
         let parent = own()?;
         let path = parent.join(format!("keelson-bench-{}-{name}", std::process::id()));
         let fail = || format!("cannot make the cgroup {}", path.display());
@@ -29,7 +48,7 @@ impl ThreadGroup {
         Ok(group)
     }
 
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
@@ -37,7 +56,7 @@ impl ThreadGroup {
     ///
     /// # Errors
     /// When the thread may not be moved.
-    pub(super) fn run<T>(&self, work: impl FnOnce() -> T) -> Result<T> {
+    pub(crate) fn run<T>(&self, work: impl FnOnce() -> T) -> Result<T> {
         move_here(&self.path)?;
         let result = work();
         // A thread that ends inside would keep the group busy for a moment.
