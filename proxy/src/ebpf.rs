@@ -30,6 +30,7 @@ mod follow;
 mod grow;
 mod item;
 mod leave;
+mod maglev;
 mod maps;
 mod monitor;
 mod moving;
@@ -61,7 +62,7 @@ use crate::model::{ServiceKey, ServicePlan};
 use crate::switch::with_sources;
 use alarm::Alarm;
 use attach::{Links, Way};
-pub use config::{EbpfConfig, Sockets};
+pub use config::{Algorithm, EbpfConfig, Sockets};
 use counting::Tally;
 use ender::Ender;
 pub use error::EbpfError;
@@ -189,7 +190,12 @@ impl Ebpf {
         for change in changes {
             let before = self.programmed.remove(&change.service);
             let after = change.plan.as_ref().map(|plan| {
-                let ports = number(plan, &mut before.as_ref(), &mut self.numbers);
+                let ports = number(
+                    plan,
+                    &mut before.as_ref(),
+                    &mut self.numbers,
+                    self.config.ebpf.algorithm,
+                );
                 Programmed { plan: Arc::clone(plan), ports }
             });
             all.push(Pending::replace(change.service.clone(), before, after));

@@ -15,6 +15,7 @@ mod drops;
 mod events;
 mod filter;
 mod flow;
+mod hash;
 mod sctp;
 mod service;
 mod settings;
@@ -30,10 +31,10 @@ pub use filter::{FILTER_ADDRESS, FILTER_RANGE, FILTER_WORDS, FilterPlace};
 pub use flow::*;
 pub use sctp::sctp_checksum_change;
 pub use service::{
-    Affinity, AffinityKey, ENDPOINT_HERE, Endpoint, FRONTEND_HAS_SOURCES, FRONTEND_STICKY,
-    Frontend, FrontendKey, MASQUERADE_ALWAYS, MASQUERADE_NEVER, MASQUERADE_UNLESS_POD,
-    MEMBER_DRAINING, MEMBER_SERVING, MemberKey, Pool, Route, SlotKey, SourceKey, SourcePrefix,
-    VERDICT_DROP, VERDICT_FORWARD, VERDICT_REJECT,
+    Affinity, AffinityKey, ENDPOINT_HERE, Endpoint, FRONTEND_HAS_SOURCES, FRONTEND_HASHED,
+    FRONTEND_STICKY, Frontend, FrontendKey, MASQUERADE_ALWAYS, MASQUERADE_NEVER,
+    MASQUERADE_UNLESS_POD, MEMBER_DRAINING, MEMBER_SERVING, MemberKey, Pool, Route, SlotKey,
+    SourceKey, SourcePrefix, VERDICT_DROP, VERDICT_FORWARD, VERDICT_REJECT,
 };
 pub use settings::{
     ADDRESS_CLUSTER_IP, ADDRESS_NODE, ADDRESS_NODE_PORTS, INTERFACE_NO_LINK_HEADER, INTERFACE_PODS,

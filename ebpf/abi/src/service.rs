@@ -42,6 +42,9 @@ pub struct Frontend {
 pub const FRONTEND_HAS_SOURCES: u32 = 1;
 /// Clients stick to an endpoint.
 pub const FRONTEND_STICKY: u32 = 2;
+/// Packets choose their slot by [`crate::Tuple::client_hash`], not at random. Then slots are a table in which each
+/// endpoint has many, the same at every node.
+pub const FRONTEND_HASHED: u32 = 4;
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -8,6 +8,8 @@ mod bytes;
 mod errors;
 #[path = "packet/fragments.rs"]
 mod fragments;
+#[path = "packet/hashed.rs"]
+mod hashed;
 #[path = "packet/hostile.rs"]
 mod hostile;
 #[path = "packet/kernel.rs"]

@@ -13,17 +13,25 @@ const NS_PER_SEC: u64 = 1_000_000_000;
 /// Chooses an endpoint for a new connection of `client`: the one that it sticks to, or any.
 #[inline(always)]
 pub fn choose(pool: u32, client: &Address) -> Option<Endpoint> {
+    // SAFETY: the helper has no preconditions.
+    choose_by(pool, client, unsafe { bpf_get_prandom_u32() })
+}
+
+/// Chooses the endpoint that `client` sticks to, or that of the slot which is as far in the list as `pick` is among all
+/// numbers.
+#[inline(always)]
+pub fn choose_by(pool: u32, client: &Address, pick: u32) -> Option<Endpoint> {
     // SAFETY: the map is not preallocated, so an element is freed only after a grace period.
     let Pool { count, affinity_secs } = *unsafe { POOLS.get(pool) }?;
     if affinity_secs == 0 {
-        return any_of(pool, count);
+        return at(pool, count, pick);
     }
     // SAFETY: the helper has no preconditions.
     let now = unsafe { bpf_ktime_get_ns() };
     let key = AffinityKey { pool, client: *client };
     let endpoint = match stuck_to(&key, now, affinity_secs) {
         Some(endpoint) => endpoint,
-        None => any_of(pool, count)?,
+        None => at(pool, count, pick)?,
     };
     let value = Affinity { endpoint, zero: 0, last_used_ns: now };
     // A full LRU map makes room; when it cannot, this client is not remembered.
@@ -49,10 +57,8 @@ pub fn membership(pool: u32, endpoint: &Endpoint) -> u32 {
 }
 
 #[inline(always)]
-fn any_of(pool: u32, count: u32) -> Option<Endpoint> {
-    // SAFETY: the helper has no preconditions.
-    let random = unsafe { bpf_get_prandom_u32() };
-    let slot = u32::try_from((u64::from(random) * u64::from(count)) >> 32).unwrap_or(0);
+fn at(pool: u32, count: u32, pick: u32) -> Option<Endpoint> {
+    let slot = u32::try_from((u64::from(pick) * u64::from(count)) >> 32).unwrap_or(0);
     // SAFETY: as in `choose`.
     let at = |slot| unsafe { SLOTS.get(SlotKey { pool, slot }) };
     // The pool can become smaller meanwhile; as long as it has any slot, it has the first.

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use super::attach::{Links, Way};
+use super::config::Algorithm;
 use super::follow::read_node;
 use super::item::Operations;
 use super::maps::Maps;
@@ -27,7 +28,8 @@ impl Ebpf {
     pub(super) fn adopt_all(&mut self, plans: &Plans) -> Result<Applied, EbpfError> {
         // The old descriptors are of no use if somebody removed the pins.
         self.kernel = None;
-        let all = Amounts::of_plans(plans.values().map(|plan| &**plan));
+        let algorithm = self.config.ebpf.algorithm;
+        let all = Amounts::of_plans(plans.values().map(|plan| &**plan), algorithm);
         let (mut kernel, mut operations) = self.kernel(&self.needs(all)).or_else(|error| {
             let error = with_sources(&error);
             tracing::warn!(%error, "BPF maps cannot be as large as needed, trying with those that there are");
@@ -126,9 +128,9 @@ impl Ebpf {
             );
         }
         let mut observed = Observed::read(&maps)?;
-        let mut numbers = self.numbers;
+        let (mut numbers, algorithm) = (self.numbers, self.config.ebpf.algorithm);
         for (service, plan) in sorted(plans) {
-            let pending = compare(service, plan, &mut observed, &mut numbers);
+            let pending = compare(service, plan, &mut observed, &mut numbers, algorithm);
             for item in &pending.operations.puts {
                 differs(Some(service), format!("missing in {item}"));
             }
@@ -146,8 +148,9 @@ fn compare(
     plan: &Arc<ServicePlan>,
     observed: &mut Observed,
     numbers: &mut Numbers,
+    algorithm: Algorithm,
 ) -> Pending {
-    let ports = number(plan, observed, numbers);
+    let ports = number(plan, observed, numbers, algorithm);
     let programmed = Programmed { plan: Arc::clone(plan), ports };
     let (mut operations, mut adds) = (Operations::default(), Amounts::default());
     for item in programmed.items() {

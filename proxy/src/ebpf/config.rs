@@ -16,6 +16,16 @@ const OWN_CGROUP2: &str = "/run/keelson-proxy/cgroup2";
 /// Where cgroup v2 is mounted: alone, beside version 1, by an earlier process of ours.
 const CGROUP2: [&str; 3] = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified", OWN_CGROUP2];
 
+/// How an endpoint is chosen for the first packet of a connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Algorithm {
+    #[default]
+    Random,
+    /// By the client's address and port, at every node the same (Maglev), for Services that are reached from outside.
+    Maglev,
+}
+
 /// What only the eBPF mode needs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -31,6 +41,8 @@ pub struct EbpfConfig {
     pub exempt: PathBuf,
     /// At most so many Service ports are shown on /metrics with their traffic.
     pub service_metrics: usize,
+    /// How an endpoint is chosen for packets from outside.
+    pub algorithm: Algorithm,
     /// Whether frames of known connections are forwarded at XDP.
     pub xdp: XdpChoice,
     /// The interfaces where they are; without any, those that a default route leaves by.
@@ -61,6 +73,7 @@ impl Default for EbpfConfig {
             cgroup: None,
             sockets: Sockets::All,
             exempt: PathBuf::from("/run/keelson/socket-exempt"),
+            algorithm: Algorithm::Random,
             xdp: XdpChoice::Off,
             xdp_interfaces: Vec::new(),
             service_metrics: 1000,

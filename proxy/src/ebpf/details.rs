@@ -55,6 +55,11 @@ fn pool_line(port: &PortPlan, scope: Scope, pool: &NumberedPool) -> String {
         Scope::Cluster => "all endpoints",
         Scope::Local => "those here",
     };
+    let endpoints = port.pool(scope).len();
+    if pool.slots.len() > endpoints && endpoints > 0 {
+        let slots = pool.slots.len();
+        return format!("{family}, {which}: pool {}, {slots} slots by the client", pool.number);
+    }
     let slots = pool.slots.iter().enumerate().take(SHOWN);
     let slots: Vec<String> = slots.map(|(slot, to)| format!("{slot}: {to}")).collect();
     let more = match pool.slots.len().saturating_sub(SHOWN) {

@@ -1,10 +1,12 @@
 //! Elements of the BPF maps, and how a Service's plan becomes such elements. Pure.
 
+use std::collections::BTreeSet;
+
 use keelson_ebpf_abi::{
-    ADDRESS_CLUSTER_IP, Address, ENDPOINT_HERE, Endpoint, FRONTEND_HAS_SOURCES, FRONTEND_STICKY,
-    Frontend, FrontendKey, MASQUERADE_ALWAYS, MASQUERADE_NEVER, MASQUERADE_UNLESS_POD,
-    MEMBER_DRAINING, MEMBER_SERVING, MemberKey, Pool, Route, SlotKey, SourceKey, SourcePrefix,
-    VERDICT_DROP, VERDICT_FORWARD, VERDICT_REJECT,
+    ADDRESS_CLUSTER_IP, Address, ENDPOINT_HERE, Endpoint, FRONTEND_HAS_SOURCES, FRONTEND_HASHED,
+    FRONTEND_STICKY, Frontend, FrontendKey, MASQUERADE_ALWAYS, MASQUERADE_NEVER,
+    MASQUERADE_UNLESS_POD, MEMBER_DRAINING, MEMBER_SERVING, MemberKey, Pool, Route, SlotKey,
+    SourceKey, SourcePrefix, VERDICT_DROP, VERDICT_FORWARD, VERDICT_REJECT,
 };
 
 use super::numbering::{NumberedPool, NumberedPort, scope_of};
@@ -134,6 +136,9 @@ pub(crate) fn items_of(plan: &PortPlan, numbers: &NumberedPort, out: &mut Vec<It
         if plan.affinity_secs.is_some() {
             flags |= FRONTEND_STICKY;
         }
+        if numbers.hashed {
+            flags |= FRONTEND_HASHED;
+        }
         let value = Frontend { inside, outside, number: numbers.number, flags };
         out.push(Item::Frontend(frontend_key(&frontend.key), value));
         for range in frontend.sources.iter().flatten() {
@@ -170,8 +175,10 @@ fn pool_items(plan: &PortPlan, pool: &NumberedPool, out: &mut Vec<Item>) {
         return;
     }
     let member = |endpoint| MemberKey { pool: pool.number, endpoint: of(endpoint, 0) };
-    out.extend(pool.slots.iter().map(|e| Item::Member(member(e), MEMBER_SERVING)));
-    let draining = plan.draining.iter().filter(|endpoint| !pool.slots.contains(endpoint));
+    // An endpoint may have many slots.
+    let serving: BTreeSet<&model::Endpoint> = pool.slots.iter().collect();
+    out.extend(serving.iter().map(|e| Item::Member(member(e), MEMBER_SERVING)));
+    let draining = plan.draining.iter().filter(|endpoint| !serving.contains(endpoint));
     out.extend(draining.map(|e| Item::Member(member(e), MEMBER_DRAINING)));
 }
 

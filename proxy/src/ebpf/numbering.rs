@@ -2,8 +2,10 @@
 //!
 //! No number is given out twice: flows, clients that stick and counters may remember it.
 
+use super::config::Algorithm;
+use super::maglev;
 use crate::diff::place;
-use crate::model::{Endpoint, PortPlan, Route, Scope, ServicePlan, Target};
+use crate::model::{At, Endpoint, PortPlan, Route, Scope, ServicePlan, Target};
 
 /// The next numbers, and up to where they are marked as used in the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +55,8 @@ pub(crate) struct NumberedPort {
     /// Of the Service port: all its frontends carry it, in both families, so that what is counted under it goes on
     /// when addresses come and go. 0 when it has none.
     pub(crate) number: u32,
+    /// Packets choose by the client.
+    pub(crate) hashed: bool,
 }
 
 impl NumberedPort {
@@ -91,16 +95,27 @@ fn leads_to(route: Route, scope: Scope) -> bool {
     }
 }
 
+/// Whether packets choose an endpoint by the client: clients outside come by several nodes.
+pub(crate) fn is_hashed(plan: &ServicePlan, port: &PortPlan, algorithm: Algorithm) -> bool {
+    let is_outside = |at: At| match at {
+        At::NodePort(_) => true,
+        At::Address(address) => !plan.guarded.contains(&address),
+    };
+    algorithm == Algorithm::Maglev && port.frontends.iter().any(|f| is_outside(f.key.at))
+}
+
 /// Numbers a plan.
 pub(crate) fn number(
     plan: &ServicePlan,
     before: &mut impl Before,
     numbers: &mut Numbers,
+    algorithm: Algorithm,
 ) -> Box<[NumberedPort]> {
     let mut given: Vec<(&PortPlan, u32)> = Vec::new();
     plan.ports
         .iter()
         .map(|port| {
+            let hashed = is_hashed(plan, port, algorithm);
             let mut pool = |scope| {
                 let wanted = port.pool(scope);
                 // Flows to endpoints that drain need a pool to belong to, and a frontend that tells which.
@@ -114,6 +129,9 @@ pub(crate) fn number(
                     None if wanted.is_empty() => return None,
                     None => (numbers.take(), Box::default()),
                 };
+                if hashed {
+                    return Some(NumberedPool { number, slots: maglev::slots(wanted).into() });
+                }
                 let slots: Vec<_> = slots.iter().copied().map(Some).collect();
                 Some(NumberedPool { number, slots: place(&slots, wanted).into() })
             };
@@ -124,7 +142,7 @@ pub(crate) fn number(
                 None => service_port_number(plan, port, before, numbers),
             };
             given.push((port, number));
-            NumberedPort { cluster, local, number }
+            NumberedPort { cluster, local, number, hashed }
         })
         .collect()
 }
@@ -183,7 +201,7 @@ mod tests {
         numbers: &mut Numbers,
     ) -> Programmed {
         let plan = ServicePlan { ports: ports.into(), guarded: Box::default() };
-        let ports = number(&plan, &mut { before }, numbers);
+        let ports = number(&plan, &mut { before }, numbers, Algorithm::Random);
         Programmed { plan: plan.into(), ports }
     }
 

@@ -5,8 +5,10 @@
 
 use std::collections::BTreeMap;
 
-use super::config::EbpfConfig;
+use super::config::{Algorithm, EbpfConfig};
 use super::item::Key;
+use super::maglev;
+use super::numbering::is_hashed;
 use crate::model::{PortPlan, Protocol, Scope, ServicePlan};
 
 /// Entries of the maps that Services are written into.
@@ -22,22 +24,28 @@ pub(crate) struct Amounts {
 
 impl Amounts {
     /// What plans will need, or a little more.
-    pub(crate) fn of_plans<'a>(plans: impl Iterator<Item = &'a ServicePlan>) -> Self {
+    pub(crate) fn of_plans<'a>(
+        plans: impl Iterator<Item = &'a ServicePlan>,
+        algorithm: Algorithm,
+    ) -> Self {
         let mut amounts = Amounts::default();
         for plan in plans {
             amounts.addresses += length(plan.guarded.len());
-            plan.ports.iter().for_each(|port| amounts.add_port(port));
+            for port in &plan.ports {
+                amounts.add_port(port, is_hashed(plan, port, algorithm));
+            }
         }
         amounts
     }
 
-    fn add_port(&mut self, port: &PortPlan) {
+    fn add_port(&mut self, port: &PortPlan, hashed: bool) {
         self.frontends += length(port.frontends.len());
         let sources = port.frontends.iter().filter_map(|frontend| frontend.sources.as_ref());
         self.sources += sources.map(|sources| length(sources.len())).sum::<u32>();
         for scope in [Scope::Cluster, Scope::Local] {
-            let slots = length(port.pool(scope).len());
-            self.slots += slots;
+            let endpoints = port.pool(scope).len();
+            let slots = length(endpoints);
+            self.slots += if hashed { length(maglev::size(endpoints)) } else { slots };
             self.pools += 1;
             if port.protocol == Protocol::Udp || port.affinity_secs.is_some() {
                 self.members += slots + length(port.draining.len());

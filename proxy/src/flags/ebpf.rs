@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::ebpf::{EbpfConfig, Sockets, XdpChoice};
+use crate::ebpf::{Algorithm, EbpfConfig, Sockets, XdpChoice};
 
 #[derive(Clone, Debug, Default, clap::Args)]
 #[group(skip)]
@@ -21,6 +21,9 @@ pub struct EbpfFlags {
     /// /run/keelson/socket-exempt, where the node agent puts pods that ask for it)
     #[arg(long, value_name = "PATH")]
     pub ebpf_exempt: Option<PathBuf>,
+    /// Mode ebpf: choose an endpoint for clients outside at random (default), or by their address and port
+    #[arg(long, value_name = "NAME", value_enum)]
+    pub ebpf_algorithm: Option<Algorithm>,
     /// Mode ebpf: forward frames of known connections to other nodes at XDP (default off)
     #[arg(long, value_name = "MODE", value_enum)]
     pub ebpf_xdp: Option<XdpChoice>,
@@ -62,6 +65,7 @@ impl EbpfFlags {
             exempt: self.ebpf_exempt.clone().unwrap_or(config.exempt),
             service_metrics: self.ebpf_service_metrics.unwrap_or(config.service_metrics),
             max_endpoints: self.ebpf_max_endpoints.unwrap_or(config.max_endpoints),
+            algorithm: self.ebpf_algorithm.unwrap_or(config.algorithm),
             xdp: self.ebpf_xdp.unwrap_or(config.xdp),
             xdp_interfaces: match self.ebpf_xdp_interfaces.as_slice() {
                 [] => config.xdp_interfaces,

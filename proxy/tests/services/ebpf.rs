@@ -9,7 +9,7 @@ use aya::maps::{Array, Map, MapData};
 use clap::Parser;
 use keelson_ebpf_abi::{WATCH_ALL, WATCH_NOTHING};
 use keelson_proxy::backend::Traffic;
-use keelson_proxy::ebpf::{EbpfConfig, MonitorArgs, Sockets, monitor};
+use keelson_proxy::ebpf::{Algorithm, EbpfConfig, MonitorArgs, Sockets, monitor};
 use keelson_proxy::model::ServiceKey;
 use serde_json::json;
 
@@ -19,6 +19,7 @@ use crate::world::{bare, endpoint, eventually, explained, node_object, service, 
 rows![
     a_connection_of_a_pod_carries_the_endpoints_address,
     packets_alone_do_the_same,
+    every_node_chooses_the_same_endpoint_for_a_client,
     a_monitor_tells_what_becomes_of_connections,
     traffic_of_a_service_is_counted_and_never_less_while_it_is_there,
     metrics_and_explanations_show_the_traffic_of_services,
@@ -93,6 +94,39 @@ fn packets_alone_do_the_same(mode: Mode) {
             let answer = client.namespace.ask(protocol, to);
             assert_eq!(answer, Err(ErrorKind::ConnectionRefused), "{protocol} {to}");
         }
+    }
+}
+
+/// With `--ebpf-algorithm maglev`. Who was there before does not matter.
+fn every_node_chooses_the_same_endpoint_for_a_client(mode: Mode) {
+    only_ebpf(mode);
+    let chosen = [&[][..], &[9], &[1]].map(|before| {
+        let ebpf = EbpfConfig { algorithm: Algorithm::Maglev, ..EbpfConfig::default() };
+        let pods = PodSources::Ranges(vec!["10.66.0.0/16".parse().unwrap()]);
+        let mut node = Node::with(mode, BackendConfig { ebpf, pods, ..BackendConfig::default() });
+        let pods = [("one", 2), ("two", 3), ("three", 4)];
+        let _pods = pods.map(|(name, number)| node.pod(name, number).serving("UDP", 8080));
+        node.service("web", node_port(cluster_ip(1, "UDP", 80), 30080));
+        for ready in [before, &[2, 3, 4]] {
+            node.ready("web", "UDP", 8080, ready);
+            node.apply();
+        }
+        node.assert_as_planned();
+        assert_eq!(node.restart(), 0);
+        let servers: Vec<String> = (0..20)
+            .map(|number| {
+                let at = (OUTSIDE4, 40_000 + number);
+                let client = node.outside.run(|| std::net::UdpSocket::bind(at).unwrap());
+                client.connect((NODE4, 30080)).unwrap();
+                udp_exchange(&client, silence()).unwrap().server
+            })
+            .collect();
+        servers
+    });
+    assert_eq!(chosen[0], chosen[1]);
+    assert_eq!(chosen[0], chosen[2]);
+    for name in ["one", "two", "three"] {
+        assert!(chosen[0].iter().any(|server| server == name), "{:?}", chosen[0]);
     }
 }
 

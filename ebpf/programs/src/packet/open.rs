@@ -2,12 +2,13 @@
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::btf_maps::lpm_trie::Key;
+use aya_ebpf::helpers::bpf_get_prandom_u32;
 use keelson_ebpf::maps::{INTERFACES, POD_RANGES, SETTINGS};
 use keelson_ebpf::{counters, endpoint, filter, frontend, hold};
 use keelson_ebpf_abi::{
     Address, DROP_FAILED, DROP_HELD, DROP_NO_PORT, DROP_NO_SUCH_ADDRESS, DROP_POLICY, DROP_SOURCE,
     ENDPOINT_HERE, FLOW_FROM_ENDPOINT, FLOW_MASQUERADE_SOON, FLOW_TO_ENDPOINT,
-    FRONTEND_HAS_SOURCES, Flow, Frontend, INTERFACE_PODS, MASQUERADE_ALWAYS, MASQUERADE_UNLESS_POD,
+    FRONTEND_HASHED, FRONTEND_HAS_SOURCES, Flow, Frontend, INTERFACE_PODS, MASQUERADE_ALWAYS, MASQUERADE_UNLESS_POD,
     RangeKey, SETTING_KNOWS_PODS, SETTING_PASSES_UNKNOWN, SETTING_PODS_BY_INTERFACE, SIGN_START,
     Tuple, VERDICT_DROP, VERDICT_FORWARD,
 };
@@ -101,7 +102,15 @@ fn follow(skb: *mut __sk_buff, scratch: &mut Scratch, found: &Frontend, sender: 
     if hold::is_held() {
         return Opened(DROP_HELD);
     }
-    let Some(endpoint) = endpoint::choose(route.pool, client) else { return Opened::REFUSE };
+    let pick = if found.flags & FRONTEND_HASHED != 0 {
+        scratch.packet.tuple.client_hash()
+    } else {
+        // SAFETY: the helper has no preconditions.
+        unsafe { bpf_get_prandom_u32() }
+    };
+    let Some(endpoint) = endpoint::choose_by(route.pool, client, pick) else {
+        return Opened::REFUSE;
+    };
     let meets_itself = endpoint.flags & ENDPOINT_HERE != 0 && endpoint.address.is(client);
     let hides = match route.masquerade {
         MASQUERADE_ALWAYS => true,

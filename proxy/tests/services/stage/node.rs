@@ -43,9 +43,10 @@ impl Node {
     pub(crate) fn with(mode: Mode, config: BackendConfig) -> Self {
         let premises = Premises::new();
         let ebpf = premises.as_ref().map(Premises::config).unwrap_or_default();
-        let EbpfConfig { sockets, exempt, max_flows, max_endpoints, xdp, .. } = config.ebpf;
+        let EbpfConfig { sockets, exempt, max_flows, max_endpoints, xdp, algorithm, .. } =
+            config.ebpf;
         let xdp = if xdp == XdpChoice::Off { crate::harness::xdp() } else { xdp };
-        let ebpf = EbpfConfig { sockets, exempt, max_flows, max_endpoints, xdp, ..ebpf };
+        let ebpf = EbpfConfig { sockets, exempt, max_flows, max_endpoints, xdp, algorithm, ..ebpf };
         let config = BackendConfig { ebpf, ..config };
         let (mut namespace, outside) = (Namespace::new(), Namespace::new());
         namespace.connect("eth0", &outside, "eth0");
