@@ -56,7 +56,7 @@ mod tests {
         for host in 0..100 {
             for port in 0..1000 {
                 let hash = client(0x0a00_0000 + host, 40_000 + port).client_hash();
-                counts[(hash as u64 * PARTS as u64 >> 32) as usize] += 1;
+                counts[((hash as u64 * PARTS as u64) >> 32) as usize] += 1;
             }
         }
         assert!(counts.iter().all(|count| (9_500..10_500).contains(count)), "{counts:?}");
