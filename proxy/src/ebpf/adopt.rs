@@ -71,10 +71,13 @@ impl Ebpf {
     ) -> Result<Applied, EbpfError> {
         self.programmed.clear();
         let mut applied = Applied::default();
+        let algorithm = self.config.ebpf.algorithm;
         for part in sorted(plans).chunks(AT_ONCE) {
             let compared = part.iter();
             let all = compared
-                .map(|(service, plan)| compare(service, plan, observed, &mut self.numbers))
+                .map(|(service, plan)| {
+                    compare(service, plan, observed, &mut self.numbers, algorithm)
+                })
                 .collect();
             let Applied { operations, refused } = self.perform(kernel, all)?;
             applied.operations += operations;
