@@ -9,12 +9,17 @@ use crate::maps::COUNTERS;
 #[inline(always)]
 pub fn count(frontend: u32, change: impl FnOnce(&mut Counters)) {
     let counters = COUNTERS.get_ptr_mut(frontend).or_else(|| {
-        // Another CPU may have been faster.
-        let _ = COUNTERS.insert(frontend, Counters::default(), u64::from(BPF_NOEXIST));
+        begin(frontend);
         COUNTERS.get_ptr_mut(frontend)
     });
     if let Some(counters) = counters {
         // SAFETY: no other program of this kind runs on this CPU meanwhile, and the map is not preallocated.
         change(unsafe { &mut *counters });
     }
+}
+
+/// A function of its own, so that its stack is nobody else's. Another CPU may have been faster.
+#[inline(never)]
+fn begin(frontend: u32) {
+    let _ = COUNTERS.insert(frontend, Counters::default(), u64::from(BPF_NOEXIST));
 }

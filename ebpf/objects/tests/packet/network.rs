@@ -15,7 +15,7 @@ use crate::kernel::{ip, to_pool};
 use crate::node::{NODE, Node, OUTSIDE, POD_A, POD_B, POD_C, POD_D, node_at, of};
 
 /// Only a failure takes so long.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 const BULK: usize = 8 << 20;
 const SERVICES: [&str; 2] = ["10.96.0.10:80", "[fd96::10]:80"];
 
