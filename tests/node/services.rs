@@ -3,7 +3,7 @@
 use std::process::Command;
 
 use keelson_tests::leak;
-use keelson_tests::node::{BUSYBOX, Node, read};
+use keelson_tests::node::{BUSYBOX, Node, read, until};
 use nix::sys::signal::Signal;
 
 #[test]
@@ -65,10 +65,23 @@ spec:
     }
 }
 
-/// A web server behind the Service `web`, and what `keelson-proxy` has counted of it: connections, packets.
+/// What the proxy of a node says on `/metrics`, as soon as it runs.
+fn metrics(node: &Node) -> String {
+    let ask = fetch_path("127.0.0.1", 10249, "/metrics");
+    let mut text = String::new();
+    until("the proxy has all Services in force", || {
+        text =
+            read(node.on_node("busybox").args(["sh", "-c", &ask])).map_err(|e| format!("{e:#}"))?;
+        let in_force = text.contains("kubeproxy_sync_proxy_rules_last_timestamp_seconds{");
+        // The server may end a connection early whose client has said everything.
+        if in_force && text.ends_with("# EOF\n") { Ok(()) } else { Err(text.clone()) }
+    });
+    text
+}
+
+/// What the proxy has counted of the Service `web`: connections, packets.
 fn traffic(node: &Node) -> [u64; 2] {
-    let metrics = fetch_path("127.0.0.1", 10249, "/metrics");
-    let text = read(node.on_node("busybox").args(["sh", "-c", &metrics])).unwrap();
+    let text = metrics(node);
     ["connections", "packets"].map(|what| {
         let start =
             format!("keelson_proxy_service_{what}_total{{namespace=\"default\",service=\"web\"");

@@ -2,7 +2,7 @@
 
 use keelson_ebpf_abi::{
     FILTER_ADDRESS, FLOW_FROM_ENDPOINT, FLOW_TO_ENDPOINT, FilterPlace, Flow, MASQUERADE_NEVER,
-    Tuple,
+    Tuple, WATCH_ALL,
 };
 
 use crate::bytes::{ACK, SYN, Sent, tcp, udp};
@@ -53,5 +53,11 @@ fn speed() {
         print("of a known connection", "ingress", kernel.time("ingress", known[0], RUNS));
         print("of a known connection", "egress", kernel.time("egress", answers[0], RUNS));
         print("first of a connection", "ingress", kernel.time("ingress", &asks, RUNS));
+        kernel.watch(WATCH_ALL);
+        // As many as have room.
+        let told = kernel.time("ingress", &asks, 2_000);
+        print("first of a connection, monitor told", "ingress", told);
+        let lost = kernel.time("ingress", &asks, RUNS);
+        print("first of a connection, monitor too slow", "ingress", lost);
     }
 }
