@@ -1,14 +1,14 @@
 //! rtnetlink and namespaces against the real kernel. Needs root; touches only namespaces that it makes.
 #![allow(clippy::unwrap_used, reason = "a test ends where something that it needs does not hold")]
 
-use std::net::IpAddr;
+use std::net::{IpAddr, UdpSocket};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
 use keelson_netlink::netns::{self, Kind, Netns};
 use keelson_netlink::route::{
-    Group, InetSetting, LinkChange, Mac, Route, RouteKind, RoutingRule, Rtnl, RuleAction, Scope,
-    VethEnd, VethPair,
+    Group, InetSetting, LinkChange, Mac, Neighbour, Route, RouteKind, RoutingRule, Rtnl,
+    RuleAction, Scope, VethEnd, VethPair,
 };
 use keelson_netlink::sysctl;
 
@@ -97,6 +97,37 @@ fn routing_rules_and_the_routes_of_a_table_come_back_as_they_were_set() {
         }
         assert_eq!(rtnl.rules().unwrap(), before);
     }
+}
+
+#[test]
+fn a_neighbour_that_nobody_asked_for_long_is_checked() {
+    const HUNG: Duration = Duration::from_secs(20);
+    let (near, far) = (Netns::anonymous().unwrap(), Netns::anonymous().unwrap());
+    let (mut here, mut there, left, eth0) = pair(&near, &far);
+    here.ensure_address(left, "192.0.2.1/24".parse().unwrap()).unwrap();
+    there.ensure_address(eth0, "192.0.2.2/24".parse().unwrap()).unwrap();
+    let neighbour = address("192.0.2.2");
+    let set = |setting: &str, value: &str| {
+        let path = format!("net/ipv4/neigh/left/{setting}");
+        near.run(|| sysctl::write(&path, value)).unwrap().unwrap();
+    };
+    let becomes = |here: &mut Rtnl, stale: bool| {
+        let found = here.wait_for(&[Group::Neighbour], HUNG, |rtnl| {
+            let all = rtnl.neighbours()?;
+            let is = |n: &Neighbour| n.address == neighbour && n.mac.is_some() && n.stale == stale;
+            Ok(all.iter().any(is).then_some(()))
+        });
+        assert!(found.unwrap().is_some(), "it never is {}", if stale { "stale" } else { "there" });
+    };
+    assert!(!here.check_neighbour(left, neighbour).unwrap());
+    set("delay_first_probe_time", "0");
+    set("base_reachable_time_ms", "1");
+    near.run(|| UdpSocket::bind("0.0.0.0:0").unwrap().send_to(b"", (neighbour, 9)).unwrap())
+        .unwrap();
+    becomes(&mut here, true);
+    set("base_reachable_time_ms", "600000");
+    assert!(here.check_neighbour(left, neighbour).unwrap());
+    becomes(&mut here, false);
 }
 
 #[test]

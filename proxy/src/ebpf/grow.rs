@@ -36,7 +36,9 @@ impl Ebpf {
     /// Once a second: tables that programs fill.
     pub(super) fn tend(&mut self) -> Result<(), EbpfError> {
         let Some(mut kernel) = self.kernel.take() else { return Ok(()) };
-        let tended = self.tend_tables(&mut kernel);
+        let checked =
+            monotonic_ns().and_then(|now_ns| kernel.frames.check_neighbours(&self.netns, now_ns));
+        let tended = self.tend_tables(&mut kernel).and(checked);
         self.kernel = Some(kernel);
         tended
     }

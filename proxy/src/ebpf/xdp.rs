@@ -19,6 +19,8 @@ use super::programs::Programs;
 use super::sys;
 
 const PROGRAM: &str = "forward";
+/// How often it is asked whether neighbours are still there.
+const CHECK_EVERY_NS: u64 = 30_000_000_000;
 
 /// Whether frames are forwarded at XDP.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -131,6 +133,8 @@ pub(crate) struct Frames {
     served: BTreeMap<u32, How>,
     /// Interfaces of which it was said that they cannot have it.
     told: HashSet<u32>,
+    /// By the monotonic clock.
+    check_again_ns: u64,
 }
 
 impl Frames {
@@ -177,6 +181,23 @@ impl Frames {
         let why =
             if taken { "somebody else's program is there".to_owned() } else { error.to_string() };
         tracing::warn!(interface = wanted.name, why, "No XDP: its packets are forwarded at tc");
+    }
+
+    /// Has the kernel ask, now and then, whether neighbours are still where they were. By itself it does that only when
+    /// it sends to them, and the program sends past it.
+    pub(crate) fn check_neighbours(&mut self, netns: &Netns, now_ns: u64) -> Result<(), EbpfError> {
+        if self.served.is_empty() || now_ns < self.check_again_ns {
+            return Ok(());
+        }
+        self.check_again_ns = now_ns.saturating_add(CHECK_EVERY_NS);
+        let mut rtnl = Rtnl::open_in(netns)?;
+        for neighbour in rtnl.neighbours().map_err(EbpfError::Observe)? {
+            if neighbour.stale && self.served.contains_key(&neighbour.link) {
+                rtnl.check_neighbour(neighbour.link, neighbour.address)
+                    .map_err(EbpfError::Observe)?;
+            }
+        }
+        Ok(())
     }
 
     /// The pins that must be there.

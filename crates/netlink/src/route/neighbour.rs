@@ -3,8 +3,8 @@
 use std::net::IpAddr;
 
 use libc::{
-    NDA_DST, NDA_LLADDR, NLM_F_CREATE, NLM_F_REPLACE, NTF_PROXY, NUD_PERMANENT, RTM_DELNEIGH,
-    RTM_GETNEIGH, RTM_NEWNEIGH,
+    NDA_DST, NDA_LLADDR, NLM_F_CREATE, NLM_F_REPLACE, NTF_PROXY, NTF_USE, NUD_PERMANENT, NUD_STALE,
+    RTM_DELNEIGH, RTM_GETNEIGH, RTM_NEWNEIGH,
 };
 
 use super::{Mac, Rtnl, existed, ip, octets};
@@ -25,6 +25,8 @@ pub struct Neighbour {
     pub mac: Option<Mac>,
     /// Never checked, never forgotten.
     pub permanent: bool,
+    /// It was there, and nobody has asked since.
+    pub stale: bool,
     /// We answer for this address ourselves.
     pub proxy: bool,
 }
@@ -57,6 +59,7 @@ impl Neighbour {
             address: attrs.find(NDA_DST).and_then(ip)?,
             mac: attrs.find(NDA_LLADDR).and_then(|bytes| bytes.try_into().ok()).map(Mac),
             permanent: state & NUD_PERMANENT != 0,
+            stale: state & NUD_STALE != 0,
             proxy: flags & NTF_PROXY != 0,
         })
     }
@@ -83,6 +86,17 @@ impl Rtnl {
         mac: Mac,
     ) -> Result<(), NetlinkError> {
         self.perform(neighbour_message(link, address, mac))
+    }
+
+    /// Has the kernel find out whether a neighbour is still there, as if something was sent to it. Answers whether there
+    /// is such an entry.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn check_neighbour(&mut self, link: u32, address: IpAddr) -> Result<bool, NetlinkError> {
+        let mut message = Message::new(RTM_NEWNEIGH, 0, &header(link, address, 0, NTF_USE));
+        message.attr(NDA_DST, &octets(address).1);
+        existed(self.perform(message))
     }
 
     /// Deletes an entry. Answers whether it was there.
