@@ -78,7 +78,7 @@ impl Ebpf {
 
     /// The programs are attached: what belongs to those before them goes.
     pub(super) fn settle(&self, kernel: &Kernel) -> Result<usize, EbpfError> {
-        let moved = moving::settle(&self.config.ebpf.pins)?;
+        let moved = moving::settle(&self.config.ebpf.pins, kernel.programs.copied_ns)?;
         let found = kernel.maps.settings.get(&0)?.unwrap_or_default();
         if found.held_until_ns != 0 {
             let settings = keelson_ebpf_abi::Settings { held_until_ns: 0, ..found };

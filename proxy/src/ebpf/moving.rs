@@ -126,16 +126,20 @@ impl Moving {
         if self.is_needed() { make(&next_folder(&self.pins)) } else { Ok(()) }
     }
 
-    /// Fills the new maps and puts them in the place of the old ones. The programs that use them must follow.
-    pub(crate) fn finish(&self) -> Result<(), EbpfError> {
-        let since = monotonic_ns()?;
+    /// Fills the new maps and puts them in the place of the old ones. The programs that use them must follow. Says
+    /// since when the old ones may have got what the new ones have not.
+    pub(crate) fn finish(&self) -> Result<u64, EbpfError> {
+        let since = a_moment_ago()?;
         self.carry(What::All, |_| true)?;
         if self.from.keys().any(|name| name.starts_with("flows")) {
             self.hold()?;
             sys::wait_for_programs();
         }
+        let last = a_moment_ago()?;
         self.carry(What::Since(since), |name| !WRITTEN_HERE.contains(&name) || name == "settings")?;
         let (next, before) = (next_folder(&self.pins), before_folder(&self.pins));
+        // What an earlier process left there was copied at times that nobody knows.
+        let known = !before.exists();
         if self.is_needed() {
             make(&before)?;
         }
@@ -149,7 +153,8 @@ impl Moving {
             fs::rename(next.join(name), maps_folder(&self.pins).join(name)).map_err(fail)?;
             tracing::info!(map = name, "A map is replaced by one of another size or layout");
         }
-        remove(&next)
+        remove(&next)?;
+        Ok(if known { last } else { 0 })
     }
 
     fn carry(&self, what: What, which: impl Fn(&str) -> bool) -> Result<(), EbpfError> {
@@ -176,9 +181,9 @@ impl Moving {
     }
 }
 
-/// The last step: brings over what the old programs wrote, now that nobody uses their maps any more. True when there
-/// was something to do.
-pub(crate) fn settle(pins: &Path) -> Result<bool, EbpfError> {
+/// The last step: brings over what the old programs wrote since that time, now that nobody uses their maps any more.
+/// True when there was something to do.
+pub(crate) fn settle(pins: &Path, since_ns: u64) -> Result<bool, EbpfError> {
     let (before, maps) = (before_folder(pins), maps_folder(pins));
     let kept: Vec<_> = fs::read_dir(&before).into_iter().flatten().flatten().collect();
     for entry in &kept {
@@ -189,7 +194,7 @@ pub(crate) fn settle(pins: &Path) -> Result<bool, EbpfError> {
         {
             let old = Raw::open(&entry.path()).map_err(fail)?;
             if old.info().id != map.info().id {
-                map.carry(&name, &old, What::Missing).map_err(fail)?;
+                map.carry(&name, &old, What::MissingSince(since_ns)).map_err(fail)?;
             }
         }
         fs::remove_file(entry.path()).map_err(fail)?;
@@ -235,6 +240,11 @@ fn make(folder: &Path) -> Result<(), EbpfError> {
 fn remove(folder: &Path) -> Result<(), EbpfError> {
     let fail = |source| EbpfError::Pin { path: folder.to_owned(), source };
     super::programs::remove(folder).map_err(fail)
+}
+
+/// A program may have looked at the clock and not have written yet.
+fn a_moment_ago() -> Result<u64, EbpfError> {
+    Ok(monotonic_ns()?.saturating_sub(nanoseconds(Duration::from_secs(1))))
 }
 
 fn nanoseconds(of: Duration) -> u64 {

@@ -5,6 +5,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use aya::EbpfLoader;
 use aya::programs::{Program, ProgramError};
@@ -24,6 +25,8 @@ struct Object {
     name: &'static str,
     bytes: &'static [u8],
     switches: &'static [Switch],
+    /// Its maps, once somebody has asked for them.
+    maps: OnceLock<Shapes>,
 }
 
 /// A constant that switches something on that not every kernel has.
@@ -34,7 +37,7 @@ struct Switch {
     lacking: &'static str,
 }
 
-const OBJECTS: &[Object] = &[
+static OBJECTS: [Object; 3] = [
     Object {
         name: "socket",
         bytes: SOCKET,
@@ -43,9 +46,10 @@ const OBJECTS: &[Object] = &[
             is_there: needs::has_set_retval,
             lacking: "Calls to Services without endpoints are refused by packets: this kernel has no bpf_set_retval for sockets",
         }],
+        maps: OnceLock::new(),
     },
-    Object { name: "packet", bytes: PACKET, switches: &[] },
-    Object { name: "xdp", bytes: XDP, switches: &[] },
+    Object { name: "packet", bytes: PACKET, switches: &[], maps: OnceLock::new() },
+    Object { name: "xdp", bytes: XDP, switches: &[], maps: OnceLock::new() },
 ];
 
 impl Object {
@@ -54,7 +58,10 @@ impl Object {
     }
 
     /// Its maps, apart from constants. Those of one name in several objects are one map.
-    fn maps(&self) -> Result<Shapes, EbpfError> {
+    fn maps(&self) -> Result<&Shapes, EbpfError> {
+        if let Some(maps) = self.maps.get() {
+            return Ok(maps);
+        }
         let parsed = aya_obj::Object::parse(self.bytes).map_err(|e| self.refused(e))?;
         let shape = |map: &aya_obj::Map| MapInfo {
             kind: map.map_type(),
@@ -64,7 +71,8 @@ impl Object {
             ..MapInfo::default()
         };
         let maps = parsed.maps.iter().filter(|(name, _)| !name.starts_with('.'));
-        Ok(maps.map(|(name, map)| (name.clone(), shape(map))).collect())
+        let maps = maps.map(|(name, map)| (name.clone(), shape(map))).collect();
+        Ok(self.maps.get_or_init(|| maps))
     }
 }
 
@@ -73,6 +81,8 @@ pub(crate) struct Programs {
     by_name: HashMap<String, OwnedFd>,
     /// Loaded just now, not by an earlier process.
     pub(crate) fresh: bool,
+    /// By the monotonic clock: what was in their maps' place was copied to the last element after that.
+    pub(crate) copied_ns: u64,
 }
 
 impl Programs {
@@ -95,21 +105,21 @@ impl Programs {
         }
         moving.begin()?;
         let by_name = load(&shapes, |name| moving.home(name))?;
-        moving.finish()?;
+        let copied_ns = moving.finish()?;
         let maps = Self::maps_folder(pins);
         let missing =
             || EbpfError::Pin { path: maps.clone(), source: io::ErrorKind::NotFound.into() };
         let folder = pins.join(stamp(&maps)?.ok_or_else(missing)?);
         keep(&by_name, &folder)?;
         remove_others(pins, &folder);
-        Ok(Programs { by_name, fresh: true })
+        Ok(Programs { by_name, fresh: true, copied_ns })
     }
 
     /// The programs that an earlier process of this version left.
     pub(crate) fn found(pins: &Path) -> Result<Option<Self>, EbpfError> {
         let stamp = stamp(&Self::maps_folder(pins))?;
         let by_name = stamp.and_then(|stamp| pinned(&pins.join(stamp)));
-        Ok(by_name.map(|by_name| Programs { by_name, fresh: false }))
+        Ok(by_name.map(|by_name| Programs { by_name, fresh: false, copied_ns: 0 }))
     }
 
     pub(crate) fn get(&self, name: &str) -> Option<&OwnedFd> {
@@ -122,10 +132,9 @@ pub(crate) fn try_load() -> Result<(), EbpfError> {
     let (config, needs) = (EbpfConfig::default(), Needs::default());
     let sized = sizing(&config, &needs)?;
     let load = |object| {
-        let maps = Object::maps(object)?.into_iter();
-        let maps = maps.map(|(name, shape)| Place {
-            max_entries: sized(&name, &shape, None),
+        let maps = Object::maps(object)?.iter().map(|(name, shape)| Place {
             name,
+            max_entries: sized(name, shape, None),
             path: None,
         });
         load_object(object, &maps.collect::<Vec<_>>()).map(drop)
@@ -149,8 +158,8 @@ fn sizing(
 /// What has to move, and how the maps shall be.
 fn plan(config: &EbpfConfig, needs: &Needs) -> Result<(Moving, Shapes), EbpfError> {
     let mut all = Shapes::new();
-    for object in OBJECTS {
-        all.extend(object.maps()?);
+    for object in &OBJECTS {
+        all.extend(object.maps()?.clone());
     }
     let sized = sizing(config, needs)?;
     Moving::plan(&config.pins, all, sized)
@@ -158,10 +167,12 @@ fn plan(config: &EbpfConfig, needs: &Needs) -> Result<(Moving, Shapes), EbpfErro
 
 /// Name of the folder of programs: another one for other programs or other maps. Nothing when a map is missing.
 fn stamp(maps: &Path) -> Result<Option<String>, EbpfError> {
-    let mut hash = Sha256::new();
-    for object in OBJECTS {
-        hash.update(object.bytes);
-        for name in object.maps()?.into_keys() {
+    // Connections may wait for this.
+    static PROGRAMS: OnceLock<Sha256> = OnceLock::new();
+    let programs = || OBJECTS.iter().fold(Sha256::new(), |hash, o| hash.chain_update(o.bytes));
+    let mut hash = PROGRAMS.get_or_init(programs).clone();
+    for object in &OBJECTS {
+        for name in object.maps()?.keys() {
             let info =
                 sys::open_pinned(&maps.join(name)).and_then(|map| sys::map_info(map.as_fd()));
             let Ok(info) = info else { return Ok(None) };
@@ -188,11 +199,11 @@ fn load(
     home: impl Fn(&str) -> PathBuf,
 ) -> Result<HashMap<String, OwnedFd>, EbpfError> {
     let mut by_name = HashMap::new();
-    for object in OBJECTS {
-        let maps = object.maps()?.into_iter().map(|(name, shape)| Place {
-            max_entries: shapes.get(&name).unwrap_or(&shape).max_entries,
-            path: Some(home(&name)),
+    for object in &OBJECTS {
+        let maps = object.maps()?.iter().map(|(name, shape)| Place {
             name,
+            max_entries: shapes.get(name).unwrap_or(shape).max_entries,
+            path: Some(home(name)),
         });
         by_name.extend(load_object(object, &maps.collect::<Vec<_>>())?);
     }
@@ -200,8 +211,8 @@ fn load(
 }
 
 /// A map as the loader shall make it, or take it if it is there.
-struct Place {
-    name: String,
+struct Place<'n> {
+    name: &'n str,
     max_entries: u32,
     path: Option<PathBuf>,
 }
@@ -209,7 +220,7 @@ struct Place {
 /// Loads an object with what this kernel has.
 fn load_object(
     object: &'static Object,
-    maps: &[Place],
+    maps: &[Place<'_>],
 ) -> Result<Vec<(String, OwnedFd)>, EbpfError> {
     let mut switches = Vec::new();
     for switch in object.switches {
@@ -224,7 +235,7 @@ fn load_object(
 
 fn load_with(
     object: &'static Object,
-    maps: &[Place],
+    maps: &[Place<'_>],
     switches: &[(&str, u8)],
 ) -> Result<Vec<(String, OwnedFd)>, EbpfError> {
     let mut loader = EbpfLoader::new();

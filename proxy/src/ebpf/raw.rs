@@ -37,8 +37,9 @@ pub(crate) enum What {
     All,
     /// What was used since that time, by the monotonic clock; in maps without times, everything.
     Since(u64),
-    /// What is not there, or was used later than what is there.
-    Missing,
+    /// What was used since that time, and is not there or was used later than what is there; in maps without times,
+    /// what is not there.
+    MissingSince(u64),
 }
 
 /// Where in a map's values the time of their last use is.
@@ -125,10 +126,11 @@ impl Raw {
                 return Ok(());
             }
             fit(found, from.stride(), &mut value, self.stride());
+            let before = |since| time(&value, at).is_some_and(|time| time < since);
             match what {
-                What::Since(since) if time(&value, at).is_some_and(|time| time < since) => Ok(()),
+                What::Since(since) | What::MissingSince(since) if before(since) => Ok(()),
                 What::All | What::Since(_) => self.put(key, &value, Over::Anything).map(drop),
-                What::Missing => self.put_if_later(key, &value, at),
+                What::MissingSince(_) => self.put_if_later(key, &value, at),
             }
         })
     }

@@ -16,6 +16,7 @@ use crate::world::{World, endpoint, eventually, node_object, service, with_confi
 
 rows![
     tables_grow_under_traffic_and_no_connection_is_lost,
+    a_full_table_forgets_who_is_silent_and_says_so,
     maps_of_services_grow_with_them,
     a_service_that_does_not_fit_is_refused_by_name,
     an_alarm_is_raised_before_a_map_is_full,
@@ -97,8 +98,9 @@ fn tables_grow_under_traffic_and_no_connection_is_lost(mode: Mode) {
     let dns = client.namespace.udp_socket("10.96.0.3:80");
     let before = udp_exchange(&dns, PATIENCE).unwrap();
     let crowd: Vec<UdpSocket> = client.namespace.run(|| {
+        // Below those that the kernel gives to others.
         let open = |port| UdpSocket::bind(("10.66.0.10", port)).unwrap();
-        (20_000..20_000 + CLIENTS).map(open).collect()
+        (15_000..15_000 + CLIENTS).map(open).collect()
     });
     let (stop, asked) = (AtomicBool::new(false), AtomicUsize::new(0));
     let mut backend = node.backend.take().unwrap();
@@ -140,6 +142,43 @@ fn tables_grow_under_traffic_and_no_connection_is_lost(mode: Mode) {
     assert_eq!(node.restart(), 0);
     assert!(fill(&mut node, "flows_in").max_entries > small);
     pairs.iter_mut().for_each(Pair::go_on);
+}
+
+/// One that may not grow.
+fn a_full_table_forgets_who_is_silent_and_says_so(mode: Mode) {
+    only_ebpf(mode);
+    const ROOM: u32 = 4096;
+    let mut node = Node::with(mode, packets_only(ROOM));
+    let (client, server) = (node.pod("client", 10), node.pod("server", 2));
+    let listener = server.namespace.run(|| TcpListener::bind("[::]:9090").unwrap());
+    node.service("web", node_port(cluster_ip(1, "TCP", 80), 30081));
+    node.ready("web", "TCP", 9090, &[2]);
+    node.service("dns", cluster_ip(2, "UDP", 80));
+    node.ready("dns", "UDP", 8080, &[2]);
+    node.apply();
+    let mut pairs = [
+        Pair::new(&client.namespace, "10.96.0.1:80", &listener),
+        Pair::new(&node.outside, &format!("{NODE4}:30081"), &listener),
+    ];
+    for port in 20_000..32_000 {
+        client.namespace.run(|| {
+            let socket = UdpSocket::bind(("10.66.0.10", port)).unwrap();
+            socket.send_to(b"?", "10.96.0.2:80").unwrap();
+        });
+        // Who talks stays.
+        if port % 500 == 0 {
+            pairs.iter_mut().for_each(Pair::go_on);
+        }
+    }
+    let full = eventually("it is seen that the table is full", || {
+        assert!(!node.backend.as_mut().unwrap().disturbed().unwrap());
+        Some(fill(&mut node, "flows_in")).filter(|fill| fill.entries > ROOM * 9 / 10)
+    });
+    assert_eq!((full.max_entries, full.may_grow), (ROOM, false));
+    pairs.iter_mut().for_each(Pair::go_on);
+    // New ones come all the same.
+    Pair::new(&client.namespace, "10.96.0.1:80", &listener).go_on();
+    assert_eq!(node.restart(), 0);
 }
 
 /// Ends threads also when an assertion fails.
