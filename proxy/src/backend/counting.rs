@@ -46,6 +46,19 @@ pub struct Traffic {
     pub refused: u64,
 }
 
+impl Traffic {
+    /// The larger of each two counts.
+    #[must_use]
+    pub fn or_more(self, other: Traffic) -> Traffic {
+        Traffic {
+            connections: self.connections.max(other.connections),
+            packets: self.packets.max(other.packets),
+            bytes: self.bytes.max(other.bytes),
+            refused: self.refused.max(other.refused),
+        }
+    }
+}
+
 /// What numbers and addresses of the kernel side stand for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Names {

@@ -28,6 +28,8 @@ struct State {
     /// Where the maps are pinned, once something is in force.
     maps: Option<PathBuf>,
     owners: HashMap<u32, Owner>,
+    /// What was told of each number last: what programs count in the moment in which maps are replaced is lost.
+    told: HashMap<u32, Traffic>,
 }
 
 /// A Service port.
@@ -71,13 +73,13 @@ impl Tally {
 
     /// After the kernel has forgotten them.
     pub(crate) fn remove(&self, numbers: &HashSet<u32>) {
-        self.with(|state| state.owners.retain(|number, _| !numbers.contains(number)));
+        self.with(|state| state.keep(|number| !numbers.contains(&number)));
     }
 
     /// Everything is in force that shall be, and nothing else. From now on numbers without an owner are nobody's.
     pub(crate) fn complete(&self, maps: &Path, numbers: &HashSet<u32>) {
         self.with(|state| {
-            state.owners.retain(|number, _| numbers.contains(number));
+            state.keep(|number| numbers.contains(&number));
             state.maps = Some(maps.to_owned());
         });
     }
@@ -89,33 +91,39 @@ impl Tally {
         let counters: PerCpu<u32, Counters> = PerCpu::open(&maps, "counters")?;
         // Read before owners are looked up: what was counted had an owner already.
         let counted = counters.read()?;
-        let (ports, nobodys) = self.with(|state| attribute(counted, &state.owners));
+        let (ports, nobodys) = self.with(|state| state.attribute(counted));
         // Connections to a Service that is gone still count.
         nobodys.iter().try_for_each(|number| counters.delete(number))?;
         Ok(Counted { ports, drops: read_drops(&maps)? })
     }
 }
 
-/// What was counted, by owner, and the numbers that have none.
-fn attribute(
-    counted: HashMap<u32, Counters>,
-    owners: &HashMap<u32, Owner>,
-) -> (Vec<PortTraffic>, Vec<u32>) {
-    let (mut ports, mut nobodys) = (Vec::new(), Vec::new());
-    for (number, counters) in counted {
-        let owner = owners.get(&number);
-        let Some((owner, port)) = owner.and_then(|owner| Some((owner, owner.port()?))) else {
-            nobodys.push(number);
-            continue;
-        };
-        ports.push(PortTraffic {
-            service: owner.service.clone(),
-            port: port.name.clone(),
-            protocol: port.protocol,
-            traffic: traffic(counters),
-        });
+impl State {
+    fn keep(&mut self, which: impl Fn(u32) -> bool) {
+        self.owners.retain(|number, _| which(*number));
+        self.told.retain(|number, _| which(*number));
     }
-    (ports, nobodys)
+
+    /// What was counted, by owner, and the numbers that have none.
+    fn attribute(&mut self, counted: HashMap<u32, Counters>) -> (Vec<PortTraffic>, Vec<u32>) {
+        let (mut ports, mut nobodys) = (Vec::new(), Vec::new());
+        for (number, counters) in counted {
+            let owner = self.owners.get(&number);
+            let Some((owner, port)) = owner.and_then(|owner| Some((owner, owner.port()?))) else {
+                nobodys.push(number);
+                continue;
+            };
+            let told = self.told.entry(number).or_default();
+            *told = told.or_more(traffic(counters));
+            ports.push(PortTraffic {
+                service: owner.service.clone(),
+                port: port.name.clone(),
+                protocol: port.protocol,
+                traffic: *told,
+            });
+        }
+        (ports, nobodys)
+    }
 }
 
 pub(crate) fn traffic(counters: Counters) -> Traffic {
@@ -146,5 +154,39 @@ impl Counting for Tally {
             guarded.map(|address| (*address, owner.service.to_string()))
         });
         Names { ports, addresses: addresses.collect() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_told_is_never_less_later() {
+        let port = crate::model::PortPlan {
+            name: "http".into(),
+            protocol: crate::model::Protocol::Tcp,
+            family: crate::model::Family::V4,
+            affinity_secs: None,
+            cluster: Box::default(),
+            local: Box::default(),
+            draining: Box::default(),
+            here: Box::default(),
+            frontends: Box::default(),
+        };
+        let plan = Arc::new(ServicePlan { ports: [port].into(), guarded: Box::default() });
+        let owner = Owner { service: ServiceKey::new("ns", "web"), plan, index: 0 };
+        let mut state = State { owners: [(7, owner)].into(), ..State::default() };
+        let told = |state: &mut State, number, connections, packets| {
+            let counters = Counters { connections, packets, ..Counters::default() };
+            let (ports, nobodys) = state.attribute([(number, counters)].into());
+            let port = ports.first().map(|port| (port.traffic.connections, port.traffic.packets));
+            (port, nobodys)
+        };
+        assert_eq!(told(&mut state, 7, 5, 20), (Some((5, 20)), vec![]));
+        assert_eq!(told(&mut state, 7, 4, 21), (Some((5, 21)), vec![]));
+        assert_eq!(told(&mut state, 8, 1, 1), (None, vec![8]));
+        state.keep(|_| false);
+        assert_eq!(told(&mut state, 7, 6, 22), (None, vec![7]));
     }
 }
