@@ -8,7 +8,7 @@ use super::{Kernel, MODULES};
 use crate::build::{self, Profile};
 
 const PACKAGE: &str = "keelson-ebpf-objects";
-const TESTS: [&str; 2] = ["socket", "packet"];
+const TESTS: [&str; 3] = ["socket", "packet", "xdp"];
 
 /// Runs these tests, or all, in a machine.
 ///
@@ -42,8 +42,11 @@ fn initramfs(kernel: &Kernel, tests: &[String]) -> Result<Vec<u8>> {
 fn commands(tests: &[String]) -> String {
     let tests = super::quoted(tests);
     let mut commands = "ulimit -l unlimited\ncode=0\nfigures || code=$?\n".to_owned();
+    // On an old kernel frames made by hand cannot say by which interface they come; those of sockets can.
+    commands += "case $(uname -r) in 5.*) only=wire:: ;; *) only= ;; esac\n";
     for name in TESTS {
-        commands += &format!("{name} --test-threads=2 {tests} || code=$?\n");
+        let only = if name == "xdp" { "$only" } else { "" };
+        commands += &format!("{name} --test-threads=2 {only} {tests} || code=$?\n");
     }
     commands
 }
