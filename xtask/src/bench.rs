@@ -12,7 +12,7 @@ use crate::{install, shell};
 #[derive(clap::Args)]
 #[command(disable_help_flag = true)]
 pub(crate) struct BenchArgs {
-    /// `pods`, `services` or `cni`, and their flags; --help lists them
+    /// `pods`, `services`, `datapath` or `cni`, and their flags; --help lists them
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     args: Vec<OsString>,
 }
@@ -37,7 +37,20 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     }
     shell::run(build::cargo("build", Profile::Release).args(["-p", "keelson-bench"]))?;
     let mut bench = Command::new(bin.join("keelson-bench"));
-    shell::run(bench.env("KEELSON_BIN_DIR", &bin).args(&args.args))
+    shell::run(bench.env("KEELSON_BIN_DIR", &bin).args(&args.args))?;
+    if args.args.first().is_some_and(|a| a == "datapath") {
+        return programs();
+    }
+    Ok(())
+}
+
+/// What no proxy has to run for: the BPF programs alone, with more Services, and forwarding without connections.
+fn programs() -> Result<()> {
+    for example in ["bench_connect", "bench_xdp"] {
+        let mut command = build::cargo("run", Profile::Release);
+        shell::run(command.args(["-p", "keelson-ebpf-objects", "--example", example]))?;
+    }
+    Ok(())
 }
 
 fn help_of(args: &[OsString]) -> Vec<OsString> {
