@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use keelson_ebpf_abi::{WATCH_ALL, WATCH_FAILURES, WATCH_NOTHING};
@@ -25,7 +26,7 @@ pub(super) struct Watching {
 
 impl Watching {
     pub(super) fn start(maps: &Path, only_failures: bool) -> anyhow::Result<Self> {
-        let _lock = match lock(maps) {
+        let _lock = match lock_in_time(maps) {
             Ok(lock) => lock,
             Err(Errno::EWOULDBLOCK) => bail!("another monitor is running"),
             Err(error) => return Err(error).context("cannot lock the folder of maps"),
@@ -59,6 +60,19 @@ impl Drop for Watching {
             tracing::warn!(%error, "The programs still write events");
         }
     }
+}
+
+/// As [`lock`]. The proxy has it for a moment when it looks whether a monitor has died.
+fn lock_in_time(maps: &Path) -> Result<Flock<File>, Errno> {
+    const ATTEMPTS: u32 = 20;
+    const PAUSE: Duration = Duration::from_millis(10);
+    for _ in 1..ATTEMPTS {
+        match lock(maps) {
+            Err(Errno::EWOULDBLOCK) => std::thread::park_timeout(PAUSE),
+            taken => return taken,
+        }
+    }
+    lock(maps)
 }
 
 fn lock(maps: &Path) -> Result<Flock<File>, Errno> {
