@@ -151,6 +151,10 @@ spec:
         node.wait_for(&format!("pod/{pod}"), "condition=Ready").unwrap();
     }
     let fetch = fetch("10.96.0.77", 80);
+    until("the Service is in force", || {
+        let page = read(&mut node.kubectl_command(&["exec", "usual", "--", "sh", "-c", &fetch]));
+        page.map(drop).map_err(|error| error.to_string())
+    });
     let ask = |node: &Node, pod: &str| {
         let [connections, packets] = traffic(node);
         answers(&mut node.kubectl_command(&["exec", pod, "--", "sh", "-c", &fetch]));

@@ -10,7 +10,7 @@ use crate::build::{self, Profile};
 use crate::install;
 
 /// The tests that run here, by parts of their names: the others do not depend on the kernel, or take long under emulation.
-const USUAL: [&str; 3] = ["pods::a_pod_runs", "restart::", "services::"];
+const USUAL: [&str; 3] = ["pods::a_pod_runs", "restart::", "services::a_cluster_ip"];
 
 /// What nodes and tests call, beside keelson's own programs.
 const PROGRAMS: &[&str] = &[
