@@ -116,15 +116,21 @@ where
 
     fn read_in_bulk(&self) -> io::Result<HashMap<K, V>> {
         let mut found = HashMap::new();
-        let (mut keys, mut values) = (vec![K::default(); BATCH], vec![V::default(); BATCH]);
+        self.each(1, |key, values| found.extend(values.first().map(|value| (key, *value))))?;
+        Ok(found)
+    }
+
+    /// Calls for each element of a hash map, which has so many values: one, or one for each CPU.
+    fn each(&self, values_of_each: usize, mut each: impl FnMut(K, &[V])) -> io::Result<()> {
+        let mut keys = vec![K::default(); BATCH];
+        let mut values = vec![V::default(); BATCH * values_of_each];
         let mut cursor = sys::Cursor::default();
-        loop {
-            let map = self.map.as_fd();
-            match sys::get_some(map, &mut cursor, &mut keys, &mut values)? {
-                0 => return Ok(found),
-                count => found.extend(keys.iter().copied().zip(values.iter().copied()).take(count)),
-            }
+        while !cursor.ended {
+            let count = sys::get_some(self.map.as_fd(), &mut cursor, &mut keys, &mut values)?;
+            let elements = keys.iter().zip(values.chunks(values_of_each));
+            elements.take(count).for_each(|(key, values)| each(*key, values));
         }
+        Ok(())
     }
 
     fn read_one_by_one(&self) -> io::Result<HashMap<K, V>> {

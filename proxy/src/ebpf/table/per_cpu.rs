@@ -8,7 +8,7 @@ use std::path::Path;
 
 use keelson_ebpf_abi::Counters;
 
-use super::{BATCH, Table};
+use super::Table;
 use crate::ebpf::error::EbpfError;
 use crate::ebpf::sys;
 
@@ -48,8 +48,7 @@ where
     pub(crate) fn open(pins: &Path, name: &'static str) -> Result<Self, EbpfError> {
         let () = Self::WHOLE_WORDS;
         let table = Table::open(pins, name)?;
-        let cpus = aya::util::nr_cpus().map_err(|(_, source)| table.fail(source))?;
-        Ok(PerCpu { table, cpus })
+        Ok(PerCpu { table, cpus: sys::cpus()? as usize })
     }
 
     /// The sum; that of nothing where there is no such element.
@@ -66,19 +65,8 @@ where
 
     fn read_in_bulk(&self) -> io::Result<HashMap<K, V>> {
         let mut found = HashMap::new();
-        let mut keys = vec![K::default(); BATCH];
-        let mut values = vec![V::default(); BATCH * self.cpus];
-        let mut cursor = sys::Cursor::default();
-        loop {
-            let map = self.table.map.as_fd();
-            match sys::get_some(map, &mut cursor, &mut keys, &mut values)? {
-                0 => return Ok(found),
-                count => {
-                    let sums = values.chunks(self.cpus).map(sum);
-                    found.extend(keys.iter().copied().zip(sums).take(count));
-                }
-            }
-        }
+        self.table.each(self.cpus, |key, values| _ = found.insert(key, sum(values)))?;
+        Ok(found)
     }
 
     /// An element that is gone already counts as removed.
