@@ -5,7 +5,7 @@ mod objects;
 mod probe;
 mod work;
 
-pub(crate) use objects::{add, node};
+pub(crate) use objects::{SERVICES, add, node, slice};
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;

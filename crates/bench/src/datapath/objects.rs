@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use serde_json::{Value, json};
 
 use crate::api::NewObject;
+use crate::services::{SERVICES, slice};
 
 pub(super) const SERVER: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 244, 0, 2));
 /// Where the server pod listens for the Service, with TCP and with UDP.
@@ -38,16 +39,8 @@ pub(super) fn node_port(node: Ipv4Addr) -> SocketAddr {
 /// The last one by name, too: that is the order in which some put Services in force.
 pub(super) fn measured() -> [NewObject; 2] {
     const NAME: &str = "zz-measured";
-    let slice = json!({
-        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
-        "metadata": { "name": NAME, "labels": {
-            "kubernetes.io/service-name": NAME,
-            "endpointslice.kubernetes.io/managed-by": "keelson-bench",
-        } },
-        "addressType": "IPv4",
-        "ports": ports(|name, protocol| json!({ "name": name, "protocol": protocol, "port": SERVER_PORT })),
-        "endpoints": [{ "addresses": [SERVER], "conditions": { "ready": true } }],
-    });
+    let targets =
+        ports(|name, protocol| json!({ "name": name, "protocol": protocol, "port": SERVER_PORT }));
     let service = json!({
         "apiVersion": "v1", "kind": "Service",
         "metadata": { "name": NAME },
@@ -60,13 +53,7 @@ pub(super) fn measured() -> [NewObject; 2] {
             })),
         },
     });
-    [
-        NewObject {
-            collection: "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices",
-            body: slice,
-        },
-        NewObject { collection: "/api/v1/namespaces/default/services", body: service },
-    ]
+    [slice(NAME, &[SERVER], &targets), NewObject { collection: SERVICES, body: service }]
 }
 
 fn ports(port: impl Fn(&str, &str) -> Value) -> Vec<Value> {

@@ -5,13 +5,13 @@ use std::ops::Range;
 
 use anyhow::Result;
 use kube::Client;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::api::{self, NewObject};
 use crate::cluster::NODE_ADDRESS;
 use crate::subject::node::NODE_NAME;
 
-const SERVICES: &str = "/api/v1/namespaces/default/services";
+pub(crate) const SERVICES: &str = "/api/v1/namespaces/default/services";
 const SLICES: &str = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices";
 
 /// What the probe asks for.
@@ -58,7 +58,7 @@ pub(crate) fn node() -> NewObject {
 pub(crate) async fn add(client: &Client, range: Range<u32>, endpoints: u32) -> Result<()> {
     let objects = range.flat_map(|index| {
         let name = many(index);
-        let slice = slice(&name, &nobody(index, endpoints), NOBODYS_PORT);
+        let slice = slice(&name, &nobody(index, endpoints), &[http(NOBODYS_PORT)]);
         [slice, service(&name, cluster_ip(index))]
     });
     api::create_all(client, objects, AT_ONCE).await
@@ -79,7 +79,7 @@ pub(super) async fn turn(
         None => (nobody(index, endpoints), NOBODYS_PORT),
     };
     let name = many(index);
-    let NewObject { body, .. } = slice(&name, &addresses, port);
+    let NewObject { body, .. } = slice(&name, &addresses, &[http(port)]);
     let change = json!({ "endpoints": body["endpoints"], "ports": body["ports"] });
     api::patch(client, SLICES, &name, &change).await
 }
@@ -94,7 +94,7 @@ fn nobody(index: u32, endpoints: u32) -> Vec<IpAddr> {
 
 /// A Service to be created last, whose only endpoint is `backend`: its slice and itself.
 pub(super) fn marker(name: &str, index: u32, backend: (IpAddr, u16)) -> [NewObject; 2] {
-    [slice(name, &[backend.0], backend.1), service(name, marker_ip(index))]
+    [slice(name, &[backend.0], &[http(backend.1)]), service(name, marker_ip(index))]
 }
 
 /// Deletes what [`marker`] made.
@@ -120,7 +120,12 @@ fn service(name: &str, address: IpAddr) -> NewObject {
     NewObject { collection: SERVICES, body }
 }
 
-fn slice(service: &str, addresses: &[IpAddr], port: u16) -> NewObject {
+fn http(port: u16) -> Value {
+    json!({ "name": "http", "protocol": "TCP", "port": port })
+}
+
+/// The only slice of a Service, whose addresses are all ready.
+pub(crate) fn slice(service: &str, addresses: &[IpAddr], ports: &[Value]) -> NewObject {
     let endpoint =
         |address: &IpAddr| json!({ "addresses": [address], "conditions": { "ready": true } });
     let body = json!({
@@ -133,7 +138,7 @@ fn slice(service: &str, addresses: &[IpAddr], port: u16) -> NewObject {
             },
         },
         "addressType": "IPv4",
-        "ports": [{ "name": "http", "protocol": "TCP", "port": port }],
+        "ports": ports,
         "endpoints": addresses.iter().map(endpoint).collect::<Vec<_>>(),
     });
     NewObject { collection: SLICES, body }
