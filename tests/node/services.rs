@@ -9,6 +9,7 @@ use nix::sys::signal::Signal;
 #[test]
 fn a_cluster_ip_and_a_node_port_answer_from_everywhere() {
     let node = Node::start().unwrap();
+    let httpd = httpd("hostname");
     node.apply(&format!(
         r#"
 apiVersion: apps/v1
@@ -21,12 +22,7 @@ spec:
     metadata: {{ labels: {{ app: web }} }}
     spec:
       terminationGracePeriodSeconds: 0
-      containers:
-        - name: httpd
-          image: {BUSYBOX}
-          command: ["sh", "-c", "hostname > /www/index.html; exec httpd -f -p 8080 -h /www"]
-          ports: [{{ name: http, containerPort: 8080 }}]
-          readinessProbe: {{ httpGet: {{ path: /, port: http }}, periodSeconds: 1 }}
+      containers: [{httpd}]
 ---
 apiVersion: v1
 kind: Service
@@ -113,6 +109,7 @@ spec:
 "#
         )
     };
+    let httpd = httpd("echo web-1");
     node.apply(
         &(format!(
             r#"
@@ -126,12 +123,7 @@ kind: Pod
 metadata: {{ name: web, labels: {{ app: web }} }}
 spec:
   terminationGracePeriodSeconds: 0
-  containers:
-    - name: httpd
-      image: {BUSYBOX}
-      command: ["sh", "-c", "echo web-1 > /www/index.html; exec httpd -f -p 8080 -h /www"]
-      ports: [{{ name: http, containerPort: 8080 }}]
-      readinessProbe: {{ httpGet: {{ path: /, port: http }}, periodSeconds: 1 }}
+  containers: [{httpd}]
 ---
 apiVersion: v1
 kind: Service
@@ -178,6 +170,15 @@ spec:
     let name = node.name().to_owned();
     node.stop().unwrap();
     leak::nothing_left_of(&name).unwrap();
+}
+
+/// A container that serves what `page` prints, at its port `http`.
+fn httpd(page: &str) -> String {
+    format!(
+        r#"{{ name: httpd, image: "{BUSYBOX}", ports: [{{ name: http, containerPort: 8080 }}],
+          command: ["sh", "-c", "{page} > /www/index.html; exec httpd -f -p 8080 -h /www"],
+          readinessProbe: {{ httpGet: {{ path: /, port: http }}, periodSeconds: 1 }} }}"#
+    )
 }
 
 fn answers(command: &mut Command) {
