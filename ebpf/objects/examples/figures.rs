@@ -4,7 +4,6 @@
 use std::fmt::Write;
 
 use aya::EbpfLoader;
-use aya::programs::{Program, ProgramInfo};
 
 type Error = Box<dyn std::error::Error>;
 
@@ -30,7 +29,8 @@ fn table(object: &str, bytes: &[u8], has_set_retval: u8) -> Result<String, Error
     let mut programs: Vec<_> = loaded.programs_mut().collect();
     programs.sort_by_key(|(name, _)| *name);
     for (name, program) in programs {
-        let info = load(program)?;
+        keelson_ebpf_objects::load(program)?;
+        let info = program.info()?;
         let verified = info.verified_instruction_count().map_or("?".into(), |n| n.to_string());
         writeln!(
             table,
@@ -40,15 +40,4 @@ fn table(object: &str, bytes: &[u8], has_set_retval: u8) -> Result<String, Error
         )?;
     }
     Ok(table)
-}
-
-fn load(program: &mut Program) -> Result<ProgramInfo, Error> {
-    match program {
-        Program::CgroupSock(program) => program.load()?,
-        Program::CgroupSockAddr(program) => program.load()?,
-        Program::SchedClassifier(program) => program.load()?,
-        Program::Xdp(program) => program.load()?,
-        _ => return Err("a program of another kind".into()),
-    }
-    Ok(program.info()?)
 }

@@ -1,5 +1,9 @@
 //! keelson's BPF programs as objects, made by `cargo xtask ebpf` from `ebpf/programs`.
 
+mod load;
+
+pub use load::{load, undisturbed};
+
 /// Socket load balancing: programs for a cgroup.
 pub static SOCKET: &[u8] = aya::include_bytes_aligned!("../socket.bpf.o");
 

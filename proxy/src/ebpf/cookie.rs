@@ -44,11 +44,12 @@ pub(crate) fn told_by_program(netns: &Netns, cgroup: &Path) -> Result<u64, Cooki
 }
 
 fn ask(netns: &Netns, cgroup: &Path) -> Result<Option<u64>, Source> {
-    let mut loaded = EbpfLoader::new().load(keelson_ebpf_objects::NAMESPACE)?;
+    let load = || EbpfLoader::new().load(keelson_ebpf_objects::NAMESPACE);
+    let mut loaded = keelson_ebpf_objects::undisturbed(load)??;
     let missing = || io::Error::from(io::ErrorKind::NotFound);
-    let program: &mut CgroupSock =
-        loaded.program_mut("sock_create").ok_or_else(missing)?.try_into()?;
-    program.load()?;
+    let program = loaded.program_mut("sock_create").ok_or_else(missing)?;
+    keelson_ebpf_objects::load(program)?;
+    let program: &mut CgroupSock = program.try_into()?;
     // Detached when `loaded` goes. With a link, this mode is the one that lives beside others.
     program.attach(std::fs::File::open(cgroup)?, CgroupAttachMode::Single)?;
     let socket = netns.run(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)))??;

@@ -246,7 +246,8 @@ fn load_with(
     for (name, value) in switches {
         loader.override_global(name, value, true);
     }
-    let mut loaded = loader.load(object.bytes).map_err(|e| object.refused(e))?;
+    let loaded = keelson_ebpf_objects::undisturbed(|| loader.load(object.bytes));
+    let mut loaded = loaded.map_err(|e| object.refused(e))?.map_err(|e| object.refused(e))?;
     let programs = loaded.programs_mut().map(|(name, program)| {
         let verify =
             |source| EbpfError::Verify { program: name.to_owned(), source: Box::new(source) };
@@ -257,26 +258,8 @@ fn load_with(
 
 /// Hands a program to the kernel.
 fn verified(program: &mut Program) -> Result<OwnedFd, ProgramError> {
-    let fd = match program {
-        Program::CgroupSockAddr(program) => {
-            program.load()?;
-            program.fd()?.as_fd().try_clone_to_owned()
-        }
-        Program::CgroupSock(program) => {
-            program.load()?;
-            program.fd()?.as_fd().try_clone_to_owned()
-        }
-        Program::SchedClassifier(program) => {
-            program.load()?;
-            program.fd()?.as_fd().try_clone_to_owned()
-        }
-        Program::Xdp(program) => {
-            program.load()?;
-            program.fd()?.as_fd().try_clone_to_owned()
-        }
-        _ => return Err(ProgramError::UnexpectedProgramType),
-    };
-    fd.map_err(ProgramError::IOError)
+    keelson_ebpf_objects::load(program)?;
+    program.fd()?.as_fd().try_clone_to_owned().map_err(ProgramError::IOError)
 }
 
 /// Pins programs, in a folder that has them all or does not exist.

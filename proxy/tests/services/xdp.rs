@@ -133,8 +133,9 @@ fn somebody_elses_program_is_left_alone(mode: Mode) {
     node.config.ebpf.xdp = XdpChoice::Off;
     node.restart();
     let mut theirs = aya::Ebpf::load(keelson_ebpf_objects::XDP).unwrap();
-    let program: &mut Xdp = theirs.program_mut("forward").unwrap().try_into().unwrap();
-    program.load().unwrap();
+    let program = theirs.program_mut("forward").unwrap();
+    keelson_ebpf_objects::load(program).unwrap();
+    let program: &mut Xdp = program.try_into().unwrap();
     node.namespace.run(|| program.attach("eth0", XdpMode::Skb).unwrap());
     for choice in [XdpChoice::Generic, XdpChoice::Native, XdpChoice::Auto] {
         node.config.ebpf.xdp = choice;

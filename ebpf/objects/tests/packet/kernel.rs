@@ -59,8 +59,7 @@ impl Kernel {
         loader.map_max_entries("affinity", 1024);
         let mut ebpf = loader.load(keelson_ebpf_objects::PACKET).unwrap();
         for name in ["ingress", "egress"] {
-            let program: &mut SchedClassifier = ebpf.program_mut(name).unwrap().try_into().unwrap();
-            program.load().unwrap();
+            keelson_ebpf_objects::load(ebpf.program_mut(name).unwrap()).unwrap();
         }
         Kernel { ebpf }
     }

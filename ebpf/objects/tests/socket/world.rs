@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::OnceLock;
 
 use aya::maps::{Array, HashMap, MapData, PerCpuHashMap};
-use aya::programs::{CgroupAttachMode, CgroupSock, CgroupSockAddr};
+use aya::programs::{CgroupAttachMode, CgroupSock, CgroupSockAddr, Program};
 use aya::{Ebpf, EbpfLoader, Pod};
 use keelson_ebpf_abi::{
     ADDRESS_CLUSTER_IP, Address, Counters, Endpoint, FILTER_ADDRESS, FilterPlace, Frontend,
@@ -196,8 +196,7 @@ pub(crate) fn has_set_retval() -> bool {
     static HAS: OnceLock<bool> = OnceLock::new();
     *HAS.get_or_init(|| {
         let mut bpf = load(1);
-        let program: &mut CgroupSockAddr = bpf.program_mut("connect4").unwrap().try_into().unwrap();
-        program.load().is_ok()
+        keelson_ebpf_objects::load(bpf.program_mut("connect4").unwrap()).is_ok()
     })
 }
 
@@ -209,13 +208,17 @@ pub(crate) fn cookie_of(netns: &Netns) -> u64 {
 pub(crate) fn attach(bpf: &mut Ebpf, cgroup: &Cgroup) {
     let folder = cgroup.open().unwrap();
     for name in PROGRAMS {
-        let program: &mut CgroupSockAddr = bpf.program_mut(name).unwrap().try_into().unwrap();
-        program.load().unwrap();
+        let program: &mut CgroupSockAddr = loaded(bpf, name).try_into().unwrap();
         program.attach(&folder, CgroupAttachMode::Single).unwrap();
     }
-    let program: &mut CgroupSock = bpf.program_mut("sock_release").unwrap().try_into().unwrap();
-    program.load().unwrap();
+    let program: &mut CgroupSock = loaded(bpf, "sock_release").try_into().unwrap();
     program.attach(&folder, CgroupAttachMode::Single).unwrap();
+}
+
+fn loaded<'b>(bpf: &'b mut Ebpf, name: &str) -> &'b mut Program {
+    let program = bpf.program_mut(name).unwrap();
+    keelson_ebpf_objects::load(program).unwrap();
+    program
 }
 
 pub(crate) fn endpoint_of(at: SocketAddr) -> Endpoint {

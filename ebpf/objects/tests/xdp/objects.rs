@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 
-use aya::programs::Xdp;
 use aya::{Ebpf, EbpfLoader};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -26,8 +25,7 @@ pub(crate) fn load() -> (Kernel, Ebpf) {
         }
         let kernel = Kernel::loaded(&mut one, 1024);
         let mut xdp = two.load(keelson_ebpf_objects::XDP).unwrap();
-        let program: &mut Xdp = xdp.program_mut("forward").unwrap().try_into().unwrap();
-        program.load().unwrap();
+        keelson_ebpf_objects::load(xdp.program_mut("forward").unwrap()).unwrap();
         (kernel, xdp)
     };
     std::thread::spawn(both).join().unwrap()

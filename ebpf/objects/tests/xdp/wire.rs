@@ -32,8 +32,9 @@ impl Wire {
             .run(|| {
                 // Frames with all checksums, as they come by a wire, and an end that takes a driver's frames.
                 crate::line::finish_checksums("eth0");
-                let program: &mut Xdp = passing.program_mut("forward").unwrap().try_into().unwrap();
-                program.load().unwrap();
+                let program = passing.program_mut("forward").unwrap();
+                keelson_ebpf_objects::load(program).unwrap();
+                let program: &mut Xdp = program.try_into().unwrap();
                 program.attach("eth0", XdpMode::Driver).unwrap();
             })
             .unwrap();
