@@ -168,6 +168,17 @@ async fn requests_that_cannot_be_served_say_why() {
 }
 
 #[tokio::test]
+async fn an_agent_that_has_just_started_finds_its_pods_first() {
+    let node = Node::start(|_| ()).await;
+    node.known.send_replace(false);
+    let ((status, body), ()) = tokio::join!(get(&node, "/containerLogs/default/web/main"), async {
+        tokio::task::yield_now().await;
+        node.known.send_replace(true);
+    });
+    assert_eq!(status, 200, "{body}");
+}
+
+#[tokio::test]
 async fn objects_and_metrics() {
     let node = Node::start(|_| ()).await;
     let (_, pods) = get(&node, "/pods").await;

@@ -146,6 +146,7 @@ fn with_stdin_once_the_first_who_brings_input_is_the_last() {
     start(&node, "once", &["stdin", "stdinOnce"], &goes_on);
     let attach = || Kubectl::usual().talk(&node, &["attach", "-i", "once"]);
     let mut watcher = Kubectl::usual().talk(&node, &["attach", "once"]);
+    watcher.hear("waiting\n");
     let mut first = attach();
     first.say("hello\n");
     first.hear("got hello\n");

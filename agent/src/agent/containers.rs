@@ -32,6 +32,10 @@ impl Containers for NodeContainers {
         self.registry.pods()
     }
 
+    fn settled(&self) -> BoxFuture<'static, ()> {
+        self.registry.settled().boxed()
+    }
+
     fn log_path(&self, uid: &str, id: &str) -> BoxFuture<'static, Result<PathBuf, String>> {
         let (runtime, uid, id) = (self.runtime.clone(), uid.to_owned(), id.to_owned());
         async move {

@@ -105,8 +105,8 @@ impl Dispatcher {
         vanished.iter().for_each(|pod| self.gone(pod));
         pods.into_iter().for_each(|pod| self.changed(source, pod));
         if self.unsynced.remove(&source) && self.synced() {
-            self.node.registry.set_synced();
             let known: HashSet<String> = self.workers.keys().cloned().collect();
+            self.node.registry.set_synced(known.clone());
             // What runs and is wanted by nobody: only now can that be known.
             tokio::spawn(orphans::remove(self.node.clone(), known));
         }

@@ -1,6 +1,6 @@
 //! What runs on this node, for those who serve it (the kubelet API, metrics).
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -19,7 +19,8 @@ pub struct PodRegistry {
 #[derive(Debug)]
 struct Inner {
     pods: RwLock<HashMap<String, Entry>>,
-    synced: watch::Sender<bool>,
+    /// The pods that nobody has looked at since the start; `None` until every source has told its whole content once.
+    awaited: watch::Sender<Option<HashSet<String>>>,
 }
 
 #[derive(Debug, Clone)]
@@ -32,7 +33,7 @@ struct Entry {
 impl Default for PodRegistry {
     fn default() -> Self {
         let pods = RwLock::default();
-        Self { inner: Arc::new(Inner { pods, synced: watch::Sender::new(false) }) }
+        Self { inner: Arc::new(Inner { pods, awaited: watch::Sender::new(None) }) }
     }
 }
 
@@ -83,13 +84,24 @@ impl PodRegistry {
         runs.next().map(|c| c.log_path)
     }
 
-    /// Whether every source has told its whole content once.
-    pub fn is_synced(&self) -> bool {
-        *self.inner.synced.borrow()
+    /// Resolves once every pod that was there at the start is here, with what runs of it.
+    pub fn settled(&self) -> impl Future<Output = ()> + Send + 'static {
+        let mut awaited = self.inner.awaited.subscribe();
+        async move {
+            drop(awaited.wait_for(|pods| pods.as_ref().is_some_and(HashSet::is_empty)).await);
+        }
     }
 
-    pub(super) fn set_synced(&self) {
-        self.inner.synced.send_replace(true);
+    /// Every source has told its whole content once: `pods`, by UID.
+    pub(super) fn set_synced(&self, mut pods: HashSet<String>) {
+        self.read(|known| pods.retain(|uid| !known.contains_key(uid)));
+        self.inner.awaited.send_replace(Some(pods));
+    }
+
+    fn awaits_no_longer(&self, uid: &str) {
+        let remove =
+            |pods: &mut Option<HashSet<String>>| pods.as_mut().is_some_and(|pods| pods.remove(uid));
+        self.inner.awaited.send_if_modified(remove);
     }
 
     pub(super) fn update(
@@ -100,10 +112,12 @@ impl PodRegistry {
     ) {
         let entry = Entry { pod: pod.clone(), status, observed };
         self.write(|pods| pods.insert(spec::uid(pod).to_owned(), entry));
+        self.awaits_no_longer(spec::uid(pod));
     }
 
     pub(super) fn remove(&self, uid: &str) {
         self.write(|pods| pods.remove(uid));
+        self.awaits_no_longer(uid);
     }
 
     /// Newest first.

@@ -18,6 +18,9 @@ pub trait Containers: Send + Sync + 'static {
     /// All pods of this node with their newest status.
     fn pods(&self) -> Vec<Arc<Pod>>;
 
+    /// Resolves once those are all: an agent that has just started does not know them yet.
+    fn settled(&self) -> BoxFuture<'static, ()>;
+
     /// Where a container's log is; `container_id` is the runtime's id without any prefix.
     fn log_path(
         &self,

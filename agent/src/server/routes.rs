@@ -34,6 +34,8 @@ pub type Answer = Response<BoxBody<Bytes, Infallible>>;
 
 /// Pieces of a log that wait for a slow client.
 const LOG_QUEUE: usize = 8;
+/// How long a request waits for a pod of which an agent that has just started may not know yet.
+const START_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How a request came in.
 pub enum Caller {
@@ -156,6 +158,21 @@ impl Routes {
         Ok(with_type(text(StatusCode::OK, body), kind))
     }
 
+    /// The pod that a request means. An agent that has just started is given time to find its pods.
+    async fn pod(
+        &self,
+        namespace: &str,
+        name: &str,
+        uid: Option<&str>,
+    ) -> Result<Arc<Pod>, Refusal> {
+        let look = || find::pod(&self.containers.pods(), namespace, name, uid);
+        if let Ok(pod) = look() {
+            return Ok(pod);
+        }
+        drop(tokio::time::timeout(START_PATIENCE, self.containers.settled()).await);
+        look()
+    }
+
     async fn logs(
         &self,
         request: &Request<Incoming>,
@@ -165,7 +182,7 @@ impl Routes {
         let query = query::pairs(request.uri().query().unwrap_or_default());
         let bad_request = |text| Refusal::new(StatusCode::BAD_REQUEST, text);
         let options = logs::options::parse(&query, Timestamp::now()).map_err(bad_request)?;
-        let pod = find::pod(&self.containers.pods(), namespace, pod, None)?;
+        let pod = self.pod(namespace, pod, None).await?;
         let id = find::container_for_logs(&pod, container, options.previous)?;
         let uid = pod.metadata.uid.clone().unwrap_or_default();
         let internal = |text| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, text);
@@ -198,7 +215,7 @@ impl Routes {
     ) -> Result<Answer, Refusal> {
         require(&request, &[Method::GET, Method::POST])?;
         let wanted = exec_request(request.uri().query().unwrap_or_default(), command)?;
-        let pod = find::pod(&self.containers.pods(), namespace, pod, uid)?;
+        let pod = self.pod(namespace, pod, uid).await?;
         let id = match command {
             Command::Exec => find::running_container(&pod, container)?,
             Command::Attach => find::container_to_attach_to(&pod, container)?,
@@ -231,7 +248,7 @@ impl Routes {
         (namespace, pod, uid): (&str, &str, Option<&str>),
     ) -> Result<Answer, Refusal> {
         require(&request, &[Method::GET, Method::POST])?;
-        let pod = find::pod(&self.containers.pods(), namespace, pod, uid)?;
+        let pod = self.pod(namespace, pod, uid).await?;
         let uid = pod.metadata.uid.clone().unwrap_or_default();
         let internal = |text| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, text);
         let network = self.containers.network(&uid).await.map_err(internal)?;

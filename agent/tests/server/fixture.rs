@@ -32,6 +32,8 @@ pub struct Node {
     pub dir: tempfile::TempDir,
     /// The container runs as long as this is true.
     pub running: watch::Sender<bool>,
+    /// Whether the pod is known.
+    pub known: watch::Sender<bool>,
     cancel: CancellationToken,
 }
 
@@ -54,8 +56,12 @@ impl Node {
         let tls = tls::server_config(&config, dir.path(), "n1", &[]).unwrap();
         let running = watch::Sender::new(true);
         let cancel = CancellationToken::new();
-        let containers: Arc<dyn Containers> =
-            Arc::new(Local { log: dir.path().join("0.log"), running: running.subscribe() });
+        let known = watch::Sender::new(true);
+        let containers: Arc<dyn Containers> = Arc::new(Local {
+            log: dir.path().join("0.log"),
+            running: running.subscribe(),
+            known: known.subscribe(),
+        });
         let routes = Arc::new(Routes {
             access: Access::new(config, "n1".to_owned(), None),
             containers: containers.clone(),
@@ -75,7 +81,7 @@ impl Node {
         let healthz_address = healthz.local_addr().unwrap();
         tokio::spawn(server::serve(listener, tls, routes.clone(), cancel.clone()));
         tokio::spawn(server::serve_healthz(healthz, routes, cancel.clone()));
-        Self { address, healthz: healthz_address, dir, running, cancel }
+        Self { address, healthz: healthz_address, dir, running, known, cancel }
     }
 
     pub fn log(&self, line: &str) {
@@ -126,18 +132,24 @@ pub fn pod() -> Pod {
 
 /// Containers whose log is at `log` and which run for ever.
 pub fn containers(log: &std::path::Path) -> Arc<dyn Containers> {
-    let (_, running) = watch::channel(true);
-    Arc::new(Local { log: log.to_owned(), running })
+    let always = watch::Sender::new(true).subscribe();
+    Arc::new(Local { log: log.to_owned(), running: always.clone(), known: always })
 }
 
 struct Local {
     log: PathBuf,
     running: watch::Receiver<bool>,
+    known: watch::Receiver<bool>,
 }
 
 impl Containers for Local {
     fn pods(&self) -> Vec<Arc<Pod>> {
-        vec![Arc::new(pod())]
+        if *self.known.borrow() { vec![Arc::new(pod())] } else { Vec::new() }
+    }
+
+    fn settled(&self) -> BoxFuture<'static, ()> {
+        let mut known = self.known.clone();
+        async move { drop(known.wait_for(|known| *known).await) }.boxed()
     }
 
     fn log_path(&self, uid: &str, id: &str) -> BoxFuture<'static, Result<PathBuf, String>> {
