@@ -8,7 +8,6 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 use keelson_tests::node::program;
 
-use crate::bpf;
 use crate::cluster::Ground;
 use crate::process::in_netns;
 use crate::subject::node::NODE_NAME;
@@ -55,10 +54,6 @@ impl Contender {
         format!("{}, {}", self.name, self.mode)
     }
 
-    pub(super) fn serves_sockets(&self) -> bool {
-        self.mode == bpf::MODE
-    }
-
     /// Its command line in the namespace `netns`, with files of its own in `folder`.
     ///
     /// # Errors
@@ -68,7 +63,7 @@ impl Contender {
         ground: &Ground<'_>,
         netns: &Path,
         folder: &Path,
-        cgroup: Option<&Path>,
+        cgroup: &Path,
     ) -> Result<Command> {
         let mut command = in_netns(netns, &self.program);
         command.args([
@@ -86,8 +81,6 @@ impl Contender {
             // In every mode: one that starts removes what another mode has left there.
             let pins = Path::new("/sys/fs/bpf").join(netns.file_name().unwrap_or_default());
             command.arg(format!("--ebpf-pins={}", pins.display()));
-        }
-        if let Some(cgroup) = cgroup {
             command.arg(format!("--ebpf-cgroup={}", cgroup.display()));
         }
         if !self.own && self.mode == "iptables" {

@@ -57,7 +57,8 @@ pub(super) struct World {
     server: Server,
     client: Netns,
     outside: Netns,
-    cgroup: Option<ThreadGroup>,
+    /// Pods are in cgroups, whatever proxy there is.
+    cgroup: ThreadGroup,
     _pin: Pin,
 }
 
@@ -97,7 +98,7 @@ impl World {
             server,
             client,
             outside,
-            cgroup: None,
+            cgroup: ThreadGroup::make(&name)?,
             _pin: pin,
         };
         if let Some(contender) = contender {
@@ -114,13 +115,9 @@ impl World {
         name: &str,
     ) -> Result<()> {
         self.label = contender.label();
-        if contender.serves_sockets() {
-            self.cgroup = Some(ThreadGroup::make(name)?);
-        }
         let folder = ground.node().scratch().join(name);
         fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
-        let cgroup = self.cgroup.as_ref().map(ThreadGroup::path);
-        let command = contender.command(ground, netns, &folder, cgroup)?;
+        let command = contender.command(ground, netns, &folder, self.cgroup.path())?;
         let proxy = Daemon::start(&self.label, command, &folder.join("log"), name)?;
         let places =
             [(Spot::Pod, objects::service()), (Spot::Outside, objects::node_port(self.node))];
@@ -154,10 +151,9 @@ impl World {
         spot: Spot,
         work: impl FnOnce() -> Result<T> + Send,
     ) -> Result<T> {
-        match (spot, &self.cgroup) {
-            (Spot::Outside, _) => self.outside.run(work)?,
-            (Spot::Pod, None) => self.client.run(work)?,
-            (Spot::Pod, Some(cgroup)) => self.client.run(|| cgroup.run(work)?)?,
+        match spot {
+            Spot::Outside => self.outside.run(work)?,
+            Spot::Pod => self.client.run(|| self.cgroup.run(work)?)?,
         }
     }
 
