@@ -1,17 +1,25 @@
-//! The filter in front of the programs' tables: which addresses may matter.
+//! The filters in front of the programs' tables: which addresses may matter.
 //!
-//! What is set there is never taken back: packets of connections whose Service is gone still have to be looked at.
+//! What is set there is never taken back: packets of connections whose Service is gone still have to be looked at. So
+//! what is lost is found again in the tables of connections.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use keelson_ebpf_abi::{
-    Address, FILTER_ADDRESS, FILTER_RANGE, FILTER_WORDS, FilterPlace, RangePrefix,
+    Address, FILTER_ADDRESS, FILTER_RANGE, FILTER_WORDS, FLOW_FROM_ENDPOINT, FLOW_MASQUERADE,
+    FLOW_MASQUERADE_SOON, FLOW_TO_ENDPOINT, FLOW_UNMASQUERADE, FilterPlace, Flow, RangePrefix,
+    Tuple,
 };
 
 use super::error::EbpfError;
+use super::sys::Cursor;
 use super::table::Table;
 
+/// Where packets go that may concern Services, and who is a client.
+pub(crate) const FILTERS: [&str; 2] = [DESTINATIONS, CLIENTS];
+const DESTINATIONS: &str = "destinations";
+const CLIENTS: &str = "clients";
 /// Above that reading all of it is cheaper than reading parts.
 const FEW: usize = 256;
 
@@ -20,7 +28,7 @@ pub(crate) struct Filter(Table<u32, [u8; 8]>);
 
 impl Filter {
     pub(crate) fn open(pins: &Path) -> Result<Self, EbpfError> {
-        Table::open(pins, "destinations").map(Filter)
+        Table::open(pins, DESTINATIONS).map(Filter)
     }
 
     /// From now on the programs look at packets to these addresses.
@@ -61,6 +69,59 @@ impl Filter {
             }
         }
         Ok(())
+    }
+}
+
+/// Names in a filter, one of [`FILTERS`], whom connections in these tables need there.
+pub(crate) fn recall(
+    name: &'static str,
+    filter: &Path,
+    arriving: &Path,
+    leaving: &Path,
+) -> Result<(), EbpfError> {
+    const AT_ONCE: usize = 8192;
+    let filter = Filter(Table::open_at(filter.to_owned(), name)?);
+    let needs: [(_, _, fn(&Tuple, &Flow) -> Needed); 2] =
+        [(arriving, "flows_in", of_arriving), (leaving, "flows_out", of_leaving)];
+    for (path, table, needed) in needs {
+        let (table, mut cursor) = (Table::open_at(path.to_owned(), table)?, Cursor::default());
+        while !cursor.ended {
+            let found: Vec<(Tuple, Flow)> = table.read_on(&mut cursor, AT_ONCE)?;
+            let needed = found.iter().map(|(key, flow)| needed(key, flow));
+            let addresses: Vec<Address> = match name {
+                CLIENTS => needed.filter_map(|needed| needed.client).collect(),
+                _ => needed.filter_map(|needed| needed.destination).collect(),
+            };
+            filter.add_addresses(addresses.iter())?;
+        }
+    }
+    Ok(())
+}
+
+/// Who must be named so that packets of a connection are looked at.
+struct Needed {
+    client: Option<Address>,
+    destination: Option<Address>,
+}
+
+fn of_arriving(key: &Tuple, flow: &Flow) -> Needed {
+    let client = match flow.role {
+        FLOW_TO_ENDPOINT => Some(key.source),
+        FLOW_UNMASQUERADE => Some(flow.to.destination),
+        // The node itself.
+        _ => None,
+    };
+    Needed { client, destination: Some(key.destination) }
+}
+
+fn of_leaving(key: &Tuple, flow: &Flow) -> Needed {
+    match flow.role {
+        FLOW_FROM_ENDPOINT => Needed { client: Some(key.destination), destination: None },
+        FLOW_MASQUERADE | FLOW_MASQUERADE_SOON => {
+            Needed { client: Some(key.source), destination: None }
+        }
+        // From the node itself.
+        _ => Needed { client: None, destination: Some(key.destination) },
     }
 }
 

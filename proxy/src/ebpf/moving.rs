@@ -8,6 +8,8 @@
 //! 5                    what those still wrote is copied, maps-before goes, connections begin again
 //! ```
 //!
+//! A filter that is lost while the tables of connections are there takes part: it is filled from these.
+//!
 //! A process that is killed before 3 has changed nothing. After it, the old programs go on with the old maps until
 //! the next start goes on with 4. Maps whose shape does not change stay where they are.
 
@@ -22,11 +24,14 @@ use keelson_ebpf_abi::{ANEW, Settings, VERSION};
 
 use super::alarm::monotonic_ns;
 use super::error::EbpfError;
+use super::filter::{self, FILTERS};
 use super::raw::{Raw, What};
 use super::sys::{self, MapInfo};
 
 /// No longer than that does no connection begin, also when the process is killed.
 const HOLD: Duration = Duration::from_secs(3);
+/// The tables of connections.
+const FLOWS: [&str; 2] = ["flows_in", "flows_out"];
 /// Written by user space alone, which does nothing else while it moves them.
 const WRITTEN_HERE: [&str; 11] = [
     "addresses",
@@ -76,6 +81,8 @@ pub(crate) struct Moving {
     pins: PathBuf,
     /// By name, where each is now.
     from: BTreeMap<String, PathBuf>,
+    /// Filters that are nowhere, though there are connections that they must let through.
+    lost: Vec<&'static str>,
 }
 
 impl Moving {
@@ -89,7 +96,7 @@ impl Moving {
         remove(&next_folder(pins))?;
         let maps = maps_folder(pins);
         make(&maps)?;
-        let mut from = BTreeMap::new();
+        let (mut from, mut nowhere) = (BTreeMap::new(), Vec::new());
         for (name, shape) in &mut wanted {
             let here = maps.join(name);
             let there = match open(&here) {
@@ -97,7 +104,10 @@ impl Moving {
                 None => left_by_other_version(pins, name),
             };
             shape.max_entries = size(name, shape, there.as_ref().map(|(_, map)| map.info()));
-            let Some((path, map)) = there else { continue };
+            let Some((path, map)) = there else {
+                nowhere.push(name.clone());
+                continue;
+            };
             // An earlier process did not finish: that comes first.
             let may_grow = !before_folder(pins).join(name).exists();
             let same_size = shape.max_entries == map.info().max_entries;
@@ -107,16 +117,21 @@ impl Moving {
                 pin(&map, &here)?;
             }
         }
-        Ok((Moving { pins: pins.to_owned(), from }, wanted))
+        let is_nowhere = |name: &&str| nowhere.iter().any(|nowhere| nowhere == name);
+        let lost = match FLOWS.iter().all(is_nowhere) {
+            true => Vec::new(),
+            false => FILTERS.into_iter().filter(is_nowhere).collect(),
+        };
+        Ok((Moving { pins: pins.to_owned(), from, lost }, wanted))
     }
 
     pub(crate) fn is_needed(&self) -> bool {
-        !self.from.is_empty()
+        !self.from.is_empty() || !self.lost.is_empty()
     }
 
     /// Where the map of that name is pinned that new programs shall use.
     pub(crate) fn home(&self, name: &str) -> PathBuf {
-        let moves = self.from.contains_key(name);
+        let moves = self.from.contains_key(name) || self.lost.contains(&name);
         let folder = if moves { next_folder(&self.pins) } else { maps_folder(&self.pins) };
         folder.join(name)
     }
@@ -131,12 +146,16 @@ impl Moving {
     pub(crate) fn finish(&self) -> Result<u64, EbpfError> {
         let since = a_moment_ago()?;
         self.carry(What::All, |_| true)?;
-        if self.from.keys().any(|name| name.starts_with("flows")) {
+        if FLOWS.iter().any(|name| self.from.contains_key(*name)) || !self.lost.is_empty() {
             self.hold()?;
             sys::wait_for_programs();
         }
         let last = a_moment_ago()?;
         self.carry(What::Since(since), |name| !WRITTEN_HERE.contains(&name) || name == "settings")?;
+        for filter in &self.lost {
+            let [arriving, leaving] = FLOWS.map(|name| self.home(name));
+            filter::recall(filter, &self.home(filter), &arriving, &leaving)?;
+        }
         let (next, before) = (next_folder(&self.pins), before_folder(&self.pins));
         // What an earlier process left there was copied at times that nobody knows.
         let known = !before.exists();
@@ -152,6 +171,11 @@ impl Moving {
             pin(&Raw::open(from).map_err(fail)?, &kept)?;
             fs::rename(next.join(name), maps_folder(&self.pins).join(name)).map_err(fail)?;
             tracing::info!(map = name, "A map is replaced by one of another size or layout");
+        }
+        for name in &self.lost {
+            let fail = |source| EbpfError::Pin { path: next.join(name), source };
+            fs::rename(next.join(name), maps_folder(&self.pins).join(name)).map_err(fail)?;
+            tracing::warn!(map = name, "A map was lost; it is filled from the connections that there are");
         }
         remove(&next)?;
         Ok(if known { last } else { 0 })

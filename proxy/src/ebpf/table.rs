@@ -7,7 +7,7 @@ use std::hash::Hash;
 use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::error::EbpfError;
 use super::sys;
@@ -31,7 +31,11 @@ where
 {
     /// Opens the map of that name in the folder of pins.
     pub(crate) fn open(pins: &Path, name: &'static str) -> Result<Self, EbpfError> {
-        let path = pins.join(name);
+        Self::open_at(pins.join(name), name)
+    }
+
+    /// The same, wherever it is pinned.
+    pub(crate) fn open_at(path: PathBuf, name: &'static str) -> Result<Self, EbpfError> {
         let fail = |source| EbpfError::Pin { path: path.clone(), source };
         let map = sys::open_pinned(&path).map_err(fail)?;
         let info = sys::map_info(map.as_fd()).map_err(fail)?;

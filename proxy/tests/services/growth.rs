@@ -21,6 +21,7 @@ rows![
     a_service_that_does_not_fit_is_refused_by_name,
     an_alarm_is_raised_before_a_map_is_full,
     connections_outlive_a_change_of_layouts_forth_and_back,
+    connections_outlive_the_loss_of_a_filter,
 ];
 
 fn only_ebpf(mode: Mode) {
@@ -383,5 +384,44 @@ fn connections_outlive_a_change_of_layouts_forth_and_back(mode: Mode) {
         let listener = &listener;
         pairs.push(Pair::new(&client.namespace, "10.96.0.1:80", listener));
         pairs.iter_mut().for_each(Pair::go_on);
+    }
+}
+
+/// Or an upgrade from a version that has none. Services may be gone meanwhile.
+fn connections_outlive_the_loss_of_a_filter(mode: Mode) {
+    only_ebpf(mode);
+    let mut node = Node::with(mode, packets_only(1 << 16));
+    let (client, server) = (node.pod("client", 10), node.pod("server", 2));
+    let listener = server.namespace.run(|| TcpListener::bind("[::]:9090").unwrap());
+    node.service("web", node_port(cluster_ip(1, "TCP", 80), 30080));
+    node.ready("web", "TCP", 9090, &[2]);
+    node.service("gone", cluster_ip(2, "TCP", 80));
+    node.ready("gone", "TCP", 9090, &[2]);
+    node.apply();
+    let ways = [
+        (&client.namespace, "10.96.0.1:80".to_owned()),
+        (&client.namespace, "[fd96::1]:80".to_owned()),
+        (&client.namespace, "10.96.0.2:80".to_owned()),
+        (&node.outside, format!("{NODE4}:30080")),
+        (&node.outside, format!("[{NODE6}]:30080")),
+        (&node.namespace, "10.96.0.1:80".to_owned()),
+        (&node.namespace, "10.96.0.2:80".to_owned()),
+        (&server.namespace, "10.96.0.1:80".to_owned()),
+    ];
+    let open = |(from, to): &(&Namespace, String)| Pair::new(from, to, &listener);
+    let mut pairs: Vec<Pair> = ways.iter().map(open).collect();
+    node.delete_service("gone");
+    node.adopt();
+    for lost in [&["clients"][..], &["destinations"], &["clients", "destinations"]] {
+        node.backend = None;
+        for map in lost {
+            let folder = node.config.ebpf.pins.join(format!("maps-v{VERSION}"));
+            std::fs::remove_file(folder.join(map)).unwrap();
+        }
+        assert!(node.restart() > 0);
+        pairs.iter_mut().for_each(Pair::go_on);
+        node.assert_as_planned();
+        Pair::new(&client.namespace, "10.96.0.1:80", &listener).go_on();
+        assert_eq!(node.restart(), 0);
     }
 }
