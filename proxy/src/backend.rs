@@ -139,6 +139,12 @@ pub trait Backend: Send {
         Figures::default()
     }
 
+    /// Parts of the node itself that the kernel refuses since the last call, each named once, in words. All else is in
+    /// force, and they are tried again.
+    fn take_troubles(&mut self) -> Vec<String> {
+        Vec::new()
+    }
+
     /// What the kernel side counts of Services, where it does.
     fn counting(&self) -> Option<Arc<dyn Counting>> {
         None

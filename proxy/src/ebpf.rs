@@ -42,6 +42,7 @@ mod observed;
 mod programmed;
 mod programs;
 mod raw;
+mod refusals;
 mod sizes;
 mod sys;
 mod table;
@@ -75,11 +76,14 @@ use node::NodeState;
 use numbering::{Numbers, number};
 use programmed::{Pending, Programmed, together};
 use programs::Programs;
+use refusals::{Refusals, Troubles};
 use sizes::{Amounts, Needs};
 use tend::Tables;
 use xdp::Frames;
 pub use xdp::XdpChoice;
 
+/// How it is told that the programs for sockets are refused altogether.
+const SOCKETS: &str = "sockets";
 /// Interfaces whose links are looked at each time.
 const LOOK_AT_ONCE: usize = 16;
 
@@ -114,6 +118,9 @@ pub struct Ebpf {
     tally: Arc<Tally>,
     numbers: Numbers,
     node: NodeState,
+    /// How many the node has.
+    own_addresses: u32,
+    troubles: Troubles,
     /// What is in the maps of Services.
     used: Amounts,
     /// When maps could not be made larger, the next attempt.
@@ -143,6 +150,8 @@ impl Ebpf {
             tally: Arc::default(),
             numbers: Numbers::after(0),
             node: NodeState::default(),
+            own_addresses: 0,
+            troubles: Troubles::default(),
             used: Amounts::default(),
             grow_again_ns: 0,
         })
@@ -171,16 +180,21 @@ impl Ebpf {
     }
 
     /// Attaches what is not attached yet, and the other way round.
-    fn attach(&self, kernel: &mut Kernel) -> Result<usize, EbpfError> {
-        let (interfaces, sockets) = (self.interfaces(), self.serves_sockets());
+    fn attach(&self, kernel: &mut Kernel, refusals: &mut Refusals) -> Result<usize, EbpfError> {
+        let (interfaces, sockets, netns) = (self.interfaces(), self.serves_sockets(), &self.netns);
         let Kernel { maps, links, programs, way, frames, .. } = kernel;
-        let mut operations = links.serve_packets(programs, *way, &self.netns, &interfaces)?;
+        let mut operations = links.serve_packets(programs, *way, netns, &interfaces, refusals)?;
         if sockets {
-            let cgroup = self.config.ebpf.cgroup()?;
-            operations += links.serve_sockets(programs, &cgroup)?;
+            let cgroup = self.config.ebpf.cgroup();
+            let served = cgroup.and_then(|cgroup| links.serve_sockets(programs, &cgroup, refusals));
+            match served {
+                Ok(changed) => operations += changed,
+                // Packets of these are served all the same.
+                Err(error) => refusals.add(SOCKETS, "sockets that connect", &error),
+            }
         }
-        let wanted = xdp::observe(&self.config.ebpf, &self.netns)?;
-        operations += frames.serve((links, programs, maps), &self.netns, &wanted)?;
+        let wanted = xdp::observe(&self.config.ebpf, netns)?;
+        operations += frames.serve((links, programs, maps), netns, &wanted, refusals)?;
         Ok(operations + links.remove_others(sockets, &interfaces))
     }
 
@@ -271,8 +285,10 @@ impl Ebpf {
             _ => 0,
         };
         let Kernel { links, way, frames, .. } = kernel;
-        let missing = links.missing(self.serves_sockets(), next.into_iter(), *way, &self.netns);
-        !missing.is_empty() || frames.pins().any(|pin| !links.works(&pin))
+        let sockets = self.serves_sockets() && !self.troubles.has(SOCKETS);
+        let missing = links.missing(sockets, next.into_iter(), *way, &self.netns);
+        missing.iter().any(|pin| !self.troubles.has(pin))
+            || frames.pins().any(|pin| !links.works(&pin))
     }
 }
 
@@ -304,12 +320,18 @@ impl Backend for Ebpf {
 
     fn disturbed(&mut self) -> Result<bool, BackendError> {
         let moved = self.alarm.acknowledge()?;
-        if self.exempt.may_differ(&self.config.ebpf.exempt) || moved {
+        let exempt_differ = self.exempt.may_differ(&self.config.ebpf.exempt);
+        if moved || exempt_differ || self.troubles.is_due(alarm::monotonic_ns()?) {
             self.follow_node()?;
         }
         if let Some(kernel) = &self.kernel {
             let maps = Programs::maps_folder(&self.config.ebpf.pins);
-            monitor::forget_the_dead(&kernel.maps.watched, &maps)?;
+            if let Err(error) = monitor::forget_the_dead(&kernel.maps.watched, &maps) {
+                tracing::warn!(
+                    error = with_sources(&error),
+                    "Cannot tell whether a monitor is there"
+                );
+            }
         }
         if let Err(error) = self.tend() {
             tracing::error!(error = with_sources(&error), "Cannot tend the tables of connections");
@@ -324,6 +346,10 @@ impl Backend for Ebpf {
 
     fn take_figures(&mut self) -> Figures {
         Figures::of_maps(self.fills())
+    }
+
+    fn take_troubles(&mut self) -> Vec<String> {
+        self.troubles.take_untold()
     }
 
     fn details(&mut self, plan: &ServicePlan) -> Result<Vec<String>, BackendError> {

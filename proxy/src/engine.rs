@@ -40,6 +40,8 @@ pub(crate) use progress::Progress;
 
 /// How long the next attempt waits when nothing could be put in force.
 const RETRY: Duration = Duration::from_secs(5);
+/// How long an alarm is not listened to that cannot be read.
+const DEAF: Duration = Duration::from_secs(5);
 /// How long a single Service that the kernel refused waits for the next attempt.
 const RETRY_REFUSED: Duration = Duration::from_secs(30);
 
@@ -88,6 +90,8 @@ pub(crate) struct Engine {
     own_addresses: Vec<IpAddr>,
     started: bool,
     retry_at: Option<Instant>,
+    /// The backend's alarm is not listened to before: it would ring all the time.
+    deaf_until: Option<Instant>,
     conntrack: Cleaner,
     last_known: LastKnown,
     metrics: Arc<Metrics>,
@@ -140,6 +144,7 @@ impl Engine {
             own_addresses: own_addresses(),
             started: false,
             retry_at: None,
+            deaf_until: None,
             conntrack: Cleaner::start(Arc::clone(&metrics))?,
             last_known,
             metrics,
@@ -174,12 +179,26 @@ impl Engine {
                 }
                 return Ok(());
             }
-            let disturbed = alarmed && self.backend.disturbed()?;
+            let disturbed = alarmed && self.is_disturbed();
             self.take_figures();
             if self.intake.is_complete() {
                 self.put_in_force(disturbed);
             }
         }
+    }
+
+    /// Whether somebody changed what is in force. Who cannot tell is not asked again at once, and everything is compared
+    /// meanwhile.
+    fn is_disturbed(&mut self) -> bool {
+        self.backend.disturbed().unwrap_or_else(|error| {
+            tracing::error!(
+                error = with_sources(&error),
+                "Cannot tell what others changed, retrying"
+            );
+            self.metrics.refused.inc();
+            self.deaf_until = Some((self.clock)().steady + DEAF);
+            true
+        })
     }
 
     /// After a reboot the kernel has nothing, and the API server may be a pod that needs Services itself.
@@ -205,19 +224,22 @@ impl Engine {
 
     /// Sleeps until there is something to do; true when the backend's alarm rang.
     fn wait(&mut self) -> anyhow::Result<bool> {
-        let timeout = self.timeout((self.clock)());
-        let mut events = vec![
-            PollFd::new(self.bell.as_fd(), PollFlags::POLLIN),
-            PollFd::new(self.backend.alarm(), PollFlags::POLLIN),
-        ];
-        let changes = self.address_changes.as_ref();
-        events.extend(changes.map(|changes| PollFd::new(changes.fd(), PollFlags::POLLIN)));
+        let now = (self.clock)();
+        self.deaf_until = self.deaf_until.filter(|until| *until > now.steady);
+        let timeout = self.timeout(now);
+        let bell = self.bell.as_fd();
+        let changes = self.address_changes.as_ref().map(Changes::fd);
+        // An alarm that is not listened to: the bell once more.
+        let alarm = if self.deaf_until.is_none() { self.backend.alarm() } else { bell };
+        let fds = [bell, alarm, changes.unwrap_or(bell)];
+        let mut events = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         match poll(&mut events, timeout) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(error) => return Err(error.into()),
         }
         let rang = |event: Option<&PollFd<'_>>| event.and_then(PollFd::any).unwrap_or(false);
-        let (alarmed, moved) = (rang(events.get(1)), rang(events.get(2)));
+        let alarmed = self.deaf_until.is_none() && rang(events.get(1));
+        let moved = rang(events.get(2));
         if let Some(changes) = self.address_changes.as_mut().filter(|_| moved) {
             changes.read();
             self.own_addresses = own_addresses();
@@ -231,7 +253,8 @@ impl Engine {
 
     /// How long there is nothing to do unless somebody calls.
     fn timeout(&self, now: Now) -> PollTimeout {
-        match self.retry_at.into_iter().chain(self.last_known.due()).min() {
+        let retries = [self.retry_at, self.deaf_until].into_iter().flatten();
+        match retries.chain(self.last_known.due()).min() {
             None => PollTimeout::NONE,
             Some(at) => {
                 let rest = at.saturating_duration_since(now.steady);
@@ -314,8 +337,13 @@ impl Engine {
         }
     }
 
-    /// What the backend has counted, and how full its maps are.
+    /// What the backend has counted, what it was refused, and how full its maps are.
     fn take_figures(&mut self) {
+        for what in self.backend.take_troubles() {
+            tracing::error!(%what, "The kernel refused a part of the node, retrying");
+            self.metrics.refused.inc();
+            self.notices.send(Notice::about_node(self.intake.node_name(), "KernelRefused", what));
+        }
         let figures = self.backend.take_figures();
         self.metrics.take_in(&figures);
         self.metrics.note_fills(&figures.maps);

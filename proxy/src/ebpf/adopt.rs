@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
+use super::alarm::monotonic_ns;
 use super::attach::{Links, Way};
 use super::config::Algorithm;
 use super::follow::read_node;
@@ -12,6 +13,7 @@ use super::numbering::{Numbers, number};
 use super::observed::Observed;
 use super::programmed::{Pending, Programmed};
 use super::programs::Programs;
+use super::refusals::Refusals;
 use super::sizes::{Amounts, Needs};
 use super::xdp::Frames;
 use super::{Ebpf, EbpfError, Kernel, sys};
@@ -28,6 +30,8 @@ impl Ebpf {
     pub(super) fn adopt_all(&mut self, plans: &Plans) -> Result<Applied, EbpfError> {
         // The old descriptors are of no use if somebody removed the pins.
         self.kernel = None;
+        let mut refusals = Refusals::default();
+        let node = self.observe_node()?;
         let algorithm = self.config.ebpf.algorithm;
         let all = Amounts::of_plans(plans.values().map(|plan| &**plan), algorithm);
         let (mut kernel, mut operations) = self.kernel(&self.needs(all)).or_else(|error| {
@@ -37,10 +41,10 @@ impl Ebpf {
         })?;
         let settings = kernel.maps.settings.get(&0)?.unwrap_or_default();
         self.numbers = Numbers::after(settings.numbers);
-        operations += self.adopt_node(&kernel, settings)?;
+        operations += self.adopt_node(&kernel, settings, node, &mut refusals)?;
         // What begins at one interface must find the programs at all others, so first all are attached. As long as they
         // find no Service, they change nothing.
-        operations += self.attach(&mut kernel)?;
+        operations += self.attach(&mut kernel, &mut refusals)?;
         operations += self.settle(&kernel)?;
         let mut observed = Observed::read(&kernel.maps)?;
         kernel.maps.filter.add_addresses(observed.destinations())?;
@@ -51,7 +55,8 @@ impl Ebpf {
         self.used = self.used.minus(Amounts::of_keys(leftovers.deletes.iter()));
         self.adopt_counters(&kernel)?;
         let node = self.observe_node()?;
-        operations += leftovers.len() + self.refresh_node(&kernel, node)?;
+        operations += leftovers.len() + self.refresh_node(&kernel, node, &mut refusals)?;
+        self.troubles.note(refusals, monotonic_ns()?);
         applied.operations += operations;
         // Endpoints may have gone while no proxy ran.
         kernel.ender.look();

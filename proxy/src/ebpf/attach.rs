@@ -14,6 +14,7 @@ use keelson_netlink::route::Rtnl;
 use super::clsact;
 use super::error::EbpfError;
 use super::programs::Programs;
+use super::refusals::Refusals;
 use super::sys::{self, AttachType};
 
 /// Programs for sockets, and where they are called.
@@ -55,6 +56,13 @@ impl Way {
     }
 }
 
+/// An interface that did not take a program.
+pub(super) struct Refused {
+    pub(super) program: &'static str,
+    pub(super) index: u32,
+    pub(super) error: EbpfError,
+}
+
 /// The pinned links.
 pub(crate) struct Links {
     folder: PathBuf,
@@ -68,11 +76,12 @@ impl Links {
         Ok(Links { folder })
     }
 
-    /// Attaches the programs for sockets, and says what had to be done.
+    /// Attaches the programs for sockets, and says how much had to be done.
     pub(crate) fn serve_sockets(
         &self,
         programs: &Programs,
         cgroup: &Path,
+        refusals: &mut Refusals,
     ) -> Result<usize, EbpfError> {
         let read = |source| EbpfError::Read { path: cgroup.to_owned(), source };
         let folder = File::open(cgroup).map_err(read)?;
@@ -87,22 +96,48 @@ impl Links {
                 let target = cgroup.display().to_string();
                 EbpfError::Attach { program: name, target, source }
             };
-            operations += usize::from(self.ensure(name, program, number, create).map_err(fail)?);
+            match self.ensure(name, program, number, create) {
+                Ok(changed) => operations += usize::from(changed),
+                Err(error) => refusals.add(name, "sockets that connect", &fail(error)),
+            }
         }
         Ok(operations)
     }
 
-    /// Attaches the programs for packets to interfaces of that namespace.
+    /// Attaches the programs for packets to interfaces of that namespace, and says how much had to be done.
     pub(crate) fn serve_packets(
         &self,
         programs: &Programs,
         way: Way,
         netns: &Netns,
         interfaces: &HashSet<u32>,
+        refusals: &mut Refusals,
     ) -> Result<usize, EbpfError> {
-        if way == Way::Clsact {
-            return clsact::serve(&mut Rtnl::open_in(netns)?, programs, interfaces.iter().copied());
+        let mut refused = Vec::new();
+        let operations = match way {
+            Way::Tcx => self.link_packets(programs, netns, interfaces, &mut refused),
+            Way::Clsact => clsact::serve(netns, programs, interfaces, &mut refused)?,
+        };
+        if !refused.is_empty() {
+            // Those that are gone meanwhile need nothing.
+            let links = Rtnl::open_in(netns)?.links().map_err(EbpfError::Observe)?;
+            for Refused { program, index, error } in refused {
+                if let Some(link) = links.iter().find(|link| link.index == index) {
+                    let what = format!("interface {}, {program}", link.name);
+                    refusals.add(&pin(program, index), &what, &error);
+                }
+            }
         }
+        Ok(operations)
+    }
+
+    fn link_packets(
+        &self,
+        programs: &Programs,
+        netns: &Netns,
+        interfaces: &HashSet<u32>,
+        refused: &mut Vec<Refused>,
+    ) -> usize {
         let mut operations = 0;
         for (name, attach_type) in PACKET_PROGRAMS {
             let Some(program) = programs.get(name) else { continue };
@@ -110,18 +145,17 @@ impl Links {
                 let create = || sys::create_link(program.as_fd(), *index, *attach_type);
                 // An index counts in the thread's own namespace.
                 let create = || netns.run(create).map_err(io::Error::other)?;
-                match self.ensure(&format!("{name}-{index}"), program, (*index).into(), create) {
+                match self.ensure(&pin(name, *index), program, (*index).into(), create) {
                     Ok(changed) => operations += usize::from(changed),
-                    // It is gone already.
-                    Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {}
                     Err(source) => {
                         let target = format!("interface {index}");
-                        return Err(EbpfError::Attach { program: name, target, source });
+                        let error = EbpfError::Attach { program: name, target, source };
+                        refused.push(Refused { program: name, index: *index, error });
                     }
                 }
             }
         }
-        Ok(operations)
+        operations
     }
 
     /// Makes sure that a link is there, works, and leads to that program; true when something had to be done.
@@ -209,8 +243,12 @@ impl Links {
 
 /// The pins of links to interfaces.
 fn packets(interfaces: impl Iterator<Item = u32>) -> impl Iterator<Item = String> {
-    interfaces
-        .flat_map(|index| PACKET_PROGRAMS.iter().map(move |(name, _)| format!("{name}-{index}")))
+    interfaces.flat_map(|index| PACKET_PROGRAMS.iter().map(move |(name, _)| pin(name, index)))
+}
+
+/// The name of the pin of a link to an interface.
+pub(super) fn pin(program: &str, index: u32) -> String {
+    format!("{program}-{index}")
 }
 
 fn remove(folder: &Path, which: impl Fn(&str) -> bool) -> usize {

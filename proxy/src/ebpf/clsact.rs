@@ -1,10 +1,13 @@
 //! Programs for packets on kernels before 6.6: filters of each interface, which stay by themselves.
 
-use std::os::fd::AsFd;
+use std::collections::HashSet;
+use std::os::fd::{AsFd, OwnedFd};
 
+use keelson_netlink::netns::Netns;
 use keelson_netlink::route::{Direction, Rtnl};
 use keelson_netlink::socket::NetlinkError;
 
+use super::attach::{Refused, pin};
 use super::error::EbpfError;
 use super::programs::Programs;
 use super::sys;
@@ -16,31 +19,42 @@ const FILTERS: [(&str, &str, Direction); 2] = [
 ];
 
 /// Attaches what is not attached yet, and says how much that was.
-pub(crate) fn serve(
-    rtnl: &mut Rtnl,
+pub(super) fn serve(
+    netns: &Netns,
     programs: &Programs,
-    interfaces: impl Iterator<Item = u32> + Clone,
+    interfaces: &HashSet<u32>,
+    refused: &mut Vec<Refused>,
 ) -> Result<usize, EbpfError> {
+    let mut rtnl = Rtnl::open_in(netns)?;
     let mut operations = 0;
     for (name, filter, direction) in FILTERS {
         let Some(program) = programs.get(name) else { continue };
         let fail =
             |source| EbpfError::Attach { program: name, target: "interfaces".to_owned(), source };
         let number = sys::program_id(program.as_fd()).map_err(fail)?;
-        for index in interfaces.clone() {
-            let found = rtnl.classifiers(index, direction).map_err(EbpfError::Filter)?;
-            if found.iter().any(|found| found.ours && found.program == number) {
-                continue;
-            }
-            match rtnl.set_classifier(index, direction, program.as_fd(), filter) {
-                Ok(()) => operations += 1,
-                // It is gone already.
-                Err(error) if error.is_absent() => {}
-                Err(error) => return Err(EbpfError::Filter(error)),
+        for index in interfaces.iter().copied() {
+            match ensure(&mut rtnl, (index, direction, filter), program, number) {
+                Ok(changed) => operations += usize::from(changed),
+                Err(error) => {
+                    refused.push(Refused { program: name, index, error: EbpfError::Filter(error) });
+                }
             }
         }
     }
     Ok(operations)
+}
+
+fn ensure(
+    rtnl: &mut Rtnl,
+    (index, direction, filter): (u32, Direction, &str),
+    program: &OwnedFd,
+    number: u32,
+) -> Result<bool, NetlinkError> {
+    let found = rtnl.classifiers(index, direction)?;
+    if found.iter().any(|found| found.ours && found.program == number) {
+        return Ok(false);
+    }
+    rtnl.set_classifier(index, direction, program.as_fd(), filter).map(|()| true)
 }
 
 /// What is not attached to these interfaces.
@@ -50,7 +64,7 @@ pub(crate) fn missing(rtnl: &mut Rtnl, interfaces: impl Iterator<Item = u32>) ->
         for (name, _, direction) in FILTERS {
             let found = rtnl.classifiers(index, direction);
             if !found.is_ok_and(|found| found.iter().any(|found| found.ours)) {
-                missing.push(format!("{name}-{index}"));
+                missing.push(pin(name, index));
             }
         }
     }

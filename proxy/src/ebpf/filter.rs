@@ -81,9 +81,9 @@ pub(crate) fn recall(
 ) -> Result<(), EbpfError> {
     const AT_ONCE: usize = 8192;
     let filter = Filter(Table::open_at(filter.to_owned(), name)?);
-    let needs: [(_, _, fn(&Tuple, &Flow) -> Needed); 2] =
+    let tables: [(_, _, Of); 2] =
         [(arriving, "flows_in", of_arriving), (leaving, "flows_out", of_leaving)];
-    for (path, table, needed) in needs {
+    for (path, table, needed) in tables {
         let (table, mut cursor) = (Table::open_at(path.to_owned(), table)?, Cursor::default());
         while !cursor.ended {
             let found: Vec<(Tuple, Flow)> = table.read_on(&mut cursor, AT_ONCE)?;
@@ -97,6 +97,8 @@ pub(crate) fn recall(
     }
     Ok(())
 }
+
+type Of = fn(&Tuple, &Flow) -> Needed;
 
 /// Who must be named so that packets of a connection are looked at.
 struct Needed {

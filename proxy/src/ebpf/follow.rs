@@ -1,26 +1,43 @@
 //! Follows the node: its interfaces, addresses and exempt namespaces, and what the programs must know of it.
 
 use std::collections::BTreeMap;
+use std::fmt::Display;
 use std::hash::Hash;
+use std::net::IpAddr;
 
-use keelson_ebpf_abi::{ADDRESS_NODE, Settings};
+use keelson_ebpf_abi::{ADDRESS_NODE, Address, RangePrefix, Settings};
 use keelson_netlink::route::Rtnl;
 
+use super::alarm::monotonic_ns;
 use super::maps::Maps;
 use super::node::{self, NodeState};
+use super::refusals::Refusals;
+use super::sizes::Amounts;
 use super::table::Table;
 use super::{Ebpf, EbpfError, Kernel};
 
 impl Ebpf {
-    /// Follows what happened to interfaces and addresses.
+    /// Follows what happened to interfaces and addresses, as far as the kernel lets us.
     pub(super) fn follow_node(&mut self) -> Result<(), EbpfError> {
         let Some(mut kernel) = self.kernel.take() else { return Ok(()) };
-        let followed = self
-            .observe_node()
-            .and_then(|node| self.refresh_node(&kernel, node))
-            .and_then(|_| self.attach(&mut kernel));
+        let mut refusals = Refusals::default();
+        if let Err(error) = self.try_to_follow(&mut kernel, &mut refusals) {
+            refusals.give_up(&error);
+        }
         self.kernel = Some(kernel);
-        followed.map(drop)
+        self.troubles.note(refusals, monotonic_ns()?);
+        Ok(())
+    }
+
+    fn try_to_follow(
+        &mut self,
+        kernel: &mut Kernel,
+        refusals: &mut Refusals,
+    ) -> Result<(), EbpfError> {
+        let node = self.observe_node()?;
+        self.make_room(kernel, Amounts::default())?;
+        self.refresh_node(kernel, node, refusals)?;
+        self.attach(kernel, refusals).map(drop)
     }
 
     /// Writes what belongs to the node itself.
@@ -28,12 +45,14 @@ impl Ebpf {
         &mut self,
         kernel: &Kernel,
         found: Settings,
+        wanted: NodeState,
+        refusals: &mut Refusals,
     ) -> Result<usize, EbpfError> {
         self.node = read_node(&kernel.maps, found)?;
         // Addresses of Service ranges are nobody's only when all Services are in force.
         let service_ranges = self.node.service_ranges.clone();
-        let wanted = NodeState { service_ranges, ..self.observe_node()? };
-        let mut operations = self.refresh_node(kernel, wanted)?;
+        let wanted = NodeState { service_ranges, ..wanted };
+        let mut operations = self.refresh_node(kernel, wanted, refusals)?;
         if found.host_cookie != self.cookie {
             self.write_settings(kernel, found.numbers)?;
             operations += 1;
@@ -41,21 +60,28 @@ impl Ebpf {
         Ok(operations)
     }
 
-    /// Follows changes of interfaces and addresses.
+    /// Writes what belongs to the node itself, but for what the kernel refuses.
     pub(super) fn refresh_node(
         &mut self,
         kernel: &Kernel,
-        wanted: NodeState,
+        mut wanted: NodeState,
+        refusals: &mut Refusals,
     ) -> Result<usize, EbpfError> {
         let maps = &kernel.maps;
         maps.filter.add_addresses(wanted.addresses.keys())?;
         maps.filter.add_ranges(wanted.service_ranges.keys())?;
-        let mut operations = replace(&maps.addresses, &self.node.addresses, &wanted.addresses)?;
-        operations += replace(&maps.interfaces, &self.node.interfaces, &wanted.interfaces)?;
-        operations += replace(&maps.pod_ranges, &self.node.pod_ranges, &wanted.pod_ranges)?;
-        operations += replace(&maps.exempt, &self.node.exempt, &wanted.exempt)?;
-        operations +=
-            replace(&maps.service_ranges, &self.node.service_ranges, &wanted.service_ranges)?;
+        let mut operations = 0;
+        macro_rules! replace {
+            ($map:ident, $name:expr) => {
+                operations +=
+                    replace(&maps.$map, &self.node.$map, &mut wanted.$map, $name, refusals)
+            };
+        }
+        replace!(addresses, |address: &Address| IpAddr::from(*address));
+        replace!(interfaces, |index| format!("interface {index}"));
+        replace!(pod_ranges, of_range);
+        replace!(exempt, |cookie| format!("network namespace {cookie}"));
+        replace!(service_ranges, of_range);
         let settings = |node: &NodeState| (node.flags, node.address4, node.address6);
         let changed = settings(&self.node) != settings(&wanted);
         self.node = wanted;
@@ -71,6 +97,7 @@ impl Ebpf {
         let mut rtnl = Rtnl::open_in(&self.netns)?;
         let (links, addresses) = node::observe(&mut rtnl).map_err(EbpfError::Observe)?;
         let exempt = self.exempt.read(&self.config.ebpf.exempt);
+        self.own_addresses = u32::try_from(addresses.len()).unwrap_or(u32::MAX);
         Ok(NodeState::new(&self.config, &links, &addresses, exempt))
     }
 
@@ -98,24 +125,49 @@ pub(super) fn read_node(maps: &Maps, settings: Settings) -> Result<NodeState, Eb
     })
 }
 
-/// From one content of a map to another; says how many elements that took.
-pub(super) fn replace<K, V>(
+fn of_range(range: &RangePrefix) -> IpAddr {
+    range.key.address.into()
+}
+
+/// From one content of a map to another; says how many elements that took. What the kernel refuses is named, and `after`
+/// is what there is then.
+pub(super) fn replace<K, V, N: Display>(
     table: &Table<K, V>,
     before: &BTreeMap<K, V>,
-    after: &BTreeMap<K, V>,
-) -> Result<usize, EbpfError>
+    after: &mut BTreeMap<K, V>,
+    name: impl Fn(&K) -> N,
+    refusals: &mut Refusals,
+) -> usize
 where
     K: aya::Pod + Default + Ord + Hash,
     V: aya::Pod + Default + Eq,
 {
     let mut operations = 0;
+    let mut refused = Vec::new();
     for (key, value) in after.iter().filter(|(key, value)| before.get(key) != Some(value)) {
-        table.put(key, value)?;
-        operations += 1;
+        match table.put(key, value) {
+            Ok(()) => operations += 1,
+            Err(error) => refused.push((*key, error)),
+        }
     }
     for key in before.keys().filter(|key| !after.contains_key(key)) {
-        table.delete(key)?;
-        operations += 1;
+        match table.delete(key) {
+            Ok(()) => operations += 1,
+            Err(error) => refused.push((*key, error)),
+        }
     }
-    Ok(operations)
+    if let Some((key, error)) = refused.first() {
+        let what = match refused.len() {
+            1 => name(key).to_string(),
+            all => format!("{} and {} more", name(key), all - 1),
+        };
+        refusals.add(table.name(), &what, error);
+    }
+    for (key, _) in refused {
+        match before.get(&key) {
+            Some(value) => after.insert(key, *value),
+            None => after.remove(&key),
+        };
+    }
+    operations
 }

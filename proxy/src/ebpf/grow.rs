@@ -1,6 +1,7 @@
 //! Maps become larger before they are full, as far as the configuration allows.
 
 use super::alarm::monotonic_ns;
+use super::refusals::Refusals;
 use super::sizes::{Amounts, Bounds, Needs};
 use super::{Ebpf, EbpfError, Kernel, moving};
 use crate::backend::MapFill;
@@ -12,8 +13,7 @@ const PATIENCE_NS: u64 = 60 * 1_000_000_000;
 impl Ebpf {
     /// What maps must have room for, with so much of Services.
     pub(super) fn needs(&self, mut services: Amounts) -> Needs {
-        let own = u32::try_from(self.node.addresses.len()).unwrap_or(u32::MAX);
-        services.addresses = services.addresses.saturating_add(own);
+        services.addresses = services.addresses.saturating_add(self.own_addresses);
         Needs::services(&services)
     }
 
@@ -72,7 +72,9 @@ impl Ebpf {
                 return Ok(());
             }
         }
-        self.attach(kernel)?;
+        let mut refusals = Refusals::of_part();
+        self.attach(kernel, &mut refusals)?;
+        self.troubles.note(refusals, now);
         self.settle(kernel).map(drop)
     }
 

@@ -175,7 +175,10 @@ impl Moving {
         for name in &self.lost {
             let fail = |source| EbpfError::Pin { path: next.join(name), source };
             fs::rename(next.join(name), maps_folder(&self.pins).join(name)).map_err(fail)?;
-            tracing::warn!(map = name, "A map was lost; it is filled from the connections that there are");
+            tracing::warn!(
+                map = name,
+                "A map was lost; it is filled from the connections that there are"
+            );
         }
         remove(&next)?;
         Ok(if known { last } else { 0 })

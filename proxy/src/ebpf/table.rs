@@ -55,6 +55,10 @@ where
         }
     }
 
+    pub(crate) fn name(&self) -> &'static str {
+        self.name
+    }
+
     /// What it has room for.
     pub(crate) fn max_entries(&self) -> u32 {
         self.max_entries

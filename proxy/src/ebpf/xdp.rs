@@ -16,6 +16,7 @@ use super::error::EbpfError;
 use super::follow::replace;
 use super::maps::Maps;
 use super::programs::Programs;
+use super::refusals::Refusals;
 use super::sys;
 
 const PROGRAM: &str = "forward";
@@ -144,6 +145,7 @@ impl Frames {
         (links, programs, maps): (&Links, &Programs, &Maps),
         netns: &Netns,
         all: &[Wanted],
+        refusals: &mut Refusals,
     ) -> Result<usize, EbpfError> {
         let mut operations = 0;
         let mut interfaces = BTreeMap::new();
@@ -170,7 +172,9 @@ impl Frames {
         }
         operations += links.remove_where(|name| name.starts_with("xdp_") && !self.has(name));
         let found = maps.xdp_interfaces.read()?.into_iter().collect();
-        Ok(operations + replace(&maps.xdp_interfaces, &found, &interfaces)?)
+        let name = |index: &u32| format!("interface {index}");
+        let table = &maps.xdp_interfaces;
+        Ok(operations + replace(table, &found, &mut interfaces, name, refusals))
     }
 
     fn refused(&mut self, wanted: &Wanted, error: &io::Error) {

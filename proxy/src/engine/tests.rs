@@ -19,12 +19,14 @@ const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 struct Answers {
     fails: bool,
     refuses: bool,
+    is_confused: bool,
     asked: u32,
+    disturbed: u32,
 }
 
 struct Fake {
     answers: Arc<Mutex<Answers>>,
-    alarm: EventFd,
+    alarm: Arc<EventFd>,
 }
 
 fn broken() -> BackendError {
@@ -65,7 +67,9 @@ impl Backend for Fake {
     }
 
     fn disturbed(&mut self) -> Result<bool, BackendError> {
-        Ok(false)
+        let mut answers = self.answers.lock().unwrap();
+        answers.disturbed += 1;
+        if answers.is_confused { Err(broken()) } else { Ok(false) }
     }
 
     fn cleanup(&mut self) -> Result<(), BackendError> {
@@ -78,6 +82,7 @@ struct World {
     engine: Engine,
     mailbox: Mailbox,
     answers: Arc<Mutex<Answers>>,
+    alarm: Arc<EventFd>,
     now: Arc<Mutex<Now>>,
     folder: tempfile::TempDir,
 }
@@ -99,7 +104,8 @@ impl World {
             on_synced: Box::new(|| {}),
         };
         let answers = Arc::<Mutex<Answers>>::default();
-        let fake = Fake { answers: Arc::clone(&answers), alarm: EventFd::new().unwrap() };
+        let alarm = Arc::new(EventFd::new().unwrap());
+        let fake = Fake { answers: Arc::clone(&answers), alarm: Arc::clone(&alarm) };
         let backend = |_| Ok::<Box<dyn Backend>, _>(Box::new(fake));
         let (mut engine, mailbox) =
             Engine::with_backend(config, Mode::Nftables, backend, listeners).unwrap();
@@ -108,7 +114,7 @@ impl World {
         let now = Arc::new(Mutex::new(Now::read()));
         let shown = Arc::clone(&now);
         engine.clock = Box::new(move || *shown.lock().unwrap());
-        let mut world = World { engine, mailbox, answers, now, folder };
+        let mut world = World { engine, mailbox, answers, alarm, now, folder };
         world.send(Wake::Node(Event::InitDone));
         world.send(Wake::Service(Event::InitDone));
         world.send(Wake::Slice(Event::InitDone));
@@ -281,4 +287,31 @@ fn the_last_known_state_is_written_when_it_is_due() {
         let state = std::fs::read_to_string(world.folder.path().join("state")).unwrap();
         assert_eq!(state.lines().count(), 2, "{state}");
     }
+}
+
+/// Whatever the backend cannot tell, Services go on.
+#[test]
+fn an_alarm_that_cannot_be_read_ends_nothing_and_is_not_listened_to_for_a_while() {
+    let mut world = World::new();
+    world.turn();
+    world.answers.lock().unwrap().is_confused = true;
+    let disturbed = |world: &World| world.answers.lock().unwrap().disturbed;
+    // It rings all the time.
+    world.alarm.write(1).unwrap();
+    for _ in 0..3 {
+        // Or nobody would ring the bell.
+        world.mailbox.bell.write(1).unwrap();
+        let alarmed = world.engine.wait().unwrap();
+        assert_eq!(alarmed, disturbed(&world) == 0);
+        assert!(!alarmed || world.engine.is_disturbed());
+    }
+    assert_eq!(disturbed(&world), 1);
+    world.service();
+    world.turn();
+    assert_eq!(world.asked(), 2);
+    world.pass(DEAF);
+    assert!(world.engine.wait().unwrap());
+    world.answers.lock().unwrap().is_confused = false;
+    assert!(!world.engine.is_disturbed());
+    assert!(world.engine.metrics.text("").contains("keelson_proxy_sync_failures_total 1"));
 }

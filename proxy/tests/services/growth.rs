@@ -240,7 +240,7 @@ fn with_room_for(node: &Node, max_endpoints: u32, lists: Value, work: impl FnOnc
     with_configured_proxy(node, lists, folder.path(), configure, work);
 }
 
-fn next_event(world: &mut World, reason: &str) -> Value {
+pub(crate) fn next_event(world: &mut World, reason: &str) -> Value {
     eventually(reason, || {
         let (kind, object) = world.posted.try_recv().ok()?;
         (kind == "posted" && object["reason"] == reason).then_some(object)

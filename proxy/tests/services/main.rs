@@ -22,6 +22,7 @@ mod metrics;
 mod needs;
 mod oracle;
 mod policies;
+mod refusals;
 mod restarts;
 mod scale;
 mod sequences;
@@ -48,6 +49,7 @@ fn rows() -> Vec<Row> {
         ipvs::ROWS,
         ebpf::ROWS,
         growth::ROWS,
+        refusals::ROWS,
         needs::ROWS,
         xdp::ROWS,
         whole::ROWS,
