@@ -81,7 +81,7 @@ fn an_interface_that_takes_no_program_is_left_out_and_named(mode: Mode) {
 
 fn interfaces_that_vanish_while_they_are_served_end_nothing(mode: Mode) {
     only_ebpf(mode);
-    const TIMES: u32 = 150;
+    const TIMES: u32 = 30;
     let mut node = Node::new(mode);
     let (client, _one) = (node.pod("client", 10), node.pod("one", 2).serving("TCP", 8080));
     node.service("web", cluster_ip(1, "TCP", 80));
