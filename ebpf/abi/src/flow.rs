@@ -107,6 +107,8 @@ pub const STATE_CLIENT_DONE: u8 = 2;
 pub const STATE_ENDPOINT_DONE: u8 = 4;
 /// One of them has broken it off.
 pub const STATE_RESET: u8 = 8;
+/// The endpoint was done before the client was.
+pub const STATE_ENDPOINT_FIRST: u8 = 16;
 
 /// A packet that may be the first of a connection.
 pub const SIGN_START: u8 = 1;
@@ -218,7 +220,10 @@ impl Flow {
             STATE_CLIENT_DONE
         } else {
             state |= STATE_ANSWERED;
-            STATE_ENDPOINT_DONE
+            match state & (STATE_CLIENT_DONE | STATE_ENDPOINT_DONE) {
+                0 => STATE_ENDPOINT_DONE | STATE_ENDPOINT_FIRST,
+                _ => STATE_ENDPOINT_DONE,
+            }
         };
         if signs & SIGN_DONE != 0 {
             state |= done;
@@ -263,7 +268,8 @@ impl Flow {
     #[inline(always)]
     #[must_use]
     pub const fn is_forgotten(&self, now_ns: u64) -> bool {
-        let is_remembered = self.to.protocol == PROTOCOL_TCP && self.state & STATE_RESET == 0;
+        let closed = self.state & (STATE_ENDPOINT_FIRST | STATE_RESET);
+        let is_remembered = self.to.protocol == PROTOCOL_TCP && closed == STATE_ENDPOINT_FIRST;
         self.is_over(now_ns)
             && (!is_remembered
                 || now_ns.saturating_sub(self.last_seen_ns) >= TIME_WAIT_SECS * NS_PER_SEC)
@@ -333,11 +339,12 @@ mod tests {
     }
 
     #[test]
-    fn an_endpoint_forgets_a_closed_connection_after_a_good_minute_and_a_reset_one_at_once() {
+    fn an_endpoint_remembers_for_a_good_minute_what_it_closed_first() {
         const DONE: u8 = STATE_ANSWERED | STATE_CLIENT_DONE | STATE_ENDPOINT_DONE;
         for (protocol, state, secs) in [
-            (PROTOCOL_TCP, DONE, 68),
-            (PROTOCOL_TCP, DONE | STATE_RESET, 0),
+            (PROTOCOL_TCP, DONE, 0),
+            (PROTOCOL_TCP, DONE | STATE_ENDPOINT_FIRST, 68),
+            (PROTOCOL_TCP, DONE | STATE_ENDPOINT_FIRST | STATE_RESET, 0),
             (PROTOCOL_TCP, STATE_ANSWERED, 86_400),
             (PROTOCOL_UDP, STATE_ANSWERED, 120),
             (PROTOCOL_SCTP, DONE, 0),
@@ -355,13 +362,20 @@ mod tests {
             (FLOW_TO_ENDPOINT, SIGN_START, 0),
             (FLOW_MASQUERADE, SIGN_DONE, STATE_CLIENT_DONE),
             (FLOW_FROM_ENDPOINT, SIGN_ACCEPT, STATE_ANSWERED),
-            (FLOW_UNMASQUERADE, SIGN_DONE, STATE_ANSWERED | STATE_ENDPOINT_DONE),
+            (
+                FLOW_UNMASQUERADE,
+                SIGN_DONE,
+                STATE_ANSWERED | STATE_ENDPOINT_DONE | STATE_ENDPOINT_FIRST,
+            ),
             (FLOW_TO_ENDPOINT, SIGN_RESET, STATE_RESET),
             (FLOW_FROM_ENDPOINT, SIGN_RESET, STATE_ANSWERED | STATE_RESET),
         ] {
             assert_eq!(flow(PROTOCOL_TCP, role, 0).state_after(signs), state);
             assert_eq!(flow(PROTOCOL_TCP, role, 15).state_after(signs), 15);
         }
+        let last = flow(PROTOCOL_TCP, FLOW_FROM_ENDPOINT, STATE_ANSWERED | STATE_CLIENT_DONE);
+        let done = STATE_ANSWERED | STATE_CLIENT_DONE | STATE_ENDPOINT_DONE;
+        assert_eq!(last.state_after(SIGN_DONE), done);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
-use std::net::TcpListener;
+use std::net::{SocketAddrV4, TcpListener};
 use std::os::fd::{AsFd, AsRawFd};
 
 use aya::programs::{SchedClassifier, TcAttachType, tc};
@@ -13,11 +13,14 @@ use keelson_netlink::route::{Route, Rtnl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::bytes::{ACK, RST, SYN, checksum, tcp, transport_sum};
-use crate::kernel::{ip, to_pool};
+use crate::kernel::to_pool;
 use crate::node::{Node, POD_A, of};
 
 const NAME: &str = "tunnel";
 const CLIENT: &str = "203.0.113.7:40001";
+/// Its packets to [`LIKE_TCP`] have, where an Ethernet frame has it, the head of an IPv4 packet with TCP.
+const LIKE_A_FRAME: &str = "8.0.69.1:40001";
+const LIKE_TCP: &str = "10.96.0.10:262";
 
 /// The end of a tunnel that the node has, as the file that its packets come out of.
 fn tunnel(node: &mut Node) -> File {
@@ -32,8 +35,10 @@ fn tunnel(node: &mut Node) -> File {
     let mut rtnl = Rtnl::open_in(&node.netns).unwrap();
     rtnl.set_up(NAME).unwrap();
     let link = rtnl.link(NAME).unwrap().unwrap().index;
-    let route = Route { link: Some(link), ..Route::to("203.0.113.0/24".parse().unwrap()) };
-    rtnl.ensure_route(&route).unwrap();
+    for clients in ["203.0.113.0/24", "8.0.69.0/24"] {
+        let route = Route { link: Some(link), ..Route::to(clients.parse().unwrap()) };
+        rtnl.ensure_route(&route).unwrap();
+    }
     let interface = Interface { flags: INTERFACE_NO_LINK_HEADER, ..Interface::default() };
     node.kernel.interface(link, interface);
     let Node { kernel, netns, .. } = node;
@@ -83,13 +88,13 @@ fn next(file: &mut File) -> Vec<u8> {
 }
 
 #[track_caller]
-fn comes_from(packet: &[u8], service: &str, flags: u8) {
-    let service: std::net::SocketAddrV4 = service.parse().unwrap();
+fn comes_from(packet: &[u8], service: &str, client: &str, flags: u8) {
+    let [service, client] = [service, client].map(|at| at.parse::<SocketAddrV4>().unwrap());
     assert_eq!(packet[12..16], service.ip().octets());
     assert_eq!(packet[20..22], service.port().to_be_bytes());
     assert_eq!(packet[33], flags);
     assert_eq!(checksum(&packet[..20]), 0);
-    let sum = transport_sum((*service.ip()).into(), ip("203.0.113.7"), 6, &packet[20..]);
+    let sum = transport_sum((*service.ip()).into(), (*client.ip()).into(), 6, &packet[20..]);
     assert_eq!(sum, 0);
 }
 
@@ -98,16 +103,21 @@ fn packets_without_a_link_header_are_translated_and_refused() {
     let mut node = Node::new();
     let endpoint = of(POD_A, false, 8080);
     node.kernel.pool(1, &[(&endpoint.to_string(), 0, MEMBER_SERVING)]);
-    node.kernel.frontend("10.96.0.10:80", 6, to_pool(1, 1, MASQUERADE_NEVER));
+    for service in ["10.96.0.10:80", LIKE_TCP] {
+        node.kernel.frontend(service, 6, to_pool(1, 1, MASQUERADE_NEVER));
+    }
     node.kernel.address("10.96.0.10", ADDRESS_CLUSTER_IP);
     let _listener = node.inside(POD_A, || TcpListener::bind(endpoint)).unwrap();
     let mut tunnel = tunnel(&mut node);
-    let mut packet = tcp(SYN, CLIENT, "10.96.0.10:80");
-    packet.payload.clear();
-    tunnel.write_all(&packet.packet()).unwrap();
-    comes_from(&next(&mut tunnel), "10.96.0.10:80", SYN | ACK);
-    packet = packet.to("10.96.0.10:81");
-    tunnel.write_all(&packet.packet()).unwrap();
-    comes_from(&next(&mut tunnel), "10.96.0.10:81", RST | ACK);
+    for (client, service, flags) in [
+        (CLIENT, "10.96.0.10:80", SYN | ACK),
+        (CLIENT, "10.96.0.10:81", RST | ACK),
+        (LIKE_A_FRAME, LIKE_TCP, SYN | ACK),
+    ] {
+        let mut packet = tcp(SYN, client, service);
+        packet.payload.clear();
+        tunnel.write_all(&packet.packet()).unwrap();
+        comes_from(&next(&mut tunnel), service, client, flags);
+    }
     assert_eq!(node.kernel.drops().iter().sum::<u64>(), 0);
 }

@@ -5,6 +5,7 @@ use keelson_ebpf::filter;
 use keelson_ebpf_abi::{FLOW_TO_ENDPOINT, HOOK_INGRESS};
 
 use crate::answer::refuse;
+use crate::glance::glance;
 use crate::maps::{FLOWS_IN, FLOWS_OUT, Scratch, scratch};
 use crate::open::{self, Opened, Sender};
 use crate::parse::{Kind, parse, parse_transport};
@@ -14,6 +15,9 @@ use crate::{events, flow, fragment, icmp, own};
 
 #[inline(always)]
 pub fn handle(skb: *mut __sk_buff) -> i32 {
+    if glance(skb).is_some_and(|packet| !filter::may_be_served(&packet.destination)) {
+        return PASS;
+    }
     let Some(scratch) = scratch() else { return PASS };
     scratch.hook = HOOK_INGRESS;
     scratch.flow.frontend = 0;

@@ -4,10 +4,12 @@
 use aya_ebpf::bindings::{__sk_buff, BPF_F_INGRESS};
 use keelson_ebpf::filter;
 use keelson_ebpf_abi::{
-    EVENT_MASQUERADED, FLOW_MASQUERADE_SOON, FLOW_TO_ENDPOINT, HOOK_EGRESS, SIGN_START,
+    Address, EVENT_MASQUERADED, FLOW_MASQUERADE_SOON, FLOW_TO_ENDPOINT, HOOK_EGRESS, SIGN_START,
+    Tuple,
 };
 
 use crate::answer::refuse;
+use crate::glance::glance;
 use crate::maps::{FLOWS_IN, FLOWS_OUT, Scratch, scratch};
 use crate::open::{self, Opened, Sender};
 use crate::parse::{Kind, parse, parse_transport};
@@ -17,11 +19,15 @@ use crate::{events, flow, fragment, icmp, masquerade, own};
 
 #[inline(always)]
 pub fn handle(skb: *mut __sk_buff) -> i32 {
+    if glance(skb).is_some_and(|packet| !may_matter(skb, &packet.source, &packet.destination)) {
+        return PASS;
+    }
     let Some(scratch) = scratch() else { return PASS };
     scratch.hook = HOOK_EGRESS;
     scratch.flow.frontend = 0;
     let kind = parse(skb, &mut scratch.packet);
-    if !may_matter(skb, scratch) && kind != Kind::Icmp {
+    let Tuple { source, destination, .. } = &scratch.packet.tuple;
+    if !may_matter(skb, source, destination) && kind != Kind::Icmp {
         return PASS;
     }
     match kind {
@@ -34,11 +40,10 @@ pub fn handle(skb: *mut __sk_buff) -> i32 {
 
 /// Whether it may be of a client's connection, one way or the other, or of one that the node has made or makes.
 #[inline(always)]
-fn may_matter(skb: *mut __sk_buff, scratch: &Scratch) -> bool {
-    let tuple = &scratch.packet.tuple;
-    filter::may_be_client(&tuple.destination)
-        || filter::may_be_client(&tuple.source)
-        || is_own(skb) && filter::may_be_served(&tuple.destination)
+fn may_matter(skb: *mut __sk_buff, source: &Address, destination: &Address) -> bool {
+    filter::may_be_client(destination)
+        || filter::may_be_client(source)
+        || is_own(skb) && filter::may_be_served(destination)
 }
 
 /// Whether the node itself has made it.

@@ -11,6 +11,7 @@ mod arriving;
 mod events;
 mod flow;
 mod fragment;
+mod glance;
 mod icmp;
 mod leaving;
 mod maps;

@@ -10,8 +10,8 @@ use keelson_ebpf_abi::{
     Tuple, sctp_signs, tcp_signs,
 };
 
-const ETH_P_IP_BE: u32 = 0x0800u16.to_be() as u32;
-const ETH_P_IPV6_BE: u32 = 0x86ddu16.to_be() as u32;
+pub const ETH_P_IP_BE: u32 = 0x0800u16.to_be() as u32;
+pub const ETH_P_IPV6_BE: u32 = 0x86ddu16.to_be() as u32;
 /// More than all headers that are looked at. What of it lies outside of a packet's first buffer is fetched.
 const HEADERS: u32 = 256;
 /// Extension headers of IPv6 that are skipped at most.
@@ -53,27 +53,27 @@ pub struct Packet {
 }
 
 #[repr(C)]
-struct Ipv4 {
-    version_and_length: u8,
+pub struct Ipv4 {
+    pub version_and_length: u8,
     service: u8,
     length_be: u16,
     id_be: u16,
     fragment_be: u16,
     ttl: u8,
-    protocol: u8,
+    pub protocol: u8,
     checksum: u16,
-    source_be: u32,
-    destination_be: u32,
+    pub source_be: u32,
+    pub destination_be: u32,
 }
 
 #[repr(C)]
-struct Ipv6 {
+pub struct Ipv6 {
     version: u32,
     length_be: u16,
-    next: u8,
+    pub next: u8,
     hops: u8,
-    source: Address,
-    destination: Address,
+    pub source: Address,
+    pub destination: Address,
 }
 
 /// The first bytes of an extension header; what is behind the length is a fragment header's.
