@@ -7,10 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use keelson_netlink::netns::Netns;
-use nix::libc;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::resource::{UsageWho, getrusage};
-use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 use nix::unistd::Pid;
 
@@ -218,10 +216,7 @@ impl Talk {
 fn exchange(to: SocketAddr) -> Result<()> {
     let mut stream = TcpStream::connect(to).with_context(|| format!("cannot connect to {to}"))?;
     stream.write_all(&[ONCE])?;
-    stream.read_exact(&mut [0])?;
-    // Without this the client's ports would all wait.
-    let at_once = libc::linger { l_onoff: 1, l_linger: 0 };
-    Ok(setsockopt(&stream, sockopt::Linger, &at_once)?)
+    Ok(stream.read_exact(&mut [0])?)
 }
 
 /// What one of `count` costs.

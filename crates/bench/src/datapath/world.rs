@@ -91,6 +91,9 @@ impl World {
         let address = cable(&node, &outside, number)?;
         let server = Server::start(pod(&node, "server", objects::SERVER)?)?;
         let client = pod(&node, "client", CLIENT)?;
+        // Whoever closes first keeps its port for a minute otherwise.
+        let again = [("net/ipv4/tcp_tw_reuse", "1")];
+        [&client, &outside].iter().try_for_each(|netns| set_inside(netns, &again))?;
         let mut world = World {
             label: "no proxy".into(),
             node: address,

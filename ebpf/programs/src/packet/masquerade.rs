@@ -4,11 +4,11 @@ use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::bpf_get_prandom_u32;
 use keelson_ebpf::maps::INTERFACES;
 use keelson_ebpf_abi::{
-    Address, DROP_FAILED, DROP_NO_ADDRESS, DROP_NO_PORT, FLOW_MASQUERADE, FLOW_UNMASQUERADE, Flow,
+    Address, DROP_NO_ADDRESS, DROP_NO_PORT, FLOW_MASQUERADE, FLOW_UNMASQUERADE, Flow,
 };
 
 use crate::flow::{self, Reuse};
-use crate::maps::{FLOWS_IN, FLOWS_OUT, Scratch};
+use crate::maps::{FLOWS_IN, Scratch};
 
 /// No reason to drop the packet.
 pub const CHOSEN: u32 = u32::MAX;
@@ -20,7 +20,7 @@ const PATIENT: u32 = 24;
 /// Masquerades the connection that the packet at hand belongs to with the address of the interface that it
 /// leaves by. `flow` is its entry in `flows_out`; the choice is in `scratch.to`.
 #[inline(never)]
-pub fn choose(skb: *mut __sk_buff, scratch: &mut Scratch, flow: &Flow, now: u64) -> u32 {
+pub fn choose(skb: *mut __sk_buff, scratch: &mut Scratch, flow: &mut Flow, now: u64) -> u32 {
     // SAFETY: a field of the context; the map is not preallocated.
     let Some(interface) = (unsafe { INTERFACES.get((*skb).ifindex) }) else {
         return DROP_NO_ADDRESS;
@@ -41,9 +41,11 @@ pub fn choose(skb: *mut __sk_buff, scratch: &mut Scratch, flow: &Flow, now: u64)
     if !claim_port(scratch) {
         return DROP_NO_PORT;
     }
-    scratch.flow.role = FLOW_MASQUERADE;
-    scratch.flow.to.set(&scratch.to);
-    if flow::enter(&FLOWS_OUT, &key, &scratch.flow) { CHOSEN } else { DROP_FAILED }
+    // In place, which costs half of entering it anew; it was found a moment ago, so it is nowhere near to be evicted.
+    flow.to.set(&scratch.to);
+    flow.last_seen_ns = now;
+    flow.role = FLOW_MASQUERADE;
+    CHOSEN
 }
 
 /// Finds a port that no other connection to this endpoint has. A privileged one is kept if that is possible,
