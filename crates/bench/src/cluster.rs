@@ -15,6 +15,7 @@ use keelson_tests::apiserver::{ApiServer, Assets};
 use keelson_tests::node::Node;
 use kube::Client;
 use nix::sched::{CloneFlags, setns};
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::api;
 use crate::report::Report;
@@ -94,16 +95,18 @@ impl Cluster {
         outcome.with_context(|| format!("keelson's log ends with:\n{}\n", self.node.log()))
     }
 
-    /// Ctrl-C ends the work, not the process: the node has to be removed.
+    /// Ctrl-C and SIGTERM end the work, not the process: the node has to be removed.
     async fn interruptible<F>(&self, work: F) -> Result<()>
     where
         F: AsyncFnOnce(&Ground<'_>, &Client) -> Result<()>,
     {
         let ground = self.ground()?;
         let client = api::client(&ground.admin, &ground.server).await?;
+        let mut terminated = signal(SignalKind::terminate())?;
         tokio::select! {
             result = work(&ground, &client) => result,
             _ = tokio::signal::ctrl_c() => bail!("interrupted"),
+            _ = terminated.recv() => bail!("terminated"),
         }
     }
 

@@ -108,7 +108,7 @@ async fn measure(
         }
     }
     let mut tally = Tally::default();
-    let outcome = load::run(&worlds, options.rounds, &mut tally);
+    let outcome = load::run(&worlds, options.rounds, &mut tally).await;
     tally.enter(report, &worlds);
     for world in worlds {
         world.stop().await?;

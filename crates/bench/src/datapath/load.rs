@@ -121,7 +121,7 @@ fn echo(socket: &UdpSocket) -> Result<()> {
 ///
 /// # Errors
 /// When a connection fails.
-pub(super) fn run(worlds: &[World], rounds: u32, tally: &mut Tally) -> Result<()> {
+pub(super) async fn run(worlds: &[World], rounds: u32, tally: &mut Tally) -> Result<()> {
     pin()?;
     let mut talks = Vec::new();
     for world in worlds {
@@ -139,6 +139,8 @@ pub(super) fn run(worlds: &[World], rounds: u32, tally: &mut Tally) -> Result<()
         for (world, talks) in worlds.iter().zip(&mut talks) {
             let possible = |kind: &Kind| world.has_services() || !kind.needs_service();
             for kind in kinds.into_iter().filter(possible) {
+                // Somebody may want to end this.
+                tokio::task::yield_now().await;
                 let sample = perform(world, talks, kind)
                     .with_context(|| format!("{}, {kind:?}", world.label));
                 match sample {
