@@ -20,5 +20,7 @@ pub const DROP_NO_ROUTE: u32 = 7;
 pub const DROP_UNANSWERED: u32 = 8;
 /// Connections are being moved to other maps (`Settings::held_until_ns`).
 pub const DROP_HELD: u32 = 9;
+/// Another node tells of a Service that nobody knows here.
+pub const DROP_UNKNOWN_SERVICE: u32 = 10;
 /// How many there are.
-pub const DROP_REASONS: usize = 10;
+pub const DROP_REASONS: usize = 11;

@@ -11,6 +11,10 @@
 //!   leaves   C ► E   MASQUERADE      N ► E           arrives  E ► N   UNMASQUERADE    E ► C
 //! ```
 //!
+//! With direct server return there are two nodes. The one that is asked has the first pair and no masquerade, and
+//! sees only packets of the client ([`STATE_TELLS`]); that of the endpoint has the same pair, as if it had been
+//! asked, and sees only packets of the endpoint, and those that begin the connection ([`STATE_TOLD`]).
+//!
 //! Packets that the node itself makes are translated to the endpoint when they leave, and the answers when
 //! they arrive.
 
@@ -109,6 +113,12 @@ pub const STATE_ENDPOINT_DONE: u8 = 4;
 pub const STATE_RESET: u8 = 8;
 /// The endpoint was done before the client was.
 pub const STATE_ENDPOINT_FIRST: u8 = 16;
+/// The endpoint's node is told which Service was asked. Its answers do not come by here.
+pub const STATE_TELLS: u8 = 32;
+/// Another node has told which Service was asked. The client's packets come by that one.
+pub const STATE_TOLD: u8 = 64;
+
+const DONE: u8 = STATE_CLIENT_DONE | STATE_ENDPOINT_DONE;
 
 /// A packet that may be the first of a connection.
 pub const SIGN_START: u8 = 1;
@@ -217,6 +227,10 @@ impl Flow {
     pub const fn state_after(&self, signs: u8) -> u8 {
         let mut state = self.state;
         let done = if self.is_from_client() {
+            if state & STATE_TELLS != 0 && signs & SIGN_START == 0 {
+                // Nobody goes on who was not answered.
+                state |= STATE_ANSWERED;
+            }
             STATE_CLIENT_DONE
         } else {
             state |= STATE_ANSWERED;
@@ -241,19 +255,41 @@ impl Flow {
         state != self.state || now_ns.saturating_sub(self.last_seen_ns) >= NOTED_EVERY_NS
     }
 
+    /// Whether nobody sends anything more, as far as that can be seen.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_closed(&self) -> bool {
+        let done = self.state & DONE;
+        done == DONE || done != 0 && self.is_one_way()
+    }
+
+    /// Whether one of them sends nothing more.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_half_closed(&self) -> bool {
+        self.state & DONE != 0
+    }
+
+    /// Whether packets of one direction do not come by here.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_one_way(&self) -> bool {
+        self.state & (STATE_TELLS | STATE_TOLD) != 0
+    }
+
     /// Whether its ports may be used for another connection, and another packet with [`SIGN_START`] begins
     /// a new one. Packets without it are still translated, for as long as there is room for the flow.
     #[inline(always)]
     #[must_use]
     pub const fn is_over(&self, now_ns: u64) -> bool {
-        const BOTH: u8 = STATE_CLIENT_DONE | STATE_ENDPOINT_DONE;
-        if self.state & STATE_RESET != 0 || self.state & BOTH == BOTH {
+        if self.state & STATE_RESET != 0 || self.is_closed() {
             return true;
         }
         let answered = self.state & STATE_ANSWERED != 0;
         let secs = if self.to.protocol == PROTOCOL_UDP {
-            if answered { UDP_SECS } else { UDP_OPENING_SECS }
-        } else if self.state & BOTH != 0 {
+            let may_be_answered = answered || self.state & STATE_TELLS != 0;
+            if may_be_answered { UDP_SECS } else { UDP_OPENING_SECS }
+        } else if self.is_half_closed() {
             CLOSING_SECS
         } else if answered {
             ESTABLISHED_SECS
@@ -335,6 +371,28 @@ mod tests {
             assert!(secs == 0 || !flow.is_over(end - 1), "{protocol} {state}");
             // Another CPU's clock may be ahead of ours.
             assert!(secs == 0 || !flow.is_over(flow.last_seen_ns - 1), "{protocol} {state}");
+        }
+    }
+
+    #[test]
+    fn where_one_direction_is_not_seen_the_other_one_tells_all() {
+        let begun = flow(PROTOCOL_TCP, FLOW_TO_ENDPOINT, STATE_TELLS);
+        assert_eq!(begun.state_after(SIGN_START), STATE_TELLS);
+        assert_eq!(begun.state_after(0), STATE_TELLS | STATE_ANSWERED);
+        for (protocol, state, secs) in [
+            (PROTOCOL_TCP, STATE_TELLS, 60),
+            (PROTOCOL_TCP, STATE_TELLS | STATE_ANSWERED, 86_400),
+            (PROTOCOL_TCP, STATE_TELLS | STATE_ANSWERED | STATE_CLIENT_DONE, 0),
+            (PROTOCOL_TCP, STATE_TOLD, 60),
+            (PROTOCOL_TCP, STATE_TOLD | STATE_ANSWERED, 86_400),
+            (PROTOCOL_TCP, STATE_TOLD | STATE_ANSWERED | STATE_ENDPOINT_DONE, 0),
+            (PROTOCOL_UDP, STATE_TELLS, 120),
+            (PROTOCOL_UDP, STATE_TOLD, 30),
+        ] {
+            let flow = flow(protocol, FLOW_TO_ENDPOINT, state);
+            let end = flow.last_seen_ns + secs * SECOND;
+            assert!(flow.is_over(end), "{protocol} {state}");
+            assert!(secs == 0 || !flow.is_over(end - 1), "{protocol} {state}");
         }
     }
 

@@ -94,12 +94,14 @@ pub struct SlotKey {
 pub struct Endpoint {
     pub address: Address,
     pub port_be: u16,
-    /// [`ENDPOINT_HERE`]; 0 in keys.
+    /// `ENDPOINT_*`; 0 in keys.
     pub flags: u16,
 }
 
 /// A pod of this node, which may meet itself.
 pub const ENDPOINT_HERE: u16 = 1;
+/// On no node of the cluster.
+pub const ENDPOINT_STRANGER: u16 = 2;
 
 /// Asks whether an endpoint belongs to a pool, in `members`. Kept for UDP, whose flows end when their
 /// endpoint goes, and for pools with affinity.

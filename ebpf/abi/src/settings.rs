@@ -32,6 +32,10 @@ pub const SETTING_EXEMPTS_NAMESPACES: u32 = 4;
 pub const SETTING_PASSES_UNKNOWN: u32 = 8;
 /// The sockets of other network namespaces than the node's are left to the packet layer.
 pub const SETTING_NODE_SOCKETS_ONLY: u32 = 256;
+/// Clients outside are not masqueraded: endpoints on other nodes answer them by themselves. Except by UDP.
+pub const SETTING_DIRECT: u32 = 512;
+/// The same by UDP.
+pub const SETTING_DIRECT_UDP: u32 = 1024;
 
 /// In `addresses`: one of the node's own.
 pub const ADDRESS_NODE: u32 = 1;

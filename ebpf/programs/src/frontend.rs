@@ -46,6 +46,26 @@ pub fn find(address: &Address, port_be: u16, protocol: u8) -> Found<'static> {
     }
 }
 
+/// What another node was asked for: here nobody knows which addresses are nodes' own.
+#[inline(always)]
+pub fn find_anywhere(address: &Address, port_be: u16, protocol: u8) -> Option<&'static Frontend> {
+    let mut key = FrontendKey { address: *address, port_be, protocol, zero: 0 };
+    // SAFETY: the map is not preallocated, so an element is freed only after a grace period.
+    if let Some(frontend) = unsafe { FRONTENDS.get(&key) } {
+        return Some(frontend);
+    }
+    key.address = address.any();
+    // SAFETY: as above.
+    unsafe { FRONTENDS.get(&key) }
+}
+
+/// Whether an address is a ClusterIP.
+#[inline(always)]
+pub fn is_cluster_ip(address: &Address) -> bool {
+    // SAFETY: the map is not preallocated, so an element is freed only after a grace period.
+    unsafe { ADDRESSES.get(address) }.is_some_and(|flags| flags & ADDRESS_CLUSTER_IP != 0)
+}
+
 /// Whether an address is one that only a Service could have.
 #[inline(always)]
 pub fn is_in_service_range(address: &Address) -> bool {

@@ -15,7 +15,7 @@ use keelson_ebpf_abi::{
 
 use crate::maps::Scratch;
 use crate::parse::{Packet, Tcp, load};
-use crate::rewrite::{Refused, done, network_offset, store};
+use crate::rewrite::{Refused, done, folded, network_offset, store};
 use crate::verdict::dropped;
 
 const TTL: u8 = 64;
@@ -145,12 +145,6 @@ fn add(sum: u32, words: *const u32, length: u32) -> u32 {
 #[inline(always)]
 fn checksum(body: &Body, sum: u32) -> u16 {
     folded(add(sum, body.words.as_ptr(), size_of::<Body>() as u32))
-}
-
-#[inline(always)]
-fn folded(sum: u32) -> u16 {
-    let sum = (sum & 0xffff) + (sum >> 16);
-    !((sum & 0xffff) + (sum >> 16)) as u16
 }
 
 /// Makes the packet consist of its link header, a new IP header, and `length` bytes of `body`.

@@ -2,7 +2,7 @@
 
 use aya_ebpf::bindings::__sk_buff;
 use keelson_ebpf::filter;
-use keelson_ebpf_abi::{FLOW_TO_ENDPOINT, HOOK_INGRESS};
+use keelson_ebpf_abi::{FLOW_TO_ENDPOINT, HOOK_INGRESS, SIGN_START, STATE_TELLS};
 
 use crate::answer::refuse;
 use crate::glance::glance;
@@ -11,7 +11,7 @@ use crate::open::{self, Opened, Sender};
 use crate::parse::{Kind, parse, parse_transport};
 use crate::rewrite::translate;
 use crate::verdict::{PASS, dropped};
-use crate::{events, flow, fragment, icmp, own};
+use crate::{events, flow, fragment, icmp, own, tell, told};
 
 #[inline(always)]
 pub fn handle(skb: *mut __sk_buff) -> i32 {
@@ -22,6 +22,12 @@ pub fn handle(skb: *mut __sk_buff) -> i32 {
     scratch.hook = HOOK_INGRESS;
     scratch.flow.frontend = 0;
     let kind = parse(skb, &mut scratch.packet);
+    if kind == Kind::Ports {
+        let verdict = told::arriving(skb, scratch);
+        if verdict != told::NOTHING {
+            return verdict;
+        }
+    }
     if !filter::may_be_served(&scratch.packet.tuple.destination) && kind != Kind::Icmp {
         return PASS;
     }
@@ -48,7 +54,7 @@ fn with_ports(skb: *mut __sk_buff, scratch: &mut Scratch) -> i32 {
             if verdict == PASS && flow.node_interface != 0 {
                 return own::receive(skb, scratch, flow);
             }
-            return verdict;
+            return tell_if_wanted(skb, scratch, verdict, flow.state);
         }
         if flow.role != FLOW_TO_ENDPOINT {
             // Another CPU may have been faster.
@@ -62,9 +68,23 @@ fn with_ports(skb: *mut __sk_buff, scratch: &mut Scratch) -> i32 {
     open::count(scratch, opened);
     events::tell_opened(skb, scratch, opened);
     match opened {
-        Opened::TRANSLATE => translate(skb, scratch, scratch.flow.frontend),
+        Opened::TRANSLATE => {
+            let verdict = translate(skb, scratch, scratch.flow.frontend);
+            tell_if_wanted(skb, scratch, verdict, scratch.flow.state)
+        }
         Opened::PASS => PASS,
         Opened::REFUSE => refuse(skb, scratch, 0),
         Opened(reason) => dropped(skb, scratch, reason),
+    }
+}
+
+/// `state` is that of the connection, whose packet was translated if `verdict` is [`PASS`].
+#[inline(always)]
+fn tell_if_wanted(skb: *mut __sk_buff, scratch: &Scratch, verdict: i32, state: u8) -> i32 {
+    let begins = scratch.packet.signs & SIGN_START != 0;
+    if verdict == PASS && begins && state & STATE_TELLS != 0 {
+        tell::tell(skb, scratch)
+    } else {
+        verdict
     }
 }

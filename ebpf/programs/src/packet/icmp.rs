@@ -5,16 +5,18 @@
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::{bpf_csum_diff, bpf_l3_csum_replace, bpf_l4_csum_replace};
-use keelson_ebpf_abi::{DROP_FAILED, FLOW_MASQUERADE_SOON, Tuple};
+use keelson_ebpf_abi::{
+    DROP_FAILED, FLOW_MASQUERADE_SOON, STATE_TELLS, TOLD4_LENGTH, TOLD6_LENGTH, Tuple,
+};
 
 use crate::maps::{FLOWS_IN, FLOWS_OUT, Flows, Scratch};
 use crate::parse::{Kind, Packet, load, parse_ip};
 use crate::rewrite::{
-    IPV4_CHECKSUM, Refused, addresses_difference, network_offset, rewrite_addresses, store,
+    IPV4_CHECKSUM, Refused, addresses_difference, done, network_offset, rewrite_addresses, store,
     store_addresses,
 };
 use crate::verdict::{PASS, dropped};
-use crate::{flow, own};
+use crate::{flow, own, told};
 
 const ICMP_HEADER: u32 = 8;
 const ICMP_CHECKSUM: u32 = 2;
@@ -40,7 +42,8 @@ fn translate_error(skb: *mut __sk_buff, scratch: &mut Scratch, flows: &'static F
         return PASS;
     }
     scratch.to.set(&flow.to);
-    if translate(skb, scratch) != 0 {
+    let tells = flow.state & STATE_TELLS != 0;
+    if tells && shrink(skb, scratch) != 0 || translate(skb, scratch) != 0 {
         return dropped(skb, scratch, DROP_FAILED);
     }
     // The endpoint's error now comes from the Service, as its answers do.
@@ -71,6 +74,37 @@ fn parse_quoted(skb: *mut __sk_buff, scratch: &mut Scratch) -> bool {
     quoted.tuple.source_port_be = source_be;
     quoted.tuple.destination_port_be = destination_be;
     true
+}
+
+/// Who sent a packet that became too long by what was told in it must send shorter ones. 0 when that is said.
+#[inline(never)]
+fn shrink(skb: *mut __sk_buff, scratch: &Scratch) -> i64 {
+    let Scratch { packet, quoted, .. } = scratch;
+    if told::read(skb, quoted, packet.transport + ICMP_HEADER).is_none() {
+        return 0;
+    }
+    let by = if packet.is_v4 { TOLD4_LENGTH } else { TOLD6_LENGTH };
+    if correct_size(skb, packet, by).is_ok() { 0 } else { -1 }
+}
+
+/// Says a smaller size, where the error says that packets were too long.
+#[inline(always)]
+fn correct_size(skb: *mut __sk_buff, packet: &Packet, by: u32) -> Result<(), Refused> {
+    /// Where the size is: as the last 16 bits of a word for IPv4, and all of it for IPv6.
+    const SIZE: u32 = 4;
+    let [kind, code] = load::<[u8; 2]>(skb, packet.transport).ok_or(Refused)?;
+    let is_about_size = if packet.is_v4 { kind == 3 && code == 4 } else { kind == 2 };
+    let word_be = load::<u32>(skb, packet.transport + SIZE).ok_or(Refused)?;
+    let word = u32::from_be(word_be);
+    if !is_about_size || word & 0xffff < by {
+        return Ok(());
+    }
+    let smaller = (word - by).to_be();
+    let at = network_offset(skb) + packet.transport;
+    let (from, to) = (u64::from(word_be), u64::from(smaller));
+    // SAFETY: the helper checks the offset.
+    done(unsafe { bpf_l4_csum_replace(skb, at + ICMP_CHECKSUM, from, to, 4) })?;
+    store(skb, at + SIZE, &smaller, 0)
 }
 
 /// 0 when the error is about what its receiver knows.

@@ -20,6 +20,8 @@ mod open;
 mod own;
 mod parse;
 mod rewrite;
+mod tell;
+mod told;
 mod verdict;
 
 use aya_ebpf::{macros::classifier, programs::TcContext};

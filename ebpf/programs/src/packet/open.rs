@@ -7,15 +7,18 @@ use keelson_ebpf::maps::{INTERFACES, POD_RANGES, SETTINGS};
 use keelson_ebpf::{counters, endpoint, filter, frontend, hold};
 use keelson_ebpf_abi::{
     Address, DROP_FAILED, DROP_HELD, DROP_NO_PORT, DROP_NO_SUCH_ADDRESS, DROP_POLICY, DROP_SOURCE,
-    ENDPOINT_HERE, FLOW_FROM_ENDPOINT, FLOW_MASQUERADE_SOON, FLOW_TO_ENDPOINT,
+    ENDPOINT_HERE, ENDPOINT_STRANGER, Endpoint, FLOW_FROM_ENDPOINT, FLOW_MASQUERADE_SOON, FLOW_TO_ENDPOINT,
     FRONTEND_HASHED, FRONTEND_HAS_SOURCES, Flow, Frontend, INTERFACE_PODS, MASQUERADE_ALWAYS, MASQUERADE_UNLESS_POD,
-    RangeKey, SETTING_KNOWS_PODS, SETTING_PASSES_UNKNOWN, SETTING_PODS_BY_INTERFACE, SIGN_START,
-    Tuple, VERDICT_DROP, VERDICT_FORWARD,
+    PROTOCOL_UDP, RangeKey, SETTING_DIRECT, SETTING_DIRECT_UDP, SETTING_KNOWS_PODS,
+    SETTING_PASSES_UNKNOWN, SETTING_PODS_BY_INTERFACE, SIGN_START, STATE_TELLS, Tuple,
+    VERDICT_DROP, VERDICT_FORWARD,
 };
 
 use crate::flow::{self, Reuse};
 use crate::maps::{FLOWS_IN, FLOWS_OUT, Flows, Scratch};
 use crate::masquerade::random_port;
+use crate::parse::Packet;
+use crate::tell;
 
 /// What is to be done with a packet that belongs to no known connection: one of the constants, or a reason
 /// to drop it.
@@ -117,7 +120,11 @@ fn follow(skb: *mut __sk_buff, scratch: &mut Scratch, found: &Frontend, sender: 
         MASQUERADE_UNLESS_POD => !is_pod,
         _ => false,
     };
-    scratch.hides = hides || meets_itself;
+    let is_direct = hides
+        && !(is_pod || meets_itself || sender == Sender::Node)
+        && is_direct(&scratch.packet, &endpoint);
+    scratch.hides = (hides || meets_itself) && !is_direct;
+    scratch.tells = is_direct && endpoint.flags & ENDPOINT_HERE == 0;
     scratch.to = Tuple {
         destination: endpoint.address,
         destination_port_be: endpoint.port_be,
@@ -132,6 +139,17 @@ fn follow(skb: *mut __sk_buff, scratch: &mut Scratch, found: &Frontend, sender: 
         ..Flow::default()
     };
     Opened::TRANSLATE
+}
+
+/// Whether the endpoint can answer a client outside who keeps its address.
+#[inline(always)]
+fn is_direct(packet: &Packet, endpoint: &Endpoint) -> bool {
+    let is_udp = packet.tuple.protocol == PROTOCOL_UDP;
+    let setting = if is_udp { SETTING_DIRECT_UDP } else { SETTING_DIRECT };
+    SETTINGS.get(0).is_some_and(|settings| settings.flags & setting != 0)
+        && endpoint.flags & ENDPOINT_STRANGER == 0
+        && !frontend::is_cluster_ip(&packet.tuple.destination)
+        && tell::fits(packet)
 }
 
 /// Whether a source is a pod, as far as the settings allow to tell.
@@ -158,6 +176,14 @@ pub fn connect(scratch: &mut Scratch) -> Opened {
         return Opened(DROP_NO_PORT);
     }
     scratch.flow.to.set(&scratch.to);
+    if scratch.tells {
+        if scratch.to.source_port_be == scratch.packet.tuple.source_port_be {
+            scratch.flow.state = STATE_TELLS;
+        } else {
+            // Nobody else knows which port the client itself has.
+            scratch.hides = true;
+        }
+    }
     if scratch.hides {
         scratch.flow.role = FLOW_MASQUERADE_SOON;
         if !flow::enter(&FLOWS_OUT, &scratch.to, &scratch.flow) {

@@ -6,8 +6,8 @@ use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::bindings::bpf_hdr_start_off::BPF_HDR_START_NET;
 use aya_ebpf::helpers::{bpf_skb_load_bytes_relative, bpf_skb_pull_data};
 use keelson_ebpf_abi::{
-    Address, PROTOCOL_ICMP, PROTOCOL_ICMP6, PROTOCOL_SCTP, PROTOCOL_TCP, PROTOCOL_UDP, SIGN_START,
-    Tuple, sctp_signs, tcp_signs,
+    Address, PROTOCOL_ICMP, PROTOCOL_ICMP6, PROTOCOL_OPTIONS6, PROTOCOL_SCTP, PROTOCOL_TCP,
+    PROTOCOL_UDP, SIGN_START, TOLD4_LENGTH, Tuple, sctp_signs, tcp_signs,
 };
 
 pub const ETH_P_IP_BE: u32 = 0x0800u16.to_be() as u32;
@@ -49,7 +49,9 @@ pub struct Packet {
     pub signs: u8,
     /// Ports are there to be read and changed.
     pub has_ports: bool,
-    pub zero: [u8; 3],
+    /// There is room for what another node may tell.
+    pub may_tell: bool,
+    pub zero: [u8; 2],
 }
 
 #[repr(C)]
@@ -157,6 +159,7 @@ pub fn parse_ip(skb: *mut __sk_buff, packet: &mut Packet, is_v4: bool, at: u32) 
     packet.is_v4 = is_v4;
     packet.signs = 0;
     packet.has_ports = false;
+    packet.may_tell = false;
     packet.is_fragment = false;
     packet.is_later_fragment = false;
     if !(if is_v4 { parse_v4(skb, packet, at) } else { parse_v6(skb, packet, at) }) {
@@ -193,6 +196,7 @@ fn parse_v4(skb: *mut __sk_buff, packet: &mut Packet, at: u32) -> bool {
         return false;
     }
     packet.transport = at + length;
+    packet.may_tell = length >= size_of::<Ipv4>() as u32 + TOLD4_LENGTH;
     packet.length = u32::from(u16::from_be(ip.length_be));
     packet.tuple.source = Address::v4(ip.source_be);
     packet.tuple.destination = Address::v4(ip.destination_be);
@@ -215,6 +219,7 @@ fn parse_v6(skb: *mut __sk_buff, packet: &mut Packet, at: u32) -> bool {
     packet.tuple.destination = ip.destination;
     packet.tuple.protocol = ip.next;
     packet.transport = at + size_of::<Ipv6>() as u32;
+    packet.may_tell = ip.next == PROTOCOL_OPTIONS6;
     for _ in 0..EXTENSIONS {
         match skip_extension(skb, packet) {
             Skipped::Extension => {}
@@ -238,11 +243,10 @@ fn skip_extension(skb: *mut __sk_buff, packet: &mut Packet) -> Skipped {
     const ROUTING: u8 = 43;
     const FRAGMENT: u8 = 44;
     const AUTHENTICATION: u8 = 51;
-    const DESTINATION: u8 = 60;
     const OFFSET: u16 = 0xfff8;
     const MORE: u16 = 1;
     let this = packet.tuple.protocol;
-    if !matches!(this, HOP_BY_HOP | ROUTING | FRAGMENT | AUTHENTICATION | DESTINATION)
+    if !matches!(this, HOP_BY_HOP | ROUTING | FRAGMENT | AUTHENTICATION | PROTOCOL_OPTIONS6)
         || packet.is_later_fragment
     {
         return Skipped::Nothing;

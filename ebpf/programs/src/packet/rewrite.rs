@@ -221,3 +221,10 @@ pub fn store<T>(skb: *mut __sk_buff, at: u32, value: &T, flags: u32) -> Result<(
 pub fn done(result: i64) -> Result<(), Refused> {
     if result == 0 { Ok(()) } else { Err(Refused) }
 }
+
+/// A sum as a checksum.
+#[inline(always)]
+pub fn folded(sum: u32) -> u16 {
+    let sum = (sum & 0xffff) + (sum >> 16);
+    !((sum & 0xffff) + (sum >> 16)) as u16
+}
