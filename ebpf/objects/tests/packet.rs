@@ -4,6 +4,8 @@
 
 #[path = "packet/bytes.rs"]
 mod bytes;
+#[path = "packet/direct.rs"]
+mod direct;
 #[path = "packet/errors.rs"]
 mod errors;
 #[path = "packet/fragments.rs"]

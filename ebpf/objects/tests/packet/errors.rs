@@ -27,13 +27,27 @@ fn kernel(masquerade: u8) -> Kernel {
 /// An error from `source` to `destination` about a packet, which is quoted in full. The quoted transport's checksum is
 /// that of `original`, since translation leaves it alone.
 fn error(source: IpAddr, destination: IpAddr, about: &Sent, original: &Sent) -> Vec<u8> {
+    too_long(source, destination, about, original, 0x0514)
+}
+
+/// The same, with the size that is possible.
+pub(crate) fn too_long(
+    source: IpAddr,
+    destination: IpAddr,
+    about: &Sent,
+    original: &Sent,
+    size: u16,
+) -> Vec<u8> {
     let mut quoted = about.packet();
-    let at = quoted.len() - about.payload.len() - about.header() + about.checksum_at();
-    let kept = original.packet();
-    quoted[at..at + 2].copy_from_slice(&kept[at..at + 2]);
+    let place =
+        |packet: &[u8]| packet.len() - about.payload.len() - about.header() + about.checksum_at();
+    let (at, kept) = (place(&quoted), original.packet());
+    let from = place(&kept);
+    quoted[at..at + 2].copy_from_slice(&kept[from..from + 2]);
     // Packet too big or fragmentation needed, with a size.
     let mut body = if about.is_v4() { vec![3, 4] } else { vec![2, 0] };
-    body.extend([0, 0, 0, 0, 0x05, 0x14]);
+    body.extend([0, 0, 0, 0]);
+    body.extend(size.to_be_bytes());
     body.extend(quoted);
     let is_v4 = about.is_v4();
     let sum = if is_v4 { checksum(&body) } else { transport_sum(source, destination, 58, &body) };
@@ -46,7 +60,7 @@ fn error(source: IpAddr, destination: IpAddr, about: &Sent, original: &Sent) -> 
 }
 
 #[track_caller]
-fn becomes(kernel: &mut Kernel, hook: &str, error: &[u8], expected: &[u8]) {
+pub(crate) fn becomes(kernel: &mut Kernel, hook: &str, error: &[u8], expected: &[u8]) {
     let (verdict, bytes) = kernel.run(hook, error);
     assert_eq!(verdict, PASS);
     assert_eq!(hex(&bytes), hex(expected));

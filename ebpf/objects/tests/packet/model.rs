@@ -221,7 +221,7 @@ fn broken_packets_pass_as_they_are_or_are_translated_whole() {
 }
 
 /// By how much an IPv4 header's checksum is wrong.
-fn differing(frame: &[u8]) -> u16 {
+pub(crate) fn differing(frame: &[u8]) -> u16 {
     let packet = &frame[14..];
     if packet[0] >> 4 != 4 {
         return 0;

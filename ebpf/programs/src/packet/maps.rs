@@ -29,11 +29,9 @@ pub struct Scratch {
     pub quoted: Packet,
     /// The client's address shall be replaced by the node's.
     pub hides: bool,
-    /// The endpoint's node shall be told which Service was asked.
-    pub tells: bool,
     /// `HOOK_*`.
     pub hook: u8,
-    pub zero: [u8; 5],
+    pub zero: [u8; 6],
 }
 
 #[btf_map(name = "packet_scratch")]

@@ -124,7 +124,7 @@ fn follow(skb: *mut __sk_buff, scratch: &mut Scratch, found: &Frontend, sender: 
         && !(is_pod || meets_itself || sender == Sender::Node)
         && is_direct(&scratch.packet, &endpoint);
     scratch.hides = (hides || meets_itself) && !is_direct;
-    scratch.tells = is_direct && endpoint.flags & ENDPOINT_HERE == 0;
+    let tells = is_direct && endpoint.flags & ENDPOINT_HERE == 0;
     scratch.to = Tuple {
         destination: endpoint.address,
         destination_port_be: endpoint.port_be,
@@ -136,6 +136,7 @@ fn follow(skb: *mut __sk_buff, scratch: &mut Scratch, found: &Frontend, sender: 
         pool: route.pool,
         frontend: found.number,
         role: FLOW_FROM_ENDPOINT,
+        state: if tells { STATE_TELLS } else { 0 },
         ..Flow::default()
     };
     Opened::TRANSLATE
@@ -175,15 +176,16 @@ pub fn connect(scratch: &mut Scratch) -> Opened {
     if !claim_answers(&FLOWS_OUT, scratch) {
         return Opened(DROP_NO_PORT);
     }
-    scratch.flow.to.set(&scratch.to);
-    if scratch.tells {
-        if scratch.to.source_port_be == scratch.packet.tuple.source_port_be {
-            scratch.flow.state = STATE_TELLS;
-        } else {
-            // Nobody else knows which port the client itself has.
-            scratch.hides = true;
+    let has_other_port = scratch.to.source_port_be != scratch.packet.tuple.source_port_be;
+    if scratch.flow.state & STATE_TELLS != 0 && has_other_port {
+        // The endpoint's node would not know which port the client itself has.
+        scratch.flow.state = 0;
+        scratch.hides = true;
+        if !flow::enter(&FLOWS_OUT, &scratch.opposite, &scratch.flow) {
+            return Opened(DROP_FAILED);
         }
     }
+    scratch.flow.to.set(&scratch.to);
     if scratch.hides {
         scratch.flow.role = FLOW_MASQUERADE_SOON;
         if !flow::enter(&FLOWS_OUT, &scratch.to, &scratch.flow) {
