@@ -21,6 +21,7 @@ mod connected_udp;
 mod cookie;
 mod counting;
 mod details;
+mod direct;
 mod drops;
 mod ender;
 mod error;
@@ -65,6 +66,8 @@ use alarm::Alarm;
 use attach::{Links, Way};
 pub use config::{Algorithm, EbpfConfig, Sockets};
 use counting::Tally;
+pub use direct::Forwarding;
+pub(crate) use direct::is_direct;
 use ender::Ender;
 pub use error::EbpfError;
 use exempt::Exempt;
@@ -121,6 +124,7 @@ pub struct Ebpf {
     /// How many the node has.
     own_addresses: u32,
     troubles: Troubles,
+    obstacles: direct::Obstacles,
     /// What is in the maps of Services.
     used: Amounts,
     /// When maps could not be made larger, the next attempt.
@@ -152,6 +156,7 @@ impl Ebpf {
             node: NodeState::default(),
             own_addresses: 0,
             troubles: Troubles::default(),
+            obstacles: direct::Obstacles::default(),
             used: Amounts::default(),
             grow_again_ns: 0,
         })

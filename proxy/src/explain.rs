@@ -20,6 +20,7 @@ use serde_json::Value;
 use crate::backend::{BackendConfig, Difference, Mode};
 use crate::config::ProxyConfig;
 use crate::diff::{Plans, advance};
+use crate::ebpf::Forwarding;
 use crate::model::objects::{EndpointSlice, Node, Service, ServiceCidr};
 use crate::model::{Model, Protocol, ServiceKey};
 use crate::trace::{Ground, Packet, trace};
@@ -68,7 +69,7 @@ pub async fn explain(config: &ProxyConfig, question: &Question) -> anyhow::Resul
         );
     };
     let verdicts = facts.model.explain_endpoints(&service);
-    let mut answer = text::service(&service, plan, &verdicts);
+    let mut answer = text::service(&service, plan, &facts.backend, &verdicts);
     answer += &text::kernel(facts.mode, &facts.differences, Some(&service));
     answer += &text::details(&facts.details);
     Ok(answer)
@@ -118,7 +119,10 @@ async fn gather(config: &ProxyConfig, service: Option<&ServiceKey>) -> anyhow::R
     let running = running_mode(config.metrics_address).await;
     let modes = running.as_deref().and_then(Mode::candidates).unwrap_or(config.modes);
     let mode = switch::choose(modes)?;
-    let backend = node::backend_config(config, node.as_ref(), ranges);
+    let mut backend = node::backend_config(config, node.as_ref(), ranges);
+    if mode != Mode::Ebpf {
+        backend.ebpf.forwarding = Forwarding::Snat;
+    }
     let mut kernel = mode.open(backend.clone())?;
     let differences = kernel.verify(&plans)?;
     let plan = service.and_then(|service| plans.get(service));

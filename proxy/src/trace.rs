@@ -7,6 +7,7 @@ use std::net::IpAddr;
 
 use crate::backend::{BackendConfig, PodSources};
 use crate::diff::Plans;
+use crate::ebpf::is_direct;
 use crate::model::{
     At, Endpoint, Family, Frontend, FrontendKey, Masquerade, PortPlan, Protocol, Route, ServiceKey,
     Target,
@@ -35,7 +36,8 @@ pub enum Fate {
     Forwarded {
         /// One of these is chosen.
         to: Box<[Endpoint]>,
-        /// The source address is replaced by the node's. To the sender itself it is in any case.
+        /// The source address is replaced by the node's. To the sender itself, and with direct server return to
+        /// endpoints on no node, it is in any case.
         masqueraded: bool,
         /// The choice is remembered for so long.
         affinity_secs: Option<u32>,
@@ -158,6 +160,7 @@ impl<'a> Walk<'a> {
             return (Fate::Dropped, owner);
         }
         let (target, masqueraded) = self.route(frontend.route);
+        let masqueraded = masqueraded && !self.is_answered_directly(port, frontend);
         let fate = match target {
             Target::Reject => {
                 self.note("it has no endpoint".to_owned());
@@ -174,6 +177,27 @@ impl<'a> Walk<'a> {
             },
         };
         (fate, owner)
+    }
+
+    /// Whether endpoints answer a client outside by themselves.
+    fn is_answered_directly(&mut self, port: &PortPlan, frontend: &Frontend) -> bool {
+        let source = self.packet.source;
+        let on_nodes = port.cluster.iter().any(|e| !port.strangers.contains(&e.address));
+        let is_direct =
+            matches!(frontend.route, Route::Same { masquerade: Masquerade::Always, .. })
+                && is_direct(self.ground.config, port.protocol)
+                && !(self.is_pod() || self.ground.own.contains(&source))
+                && self.guardian().is_none();
+        if !is_direct || !on_nodes {
+            return false;
+        }
+        self.note(format!(
+            "direct server return: {source} is from outside, and the endpoint's node answers it"
+        ));
+        if !port.strangers.is_empty() {
+            self.note("endpoints that are on no node see this node's address instead".to_owned());
+        }
+        true
     }
 
     fn route(&mut self, route: Route) -> (Target, bool) {

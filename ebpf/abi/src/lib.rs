@@ -32,21 +32,24 @@ pub use filter::{FILTER_ADDRESS, FILTER_RANGE, FILTER_WORDS, FilterPlace};
 pub use flow::*;
 pub use sctp::sctp_checksum_change;
 pub use service::{
-    Affinity, AffinityKey, ENDPOINT_HERE, ENDPOINT_STRANGER, Endpoint, FRONTEND_HAS_SOURCES, FRONTEND_HASHED,
-    FRONTEND_STICKY, Frontend, FrontendKey, MASQUERADE_ALWAYS, MASQUERADE_NEVER,
+    Affinity, AffinityKey, ENDPOINT_HERE, ENDPOINT_STRANGER, Endpoint, FRONTEND_HAS_SOURCES,
+    FRONTEND_HASHED, FRONTEND_STICKY, Frontend, FrontendKey, MASQUERADE_ALWAYS, MASQUERADE_NEVER,
     MASQUERADE_UNLESS_POD, MEMBER_DRAINING, MEMBER_SERVING, MemberKey, Pool, Route, SlotKey,
     SourceKey, SourcePrefix, VERDICT_DROP, VERDICT_FORWARD, VERDICT_REJECT,
 };
 pub use settings::{
     ADDRESS_CLUSTER_IP, ADDRESS_NODE, ADDRESS_NODE_PORTS, INTERFACE_NO_LINK_HEADER, INTERFACE_PODS,
-    Interface, RangeKey, RangePrefix, SETTING_DIRECT, SETTING_DIRECT_UDP, SETTING_EXEMPTS_NAMESPACES, SETTING_KNOWS_PODS,
-    SETTING_NODE_SOCKETS_ONLY, SETTING_PASSES_UNKNOWN, SETTING_PODS_BY_INTERFACE, Settings,
+    Interface, RangeKey, RangePrefix, SETTING_DIRECT, SETTING_DIRECT_UDP,
+    SETTING_EXEMPTS_NAMESPACES, SETTING_KNOWS_PODS, SETTING_NODE_SOCKETS_ONLY,
+    SETTING_PASSES_UNKNOWN, SETTING_PODS_BY_INTERFACE, Settings,
 };
 pub use socket::{
     CONVERSATIONS, Connected, Conversation, Conversations, PLACES, Peer, client_of_namespace,
     namespace_of_client, place_of,
 };
-pub use told::{PROTOCOL_OPTIONS6, TOLD4_KIND, TOLD4_LENGTH, TOLD6_KIND, TOLD6_LENGTH, Told4, Told6};
+pub use told::{
+    PROTOCOL_OPTIONS6, TOLD4_KIND, TOLD4_LENGTH, TOLD6_KIND, TOLD6_LENGTH, Told4, Told6,
+};
 pub use xdp::{XDP_SENDS, XdpInterface};
 
 /// Part of the folder's name that maps, programs and links are pinned in.

@@ -6,6 +6,7 @@ use nix::mount::{MsFlags, mount, umount};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use serde::{Deserialize, Serialize};
 
+use super::direct::Forwarding;
 use super::error::EbpfError;
 use super::xdp::XdpChoice;
 
@@ -43,6 +44,8 @@ pub struct EbpfConfig {
     pub service_metrics: usize,
     /// How an endpoint is chosen for packets from outside.
     pub algorithm: Algorithm,
+    /// How packets of clients outside get to endpoints on other nodes, and answers back.
+    pub forwarding: Forwarding,
     /// Whether frames of known connections are forwarded at XDP.
     pub xdp: XdpChoice,
     /// The interfaces where they are; without any, those that a default route leaves by.
@@ -74,6 +77,7 @@ impl Default for EbpfConfig {
             sockets: Sockets::All,
             exempt: PathBuf::from("/run/keelson/socket-exempt"),
             algorithm: Algorithm::Random,
+            forwarding: Forwarding::Snat,
             xdp: XdpChoice::Off,
             xdp_interfaces: Vec::new(),
             service_metrics: 1000,

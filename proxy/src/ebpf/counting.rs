@@ -172,6 +172,7 @@ mod tests {
             local: Box::default(),
             draining: Box::default(),
             here: Box::default(),
+            strangers: Box::default(),
             frontends: Box::default(),
         };
         let plan = Arc::new(ServicePlan { ports: [port].into(), guarded: Box::default() });

@@ -2,7 +2,7 @@
 
 use keelson_ebpf_abi::{
     DROP_FAILED, DROP_FRAGMENT, DROP_HELD, DROP_NO_ADDRESS, DROP_NO_PORT, DROP_NO_ROUTE,
-    DROP_NO_SUCH_ADDRESS, DROP_POLICY, DROP_SOURCE, DROP_UNANSWERED,
+    DROP_NO_SUCH_ADDRESS, DROP_POLICY, DROP_SOURCE, DROP_UNANSWERED, DROP_UNKNOWN_SERVICE,
 };
 
 /// A word for programs, and what it means.
@@ -18,6 +18,9 @@ pub(crate) fn reason(number: u32) -> (&'static str, &'static str) {
         DROP_NO_ROUTE => ("no_route", "the node has no route to the endpoint"),
         DROP_UNANSWERED => ("unanswered", "nobody is there, and the sender must not be told"),
         DROP_HELD => ("held", "connections move to other maps, the client tries again"),
+        DROP_UNKNOWN_SERVICE => {
+            ("unknown_service", "another node tells of a Service that is not known here")
+        }
         _ => ("other", "for a reason that this version does not know"),
     }
 }

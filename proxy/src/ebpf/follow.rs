@@ -9,6 +9,7 @@ use keelson_ebpf_abi::{ADDRESS_NODE, Address, RangePrefix, Settings};
 use keelson_netlink::route::Rtnl;
 
 use super::alarm::monotonic_ns;
+use super::direct::Obstacles;
 use super::maps::Maps;
 use super::node::{self, NodeState};
 use super::refusals::Refusals;
@@ -96,6 +97,9 @@ impl Ebpf {
     pub(super) fn observe_node(&mut self) -> Result<NodeState, EbpfError> {
         let mut rtnl = Rtnl::open_in(&self.netns)?;
         let (links, addresses) = node::observe(&mut rtnl).map_err(EbpfError::Observe)?;
+        let obstacles = Obstacles::find(&self.config, &self.netns, &links, &mut rtnl)?;
+        obstacles.warn(&self.obstacles);
+        self.obstacles = obstacles;
         let exempt = self.exempt.read(&self.config.ebpf.exempt);
         self.own_addresses = u32::try_from(addresses.len()).unwrap_or(u32::MAX);
         Ok(NodeState::new(&self.config, &links, &addresses, exempt))

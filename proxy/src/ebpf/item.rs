@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 
 use keelson_ebpf_abi::{
-    ADDRESS_CLUSTER_IP, Address, ENDPOINT_HERE, Endpoint, FRONTEND_HAS_SOURCES, FRONTEND_HASHED,
-    FRONTEND_STICKY, Frontend, FrontendKey, MASQUERADE_ALWAYS, MASQUERADE_NEVER,
+    ADDRESS_CLUSTER_IP, Address, ENDPOINT_HERE, ENDPOINT_STRANGER, Endpoint, FRONTEND_HAS_SOURCES,
+    FRONTEND_HASHED, FRONTEND_STICKY, Frontend, FrontendKey, MASQUERADE_ALWAYS, MASQUERADE_NEVER,
     MASQUERADE_UNLESS_POD, MEMBER_DRAINING, MEMBER_SERVING, MemberKey, Pool, Route, SlotKey,
     SourceKey, SourcePrefix, VERDICT_DROP, VERDICT_FORWARD, VERDICT_REJECT,
 };
@@ -167,8 +167,13 @@ fn pool_items(plan: &PortPlan, pool: &NumberedPool, out: &mut Vec<Item>) {
         flags,
     };
     for (slot, endpoint) in (0u32..).zip(&pool.slots) {
-        let here = plan.here.contains(&endpoint.address);
-        let flags = if here { ENDPOINT_HERE } else { 0 };
+        let mut flags = 0;
+        if plan.here.contains(&endpoint.address) {
+            flags |= ENDPOINT_HERE;
+        }
+        if plan.strangers.contains(&endpoint.address) {
+            flags |= ENDPOINT_STRANGER;
+        }
         out.push(Item::Slot(SlotKey { pool: pool.number, slot }, of(endpoint, flags)));
     }
     if plan.protocol != Protocol::Udp && affinity_secs == 0 {

@@ -13,6 +13,7 @@ use keelson_netlink::route::{Address as LinkAddress, Link, Rtnl};
 use keelson_netlink::socket::NetlinkError;
 
 use super::config::Sockets;
+use super::direct;
 use super::item::prefix_len;
 use crate::backend::{BackendConfig, PodSources};
 
@@ -63,7 +64,7 @@ impl NodeState {
             pod_ranges: ranges(config.pods.ranges()),
             service_ranges: ranges(&config.service_ranges),
             // Connections from the time of another mode are netfilter's.
-            flags: pods | exempts | only_node | SETTING_PASSES_UNKNOWN,
+            flags: pods | exempts | only_node | direct::flags(config) | SETTING_PASSES_UNKNOWN,
             exempt,
             address4: any_of_node(links, addresses, true).map_or(Address::ANY6, Address::from),
             address6: any_of_node(links, addresses, false).map_or(Address::ANY6, Address::from),

@@ -191,6 +191,7 @@ mod tests {
             local: Box::default(),
             draining: Box::default(),
             here: Box::default(),
+            strangers: Box::default(),
             frontends: addresses.iter().map(frontend).collect(),
         }
     }

@@ -3,10 +3,7 @@
 
 use std::path::Path;
 
-use keelson_ebpf_abi::{
-    Affinity, AffinityKey, Flow, Peer, Pool, STATE_CLIENT_DONE, STATE_ENDPOINT_DONE, STATE_RESET,
-    Tuple,
-};
+use keelson_ebpf_abi::{Affinity, AffinityKey, Flow, Peer, Pool, STATE_RESET, Tuple};
 
 use super::config::EbpfConfig;
 use super::error::EbpfError;
@@ -24,14 +21,17 @@ const AT_ONCE: usize = 8192;
 const GRACE_NS: u64 = 10 * SECOND_NS;
 /// As kube-proxy has it for connection tracking.
 const HALF_CLOSED_NS: u64 = 3600 * SECOND_NS;
+/// Where only one direction is seen: whether the other one is closed as well is not known, but most are.
+const HALF_SEEN_NS: u64 = 120 * SECOND_NS;
 
 /// Whether nobody needs a flow any more. A connection that one side has closed may be silent for long, and the ports
 /// that the endpoint sees stay taken while it remembers them.
 fn is_done(flow: &Flow, now_ns: u64) -> bool {
-    const BOTH: u8 = STATE_CLIENT_DONE | STATE_ENDPOINT_DONE;
-    let closed = flow.state & STATE_RESET != 0 || flow.state & BOTH == BOTH;
-    let half_closed = flow.state & BOTH != 0 && !closed;
-    let kept_ns = if half_closed { HALF_CLOSED_NS } else { GRACE_NS };
+    let kept_ns = match flow.state & STATE_RESET {
+        0 if flow.is_closed() && flow.is_one_way() => HALF_SEEN_NS,
+        0 if flow.is_half_closed() && !flow.is_closed() => HALF_CLOSED_NS,
+        _ => GRACE_NS,
+    };
     let over = if flow.is_from_client() { flow.is_over(now_ns) } else { flow.is_forgotten(now_ns) };
     over && now_ns.saturating_sub(flow.last_seen_ns) >= kept_ns
 }
@@ -175,7 +175,8 @@ impl Tables {
 mod tests {
     use keelson_ebpf_abi::{
         FLOW_FROM_ENDPOINT, FLOW_MASQUERADE, FLOW_TO_ENDPOINT, FLOW_UNMASQUERADE, PROTOCOL_TCP,
-        PROTOCOL_UDP, STATE_ANSWERED,
+        PROTOCOL_UDP, STATE_ANSWERED, STATE_CLIENT_DONE, STATE_ENDPOINT_DONE, STATE_TELLS,
+        STATE_TOLD,
     };
 
     use super::*;
@@ -195,6 +196,10 @@ mod tests {
             (FLOW_TO_ENDPOINT, PROTOCOL_TCP, STATE_ANSWERED, 86_400),
             (FLOW_TO_ENDPOINT, PROTOCOL_UDP, 0, 30),
             (FLOW_FROM_ENDPOINT, PROTOCOL_UDP, STATE_ANSWERED, 120),
+            (FLOW_TO_ENDPOINT, PROTOCOL_TCP, STATE_TELLS | STATE_ANSWERED, 86_400),
+            (FLOW_TO_ENDPOINT, PROTOCOL_TCP, STATE_TELLS | STATE_CLIENT_DONE, 120),
+            (FLOW_FROM_ENDPOINT, PROTOCOL_TCP, STATE_TOLD | STATE_ENDPOINT_DONE, 120),
+            (FLOW_FROM_ENDPOINT, PROTOCOL_TCP, STATE_TOLD | STATE_ENDPOINT_DONE | STATE_RESET, 10),
         ] {
             let to = Tuple { protocol, ..Tuple::default() };
             let flow = Flow { to, role, state, last_seen_ns: 5 * SECOND_NS, ..Flow::default() };

@@ -1,8 +1,10 @@
 //! Explanations as text. Pure.
 
-use crate::backend::{Difference, Mode};
+use crate::backend::{BackendConfig, Difference, Mode};
+use crate::ebpf::is_direct;
 use crate::model::{
-    Family, Frontend, Masquerade, PortPlan, Route, Scope, ServiceKey, ServicePlan, Target, Verdict,
+    At, Family, Frontend, Masquerade, PortPlan, Route, Scope, ServiceKey, ServicePlan, Target,
+    Verdict,
 };
 use crate::trace::{Fate, Packet, Trace};
 
@@ -10,15 +12,24 @@ use crate::trace::{Fate, Packet, Trace};
 const SHOWN: usize = 20;
 
 /// Frontends and endpoints of a Service.
-pub(super) fn service(service: &ServiceKey, plan: &ServicePlan, verdicts: &[Verdict]) -> String {
+pub(super) fn service(
+    service: &ServiceKey,
+    plan: &ServicePlan,
+    backend: &BackendConfig,
+    verdicts: &[Verdict],
+) -> String {
     let mut out = Vec::new();
     out.push(format!("Service {service}"));
     for port in &plan.ports {
         let name = if port.name.is_empty() { "without a name" } else { &*port.name };
         let family = if port.family == Family::V4 { "IPv4" } else { "IPv6" };
         out.push(format!("\nPort {name}, {}, {family}", port.protocol));
+        let direct = is_direct(backend, port.protocol);
         for frontend in &port.frontends {
-            out.push(format!("  {:<32} -> {}", frontend.key.to_string(), describe(port, frontend)));
+            let is_cluster_ip = |at| matches!(at, At::Address(ip) if plan.guarded.contains(&ip));
+            let direct = direct && !is_cluster_ip(frontend.key.at);
+            let way = describe(port, frontend, direct);
+            out.push(format!("  {:<32} -> {way}", frontend.key.to_string()));
         }
         if port.frontends.is_empty() {
             out.push("  no address: another Service has what this one asks for".to_owned());
@@ -47,10 +58,14 @@ pub(super) fn service(service: &ServiceKey, plan: &ServicePlan, verdicts: &[Verd
     out.join("\n") + "\n"
 }
 
-fn describe(port: &PortPlan, frontend: &Frontend) -> String {
+/// `direct`: clients outside keep their address.
+fn describe(port: &PortPlan, frontend: &Frontend, direct: bool) -> String {
     let mut text = match frontend.route {
         Route::Same { target, masquerade } => {
             let masquerade = match (target, masquerade) {
+                (Target::Forward(_), Masquerade::Always) if direct => {
+                    ", source replaced for pods and the node; others are answered directly"
+                }
                 (Target::Forward(_), Masquerade::Always) => ", source replaced by the node's",
                 (Target::Forward(_), Masquerade::UnlessPod) => {
                     ", source replaced unless it is a pod"
@@ -164,8 +179,9 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::backend::{BackendConfig, PodSources};
+    use crate::backend::PodSources;
     use crate::diff::{Plans, advance};
+    use crate::ebpf::Forwarding;
     use crate::model::{Model, NodeFacts, Protocol};
     use crate::trace::{Ground, trace};
 
@@ -205,7 +221,12 @@ mod tests {
     fn a_service_is_shown_with_every_endpoint_and_its_reason() {
         let model = model();
         let key = ServiceKey::new("ns", "web");
-        let text = service(&key, &model.plan(&key).unwrap(), &model.explain_endpoints(&key));
+        let text = service(
+            &key,
+            &model.plan(&key).unwrap(),
+            &BackendConfig::default(),
+            &model.explain_endpoints(&key),
+        );
         expect![[r#"
             Service ns/web
 
@@ -264,6 +285,73 @@ mod tests {
             => not touched by Services
         "#]]
         .assert_eq(&text);
+    }
+
+    #[test]
+    fn direct_server_return_is_told_of_clients_outside() {
+        let mut model = model();
+        let service_object = json!({
+            "metadata": {"namespace": "ns", "name": "web"},
+            "spec": {
+                "type": "NodePort", "clusterIP": "10.96.0.1",
+                "ports": [{"port": 80, "nodePort": 30080}],
+            },
+        });
+        model.apply_service(&serde_json::from_value(service_object).unwrap());
+        let slice = json!({
+            "metadata": {
+                "namespace": "ns", "name": "web-1",
+                "labels": {"kubernetes.io/service-name": "web"},
+            },
+            "addressType": "IPv4",
+            "ports": [{"name": "", "port": 8080}],
+            "endpoints": [
+                {"addresses": ["10.0.0.1"], "nodeName": "there"}, {"addresses": ["192.0.2.7"]},
+            ],
+        });
+        model.apply_slice(&serde_json::from_value(slice).unwrap());
+        let key = ServiceKey::new("ns", "web");
+        let mut plans = Plans::new();
+        advance(&mut plans, model.take_dirty(), |key| model.plan(key));
+        let pods = PodSources::Ranges(vec!["10.0.0.0/16".parse().unwrap()]);
+        let mut config = BackendConfig { pods, ..BackendConfig::default() };
+        config.ebpf.forwarding = Forwarding::Hybrid;
+        let own = ["192.0.2.1".parse().unwrap()];
+        let mut text = service(&key, &plans[&key], &config, &[]);
+        for source in ["198.51.100.9", "10.0.0.9"] {
+            let sent = Packet {
+                source: source.parse().unwrap(),
+                interface: None,
+                destination: own[0],
+                protocol: Protocol::Tcp,
+                port: 30080,
+            };
+            text += &packet(&sent, &trace(&plans, Ground { config: &config, own: &own }, &sent));
+        }
+        expect![[r#"
+            Service ns/web
+
+            Port without a name, tcp, IPv4
+              10.96.0.1:80/tcp                 -> 2 endpoints, source replaced unless it is a pod
+              node port 30080/tcp              -> 2 endpoints, source replaced for pods and the node; others are answered directly
+              no slice has an endpoint for this port
+
+            Any other port of 10.96.0.1 is refused.
+            Packet from 198.51.100.9 to 192.0.2.1:30080/tcp
+              192.0.2.1 is an address of this node that serves node ports
+              node port 30080/tcp belongs to ns/web
+              direct server return: 198.51.100.9 is from outside, and the endpoint's node answers it
+              endpoints that are on no node see this node's address instead
+            => forwarded, source kept, to one of
+                 10.0.0.1:8080
+                 192.0.2.7:8080
+            Packet from 10.0.0.9 to 192.0.2.1:30080/tcp
+              192.0.2.1 is an address of this node that serves node ports
+              node port 30080/tcp belongs to ns/web
+            => forwarded, source replaced by the node's, to one of
+                 10.0.0.1:8080
+                 192.0.2.7:8080
+        "#]].assert_eq(&text);
     }
 
     #[test]

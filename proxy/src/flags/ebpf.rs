@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::ebpf::{Algorithm, EbpfConfig, Sockets, XdpChoice};
+use crate::ebpf::{Algorithm, EbpfConfig, Forwarding, Sockets, XdpChoice};
 
 #[derive(Clone, Debug, Default, clap::Args)]
 #[group(skip)]
@@ -24,6 +24,10 @@ pub struct EbpfFlags {
     /// Mode ebpf: choose an endpoint for clients outside at random (default), or by their address and port
     #[arg(long, value_name = "NAME", value_enum)]
     pub ebpf_algorithm: Option<Algorithm>,
+    /// Mode ebpf: endpoints on other nodes answer clients outside by way of this node (snat, default), by themselves
+    /// (dsr), or by themselves except for UDP (hybrid); every node must have the same
+    #[arg(long, value_name = "HOW", value_enum)]
+    pub ebpf_forwarding: Option<Forwarding>,
     /// Mode ebpf: forward frames of known connections to other nodes at XDP (default off)
     #[arg(long, value_name = "MODE", value_enum)]
     pub ebpf_xdp: Option<XdpChoice>,
@@ -66,6 +70,7 @@ impl EbpfFlags {
             service_metrics: self.ebpf_service_metrics.unwrap_or(config.service_metrics),
             max_endpoints: self.ebpf_max_endpoints.unwrap_or(config.max_endpoints),
             algorithm: self.ebpf_algorithm.unwrap_or(config.algorithm),
+            forwarding: self.ebpf_forwarding.unwrap_or(config.forwarding),
             xdp: self.ebpf_xdp.unwrap_or(config.xdp),
             xdp_interfaces: match self.ebpf_xdp_interfaces.as_slice() {
                 [] => config.xdp_interfaces,

@@ -36,6 +36,7 @@ fn port(family: Family, endpoints: u8) -> PortPlan {
         local: Box::default(),
         draining: Box::default(),
         here: (1..=endpoints.min(1)).map(address).collect(),
+        strangers: Box::default(),
         frontends: Box::default(),
     }
 }

@@ -47,6 +47,7 @@ fn web(numbers: &[u8]) -> PortPlan {
         local: Box::default(),
         draining: Box::default(),
         here: Box::default(),
+        strangers: Box::default(),
         frontends: [frontend(address("10.96.0.1"), 80, same(target))].into(),
     }
 }

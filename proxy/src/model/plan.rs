@@ -197,6 +197,9 @@ pub struct PortPlan {
     pub draining: Box<[Endpoint]>,
     /// Those of `cluster` and `local` that live on this node (a pod may then meet itself).
     pub here: Box<[IpAddr]>,
+    /// Those of `cluster` that live on no node, so that nobody there knows Services.
+    #[serde(default)]
+    pub strangers: Box<[IpAddr]>,
     pub frontends: Box<[Frontend]>,
 }
 

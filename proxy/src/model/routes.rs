@@ -112,7 +112,8 @@ fn plan_port(
         family,
         affinity_secs: service.affinity_secs,
         draining: draining(port.protocol, &endpoints, &cluster),
-        here: here(&endpoints, &cluster, &local),
+        here: addresses(&endpoints, &[&cluster, &local], |state| state.local),
+        strangers: addresses(&endpoints, &[&cluster], |state| state.stranger),
         cluster: cluster.into(),
         local: local.into(),
         frontends,
@@ -135,17 +136,16 @@ fn draining(
         .collect()
 }
 
-fn here(
+/// Addresses of those endpoints in `lists` that are such.
+fn addresses(
     endpoints: &[(Endpoint, EndpointState)],
-    cluster: &[Endpoint],
-    local: &[Endpoint],
+    lists: &[&[Endpoint]],
+    is_such: impl Fn(&EndpointState) -> bool,
 ) -> Box<[IpAddr]> {
-    let used = |endpoint: &Endpoint| {
-        cluster.binary_search(endpoint).is_ok() || local.binary_search(endpoint).is_ok()
-    };
+    let used = |endpoint: &Endpoint| lists.iter().any(|list| list.binary_search(endpoint).is_ok());
     let mut addresses: Vec<IpAddr> = endpoints
         .iter()
-        .filter(|(endpoint, state)| state.local && used(endpoint))
+        .filter(|(endpoint, state)| is_such(state) && used(endpoint))
         .map(|(endpoint, _)| endpoint.address)
         .collect();
     addresses.dedup();

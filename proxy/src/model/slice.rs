@@ -39,6 +39,8 @@ pub(crate) struct EndpointState {
     pub(crate) serving: bool,
     pub(crate) terminating: bool,
     pub(crate) local: bool,
+    /// On no node of the cluster.
+    pub(crate) stranger: bool,
     pub(crate) node_hint: NodeHint,
     pub(crate) zone_hint: ZoneHint,
 }
@@ -170,6 +172,7 @@ impl SliceReader {
             serving: conditions.serving.unwrap_or(true),
             terminating: conditions.terminating.unwrap_or(false),
             local: endpoint.node_name.as_deref() == Some(node_name),
+            stranger: endpoint.node_name.is_none(),
             node_hint: match nodes {
                 [] => NodeHint::None,
                 _ if nodes.iter().any(|node| node.name == node_name) => NodeHint::Mine,

@@ -10,6 +10,7 @@ mod behaviour;
 mod clock;
 mod corners;
 mod crash;
+mod direct;
 mod ebpf;
 mod flows;
 mod growth;
@@ -48,6 +49,7 @@ fn rows() -> Vec<Row> {
         flows::ROWS,
         ipvs::ROWS,
         ebpf::ROWS,
+        direct::ROWS,
         growth::ROWS,
         refusals::ROWS,
         needs::ROWS,

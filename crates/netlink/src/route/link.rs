@@ -57,7 +57,7 @@ impl std::str::FromStr for Mac {
 }
 
 /// A link as the kernel describes it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Link {
     /// The interface index.
     pub index: u32,

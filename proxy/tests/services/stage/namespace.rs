@@ -32,6 +32,11 @@ impl Namespace {
         namespace
     }
 
+    /// The same namespace, for another holder.
+    pub(crate) fn again(&self) -> Self {
+        Namespace { netns: self.netns.try_clone().unwrap(), ebpf: self.ebpf.clone() }
+    }
+
     /// From now on, sockets that are opened here belong to the node with that configuration.
     pub(crate) fn join(&mut self, ebpf: &EbpfConfig) {
         self.ebpf = ebpf.clone();
@@ -197,6 +202,15 @@ impl Namespace {
         let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
         let mut both = names.split_whitespace().zip(values.split_whitespace());
         both.find(|(name, _)| *name == "ForwDatagrams").unwrap().1.parse().unwrap()
+    }
+
+    /// How many packets left by a link.
+    pub(crate) fn sent(&self, link: &str) -> u64 {
+        const SENT: usize = 9;
+        let all = self.run(|| std::fs::read_to_string("/proc/thread-self/net/dev").unwrap());
+        let mut lines = all.lines().filter_map(|line| line.trim().strip_prefix(link));
+        let values = lines.find_map(|line| line.strip_prefix(':')).unwrap();
+        values.split_whitespace().nth(SENT).unwrap().parse().unwrap()
     }
 
     pub(crate) fn set(&self, sysctl: &str, value: &str) {

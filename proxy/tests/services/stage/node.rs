@@ -19,6 +19,21 @@ pub(crate) const OUTSIDE4: &str = "203.0.113.1";
 pub(crate) const NODE6: &str = "2001:db8::2";
 pub(crate) const OUTSIDE6: &str = "2001:db8::1";
 
+/// How a node and the host outside are plugged together: the host's end of the cable, and both ends' addresses.
+struct Site {
+    outside_link: &'static str,
+    node: [&'static str; 2],
+    outside: [&'static str; 2],
+}
+
+const FIRST: Site =
+    Site { outside_link: "eth0", node: [NODE4, NODE6], outside: [OUTSIDE4, OUTSIDE6] };
+const SECOND: Site = Site {
+    outside_link: "eth1",
+    node: ["192.0.2.2", "2001:db8:2::2"],
+    outside: ["192.0.2.1", "2001:db8:2::1"],
+};
+
 /// The node under test with the proxy's model and backend.
 pub(crate) struct Node {
     pub(crate) mode: Mode,
@@ -41,31 +56,55 @@ impl Node {
     }
 
     pub(crate) fn with(mode: Mode, config: BackendConfig) -> Self {
+        Node::at(&FIRST, Namespace::new(), mode, config)
+    }
+
+    /// Another node beside the same host outside. A cable goes from the first one to it, by which the first one
+    /// reaches the pods with these numbers.
+    pub(crate) fn second(first: &Node, pods: &[u8]) -> Self {
+        let node = Node::at(&SECOND, first.outside.again(), first.mode, first.config.clone());
+        first.namespace.connect("peer", &node.namespace, "peer");
+        for (side, last) in [(&first.namespace, 1), (&node.namespace, 2)] {
+            side.address("peer", &format!("10.99.0.{last}/24"));
+            side.address("peer", &format!("fd99::{last}/64"));
+        }
+        for pod in pods {
+            first.namespace.route(&format!("10.66.0.{pod}/32"), "10.99.0.2");
+            first.namespace.route(&format!("fd66::{pod}/128"), "fd99::2");
+        }
+        node
+    }
+
+    fn at(site: &Site, outside: Namespace, mode: Mode, config: BackendConfig) -> Self {
         let premises = Premises::new();
         let ebpf = premises.as_ref().map(Premises::config).unwrap_or_default();
-        let EbpfConfig { sockets, exempt, max_flows, max_endpoints, xdp, algorithm, .. } =
-            config.ebpf;
+        let EbpfConfig { sockets, exempt, max_flows, max_endpoints, xdp, .. } = config.ebpf;
+        let EbpfConfig { algorithm, forwarding, .. } = config.ebpf;
         let xdp = if xdp == XdpChoice::Off { crate::harness::xdp() } else { xdp };
-        let ebpf = EbpfConfig { sockets, exempt, max_flows, max_endpoints, xdp, algorithm, ..ebpf };
+        let ebpf = EbpfConfig { sockets, exempt, max_flows, max_endpoints, xdp, ..ebpf };
+        let ebpf = EbpfConfig { algorithm, forwarding, ..ebpf };
         let config = BackendConfig { ebpf, ..config };
-        let (mut namespace, outside) = (Namespace::new(), Namespace::new());
-        namespace.connect("eth0", &outside, "eth0");
-        for (side, v4, v6) in [(&namespace, NODE4, NODE6), (&outside, OUTSIDE4, OUTSIDE6)] {
-            side.address("eth0", &format!("{v4}/24"));
-            side.address("eth0", &format!("{v6}/64"));
+        let mut namespace = Namespace::new();
+        namespace.connect("eth0", &outside, site.outside_link);
+        let ends = [(&namespace, "eth0", site.node), (&outside, site.outside_link, site.outside)];
+        for (side, link, [v4, v6]) in ends {
+            side.address(link, &format!("{v4}/24"));
+            side.address(link, &format!("{v6}/64"));
         }
         namespace.set("ipv4/ip_forward", "1");
         namespace.set("ipv6/conf/all/forwarding", "1");
-        namespace.route("0.0.0.0/0", OUTSIDE4);
-        namespace.route("::/0", OUTSIDE6);
-        // Service addresses from outside go to the node, and come to an end there when unprogrammed.
-        for range in ["10.96.0.0/16", "198.51.100.0/24"] {
-            outside.route(range, NODE4);
+        namespace.route("0.0.0.0/0", site.outside[0]);
+        namespace.route("::/0", site.outside[1]);
+        if site.outside_link == FIRST.outside_link {
+            // Service addresses from outside go to the node, and come to an end there when unprogrammed.
+            for range in ["10.96.0.0/16", "198.51.100.0/24"] {
+                outside.route(range, NODE4);
+            }
+            outside.route("fd96::/64", NODE6);
         }
-        outside.route("fd96::/64", NODE6);
         let facts = NodeFacts {
             name: "here".to_owned(),
-            addresses: vec![NODE4.parse().unwrap(), NODE6.parse().unwrap()],
+            addresses: site.node.map(|address| address.parse().unwrap()).to_vec(),
             zone: Some("a".to_owned()),
             knows_pods: config.pods != PodSources::Unknown,
             masquerade_all: false,
