@@ -223,6 +223,7 @@ const USUAL: [&[&str]; 2] = [
         "--silence-ms",
         "3000",
         "ebpf::behaviour",
+        "ebpf::direct",
         "ebpf::ebpf",
         "ebpf::kernel_clients",
         "ebpf::needs",

@@ -46,7 +46,7 @@ fn other() -> Kernel {
 }
 
 /// A packet that tells of the Service.
-fn telling(mut packet: Sent, service: &str) -> Sent {
+pub(crate) fn telling(mut packet: Sent, service: &str) -> Sent {
     let service = at(service);
     let (port, address) = (service.port().to_be_bytes(), octets(service.ip()));
     if packet.is_v4() {

@@ -7,12 +7,14 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use aya::programs::{SchedClassifier, TcAttachType, tc};
 use keelson_ebpf_abi::{
-    ADDRESS_CLUSTER_IP, INTERFACE_NO_LINK_HEADER, Interface, MASQUERADE_NEVER, MEMBER_SERVING,
+    ADDRESS_CLUSTER_IP, Address, ENDPOINT_HERE, INTERFACE_NO_LINK_HEADER, Interface,
+    MASQUERADE_ALWAYS, MASQUERADE_NEVER, MEMBER_SERVING, SETTING_DIRECT, SETTING_KNOWS_PODS,
 };
 use keelson_netlink::route::{Route, Rtnl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::bytes::{ACK, RST, SYN, checksum, tcp, transport_sum};
+use crate::direct::telling;
 use crate::kernel::to_pool;
 use crate::node::{Node, POD_A, of};
 
@@ -119,5 +121,23 @@ fn packets_without_a_link_header_are_translated_and_refused() {
         tunnel.write_all(&packet.packet()).unwrap();
         comes_from(&next(&mut tunnel), service, client, flags);
     }
+    assert_eq!(node.kernel.drops().iter().sum::<u64>(), 0);
+}
+
+/// Another node tells by the tunnel whom a client asked: the endpoint's kernel takes the packet, and the client its answer.
+#[test]
+fn what_another_node_tells_is_taken_out_of_packets_without_a_link_header() {
+    const ASKED: &str = "192.0.2.99:30080";
+    let mut node = Node::new();
+    node.kernel.settings(SETTING_KNOWS_PODS | SETTING_DIRECT);
+    let endpoint = of(POD_A, false, 8080);
+    node.kernel.pool(1, &[(&endpoint.to_string(), ENDPOINT_HERE, MEMBER_SERVING)]);
+    node.kernel.frontend_at(Address::ANY4, 30080, 6, to_pool(1, 1, MASQUERADE_ALWAYS));
+    let _listener = node.inside(POD_A, || TcpListener::bind(endpoint)).unwrap();
+    let mut tunnel = tunnel(&mut node);
+    let mut packet = telling(tcp(SYN, CLIENT, &endpoint.to_string()), ASKED);
+    packet.payload.clear();
+    tunnel.write_all(&packet.packet()).unwrap();
+    comes_from(&next(&mut tunnel), ASKED, CLIENT, SYN | ACK);
     assert_eq!(node.kernel.drops().iter().sum::<u64>(), 0);
 }
