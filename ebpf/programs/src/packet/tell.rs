@@ -6,9 +6,7 @@ use aya_ebpf::bindings::{
     __sk_buff, BPF_F_ADJ_ROOM_FIXED_GSO, BPF_F_ADJ_ROOM_NO_CSUM_RESET, BPF_F_RECOMPUTE_CSUM,
 };
 use aya_ebpf::helpers::{bpf_csum_diff, bpf_skb_adjust_room};
-use keelson_ebpf_abi::{
-    DROP_FAILED, PROTOCOL_OPTIONS6, TOLD4_LENGTH, TOLD6_LENGTH, Told4, Told6,
-};
+use keelson_ebpf_abi::{DROP_FAILED, PROTOCOL_OPTIONS6, TOLD4_LENGTH, TOLD6_LENGTH, Told4, Told6};
 
 use crate::maps::Scratch;
 use crate::parse::{Packet, load};

@@ -6,10 +6,11 @@ use keelson_ebpf::maps::SETTINGS;
 use keelson_ebpf::{filter, frontend, hold};
 use keelson_ebpf_abi::{
     Address, DROP_FAILED, DROP_HELD, DROP_NO_PORT, DROP_UNKNOWN_SERVICE, FLOW_FROM_ENDPOINT,
-    FLOW_TO_ENDPOINT, Flow, SETTING_DIRECT, SIGN_START, STATE_TELLS, STATE_TOLD,
-    TOLD4_LENGTH, TOLD6_LENGTH, Told4, Told6,
+    FLOW_TO_ENDPOINT, Flow, SETTING_DIRECT, SIGN_START, STATE_TELLS, STATE_TOLD, TOLD4_LENGTH,
+    TOLD6_LENGTH, Told4, Told6,
 };
 
+use crate::events;
 use crate::flow::{self, Reuse};
 use crate::maps::{FLOWS_IN, FLOWS_OUT, Scratch};
 use crate::open::Opened;
@@ -17,7 +18,6 @@ use crate::parse::{Packet, load, parse_transport};
 use crate::rewrite::{Refused, network_offset, store};
 use crate::tell::{IPV4, IPV4_WORD, IPV6, IPV6_LENGTH, make_room, store_first4, words};
 use crate::verdict::{PASS, dropped};
-use crate::events;
 
 /// No verdict: nothing is told.
 pub const NOTHING: i32 = i32::MIN;
@@ -72,8 +72,7 @@ fn is_told(skb: *mut __sk_buff, scratch: &mut Scratch) -> bool {
     }
     let Some((address, port_be)) = read(skb, packet, 0) else { return false };
     let tuple = &mut packet.tuple;
-    let to_endpoint =
-        frontend::find(&tuple.destination, tuple.destination_port_be, tuple.protocol);
+    let to_endpoint = frontend::find(&tuple.destination, tuple.destination_port_be, tuple.protocol);
     if !matches!(to_endpoint, frontend::Found::Nothing) {
         return false;
     }
