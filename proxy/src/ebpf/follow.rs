@@ -148,14 +148,19 @@ where
 {
     let mut operations = 0;
     let mut refused = Vec::new();
-    for (key, value) in after.iter().filter(|(key, value)| before.get(key) != Some(value)) {
-        match table.put(key, value) {
+    let changed = after.iter().filter(|(key, value)| before.get(key) != Some(value));
+    let (put, left): (Vec<_>, Vec<_>) =
+        changed.partition(|(key, value)| table.put(key, value).is_ok());
+    operations += put.len();
+    for key in before.keys().filter(|key| !after.contains_key(key)) {
+        match table.delete(key) {
             Ok(()) => operations += 1,
             Err(error) => refused.push((*key, error)),
         }
     }
-    for key in before.keys().filter(|key| !after.contains_key(key)) {
-        match table.delete(key) {
+    // What did not fit may fit now that others are gone.
+    for (key, value) in left {
+        match table.put(key, value) {
             Ok(()) => operations += 1,
             Err(error) => refused.push((*key, error)),
         }
