@@ -38,8 +38,13 @@ impl Mode {
         Mode::Ebpf,
     ];
     /// What `auto` takes, in order of preference.
-    const AUTO: [Mode; 4] =
-        [Mode::Nftables, Mode::Iptables(Variant::Nft), Mode::Iptables(Variant::Legacy), Mode::Ipvs];
+    pub const AUTO: [Mode; 5] = [
+        Mode::Ebpf,
+        Mode::Nftables,
+        Mode::Iptables(Variant::Nft),
+        Mode::Iptables(Variant::Legacy),
+        Mode::Ipvs,
+    ];
 
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -87,6 +92,16 @@ impl Mode {
             Mode::Iptables(variant) => Ok(Iptables::probe(variant)?),
             Mode::Ipvs => Ok(Ipvs::probe()?),
             Mode::Ebpf => Ok(Ebpf::probe()?),
+        }
+    }
+
+    /// What it would not do on this node although [`Mode::probe`] says that it works, one sentence each. Leaves nothing
+    /// behind.
+    #[must_use]
+    pub fn gaps(self, ebpf: &EbpfConfig) -> Vec<String> {
+        match self {
+            Mode::Ebpf => Ebpf::gaps(ebpf),
+            Mode::Nftables | Mode::Iptables(_) | Mode::Ipvs => Vec::new(),
         }
     }
 

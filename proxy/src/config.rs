@@ -85,7 +85,7 @@ impl Default for ProxyConfig {
             api_server: None,
             node_name: String::new(),
             node_addresses: Vec::new(),
-            modes: &Mode::ALL,
+            modes: &Mode::AUTO,
             local_sources: LocalSources::Unknown,
             masquerade_all: false,
             masquerade_bit: 14,

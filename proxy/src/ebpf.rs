@@ -28,6 +28,7 @@ mod error;
 mod exempt;
 mod filter;
 mod follow;
+mod gaps;
 mod grow;
 mod item;
 mod leave;
@@ -136,7 +137,13 @@ impl Ebpf {
     pub fn probe() -> Result<(), EbpfError> {
         needs::check()?;
         own_cookie(&Netns::current()?)?;
-        programs::try_load()
+        Way::try_out(&programs::try_load()?)
+    }
+
+    /// What it would not do on this node though it works, one sentence each.
+    #[must_use]
+    pub fn gaps(config: &EbpfConfig) -> Vec<String> {
+        gaps::gaps(config)
     }
 
     pub fn open(config: BackendConfig) -> Result<Self, EbpfError> {

@@ -118,7 +118,7 @@ async fn gather(config: &ProxyConfig, service: Option<&ServiceKey>) -> anyhow::R
 
     let running = running_mode(config.metrics_address).await;
     let modes = running.as_deref().and_then(Mode::candidates).unwrap_or(config.modes);
-    let mode = switch::choose(modes)?;
+    let mode = switch::choose(modes, &config.ebpf)?;
     let mut backend = node::backend_config(config, node.as_ref(), ranges);
     if mode != Mode::Ebpf {
         backend.ebpf.forwarding = Forwarding::Snat;

@@ -37,8 +37,8 @@ pub struct Flags {
     /// Name of this node, instead of the host name
     #[arg(long, value_name = "NAME")]
     pub hostname_override: Option<String>,
-    /// How to program the kernel: nftables, iptables (or iptables-nft, iptables-legacy to choose the
-    /// variant), ipvs, ebpf, or auto for the first that works here
+    /// How to program the kernel: ebpf, nftables, iptables (or iptables-nft, iptables-legacy to choose the
+    /// variant), ipvs, or auto for the first that does everything here
     #[arg(long, value_name = "MODE")]
     pub proxy_mode: Option<String>,
     /// Pod ranges of the cluster, one per IP family

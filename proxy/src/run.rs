@@ -32,7 +32,7 @@ pub async fn run_with(
     on_synced: impl FnOnce() + Send + 'static,
 ) -> anyhow::Result<()> {
     let client = client(&config).await?;
-    let mode = crate::switch::choose(config.modes)?;
+    let mode = crate::switch::choose(config.modes, &config.ebpf)?;
     let (metrics, progress) = (Arc::new(Metrics::new(mode)), Arc::new(Progress::default()));
     let (notices, noticed) = Notices::channel();
     let (health_checks, wanted) = HealthChecks::channel();

@@ -14,24 +14,66 @@ use crate::ipvs::Ipvs;
 #[error("no proxy mode works here: {0}")]
 pub struct NoMode(String);
 
-/// The first mode that this kernel can do; of the two variants of iptables, that of the node first.
-pub fn choose(modes: &[Mode]) -> Result<Mode, NoMode> {
-    let mut reasons = Vec::new();
-    for mode in in_order(modes) {
-        match mode.probe() {
-            Ok(()) if reasons.is_empty() => {
-                tracing::info!(%mode, "Programming Services");
-                return Ok(mode);
+/// The first mode that does everything here, else the first that works; of the two variants of iptables, that of the
+/// node first. Says in one line which, and what those before it lack.
+pub fn choose(modes: &[Mode], ebpf: &EbpfConfig) -> Result<Mode, NoMode> {
+    let Choice { mode, lacks, passed_over } = weigh(&in_order(modes), |mode| try_out(mode, ebpf))?;
+    let (lacks, reasons) = (lacks.map(tracing::field::display), passed_over.join("; "));
+    if reasons.is_empty() {
+        tracing::info!(%mode, lacks, "Programming Services");
+    } else {
+        tracing::warn!(%mode, lacks, %reasons, "Programming Services in another mode than the preferred one");
+    }
+    Ok(mode)
+}
+
+/// How a mode was found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Trial {
+    Whole,
+    /// It works, but for this.
+    Lacking(String),
+    Impossible(String),
+}
+
+/// Tries a mode, and leaves nothing behind.
+fn try_out(mode: Mode, ebpf: &EbpfConfig) -> Trial {
+    if let Err(error) = mode.probe() {
+        return Trial::Impossible(with_sources(&error));
+    }
+    match &*mode.gaps(ebpf) {
+        [] => Trial::Whole,
+        gaps => Trial::Lacking(gaps.join(", ")),
+    }
+}
+
+/// The mode that is taken.
+#[derive(Debug, PartialEq, Eq)]
+struct Choice {
+    mode: Mode,
+    /// What it will not do, if there was no better one.
+    lacks: Option<String>,
+    /// Those that were preferred, and why they are not taken.
+    passed_over: Vec<String>,
+}
+
+/// Pure. Modes are tried only as far as it takes.
+fn weigh(modes: &[Mode], mut try_out: impl FnMut(Mode) -> Trial) -> Result<Choice, NoMode> {
+    let (mut passed_over, mut best) = (Vec::new(), None);
+    for mode in modes {
+        match try_out(*mode) {
+            Trial::Whole => return Ok(Choice { mode: *mode, lacks: None, passed_over }),
+            Trial::Impossible(why) => passed_over.push(format!("{mode}: {why}")),
+            Trial::Lacking(what) => {
+                best.get_or_insert((*mode, what.clone(), passed_over.clone()));
+                passed_over.push(format!("{mode}: {what}"));
             }
-            Ok(()) => {
-                let reasons = reasons.join("; ");
-                tracing::warn!(%mode, %reasons, "Programming Services in another mode than the preferred one");
-                return Ok(mode);
-            }
-            Err(error) => reasons.push(format!("{mode}: {}", with_sources(&error))),
         }
     }
-    Err(NoMode(reasons.join("; ")))
+    match best {
+        Some((mode, lacks, passed_over)) => Ok(Choice { mode, lacks: Some(lacks), passed_over }),
+        None => Err(NoMode(passed_over.join("; "))),
+    }
 }
 
 fn in_order(modes: &[Mode]) -> Vec<Mode> {
@@ -133,4 +175,73 @@ pub fn with_sources(error: &dyn std::error::Error) -> String {
         source = cause.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::iptables::Variant;
+
+    /// What the machine has of each mode: everything, all but something, or nothing.
+    fn chosen(modes: &[Mode], has: &[(Mode, Trial)]) -> Result<Choice, String> {
+        let found = |mode| has.iter().find(|(of, _)| *of == mode).map(|(_, trial)| trial.clone());
+        let nothing = || Trial::Impossible("not here".to_owned());
+        weigh(modes, |mode| found(mode).unwrap_or_else(nothing)).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn auto_takes_the_first_that_does_everything_and_says_what_the_others_lack() {
+        use Mode::{Ebpf, Ipvs, Nftables};
+        let nft = Mode::Iptables(Variant::Nft);
+        let lacking = || Trial::Lacking("no bpf_set_retval".to_owned());
+        let whole = || Trial::Whole;
+        for (has, mode, lacks, passed_over) in [
+            (vec![(Ebpf, whole()), (Nftables, whole())], Ebpf, None, &[][..]),
+            (
+                vec![(Ebpf, lacking()), (Nftables, whole())],
+                Nftables,
+                None,
+                &["ebpf: no bpf_set_retval"],
+            ),
+            (vec![(Nftables, whole())], Nftables, None, &["ebpf: not here"]),
+            (
+                vec![(Ebpf, lacking()), (nft, whole())],
+                nft,
+                None,
+                &["ebpf: no bpf_set_retval", "nftables: not here"],
+            ),
+            (
+                vec![(Ipvs, whole())],
+                Ipvs,
+                None,
+                &[
+                    "ebpf: not here",
+                    "nftables: not here",
+                    "iptables-nft: not here",
+                    "iptables-legacy: not here",
+                ],
+            ),
+            // Better than nothing.
+            (vec![(Ebpf, lacking())], Ebpf, Some("no bpf_set_retval"), &[]),
+        ] {
+            let choice = chosen(&Mode::AUTO, &has).unwrap();
+            let wanted = (mode, lacks, Vec::from(passed_over));
+            let passed_over = choice.passed_over.iter().map(String::as_str).collect();
+            assert_eq!((choice.mode, choice.lacks.as_deref(), passed_over), wanted);
+        }
+        let error = chosen(&Mode::AUTO, &[]).unwrap_err();
+        assert!(
+            error.starts_with("no proxy mode works here: ebpf: not here; nftables: "),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn who_names_a_mode_gets_it_with_what_it_lacks() {
+        let lacking = Trial::Lacking("no bpf_set_retval".to_owned());
+        let choice = chosen(&[Mode::Ebpf], &[(Mode::Ebpf, lacking)]).unwrap();
+        assert_eq!(choice.mode, Mode::Ebpf);
+        assert_eq!(choice.lacks.as_deref(), Some("no bpf_set_retval"));
+        assert_eq!(chosen(&[Mode::Ebpf], &[(Mode::Nftables, Trial::Whole)]).ok(), None);
+    }
 }

@@ -50,7 +50,7 @@ pub struct UpArgs {
     /// Only the control plane, containerd and the network: agent and proxy are run by somebody else
     #[arg(long, hide = true)]
     control_plane_only: bool,
-    /// How Services are programmed: nftables, iptables, ipvs, ebpf, or auto for the first that works here
+    /// How Services are programmed: ebpf, nftables, iptables, ipvs, or auto for the first that does everything here
     #[arg(long, default_value = "auto", value_name = "MODE", value_parser = valid_mode)]
     proxy_mode: String,
     #[command(flatten)]
@@ -116,7 +116,7 @@ impl DownArgs {
 
 fn valid_mode(text: &str) -> Result<String, String> {
     let known = Mode::candidates(text).map(|_| text.to_owned());
-    known.ok_or_else(|| "expected auto, nftables, iptables, ipvs or ebpf".to_owned())
+    known.ok_or_else(|| "expected auto, ebpf, nftables, iptables or ipvs".to_owned())
 }
 
 /// Also a name of folders, namespaces and cgroups: nothing in it may lead elsewhere.

@@ -12,7 +12,7 @@ use nix::mount::{MsFlags, mount};
 use super::UpConfig;
 use super::layout::Layout;
 
-/// The mode's configuration, with what it needs in place when that mode may be chosen.
+/// The mode's configuration, with what it needs in place when that mode may be chosen and the machine can have it.
 pub(super) fn config(config: &UpConfig) -> Result<EbpfConfig> {
     let layout = &config.layout;
     let mut own = EbpfConfig {
@@ -20,14 +20,26 @@ pub(super) fn config(config: &UpConfig) -> Result<EbpfConfig> {
         exempt: layout.run_dir.join("socket-exempt"),
         ..EbpfConfig::default()
     };
-    if config.proxy_modes.contains(&Mode::Ebpf) {
-        mount_bpffs(layout)?;
-        if !config.host_network {
-            // The machine's own sockets, and other nodes', are none of this node's business.
-            own.cgroup = Some(make_cgroup(layout)?);
+    match prepare(config, &mut own) {
+        // Where there is a choice the proxy says what is missing.
+        Err(error) if config.proxy_modes != [Mode::Ebpf] => {
+            tracing::debug!(?error, "This node cannot have the proxy's eBPF mode");
         }
+        result => result?,
     }
     Ok(config.ebpf.over(own))
+}
+
+fn prepare(config: &UpConfig, own: &mut EbpfConfig) -> Result<()> {
+    if !config.proxy_modes.contains(&Mode::Ebpf) {
+        return Ok(());
+    }
+    mount_bpffs(&config.layout)?;
+    if !config.host_network {
+        // The machine's own sockets, and other nodes', are none of this node's business.
+        own.cgroup = Some(make_cgroup(&config.layout)?);
+    }
+    Ok(())
 }
 
 /// Each mount is a file system of its own. Unmounted, it takes what is pinned in it along.

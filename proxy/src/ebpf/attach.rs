@@ -42,16 +42,37 @@ pub(crate) enum Way {
     Clsact,
 }
 
+/// The interface of that number in every network namespace.
+const LOOPBACK: u32 = 1;
+
 impl Way {
+    /// Fails where packets do not come to the programs: tried where there are none.
+    pub(crate) fn try_out(programs: &Programs) -> Result<(), EbpfError> {
+        let netns = Netns::anonymous()?;
+        let interfaces = HashSet::from([LOOPBACK]);
+        let mut refused = Vec::new();
+        match Way::find(programs, &netns)? {
+            Way::Tcx => Ok(()),
+            Way::Clsact => {
+                clsact::serve(&netns, programs, &interfaces, &mut refused)?;
+                refused.pop().map_or(Ok(()), |refused| Err(refused.error))
+            }
+        }
+    }
+
     /// What the kernel of that namespace can do: tried with the loopback interface.
     pub(crate) fn find(programs: &Programs, netns: &Netns) -> Result<Self, EbpfError> {
-        const LOOPBACK: u32 = 1;
-        let Some(program) = programs.get("egress") else { return Ok(Way::Tcx) };
+        const PROGRAM: &str = "egress";
+        let Some(program) = programs.get(PROGRAM) else { return Ok(Way::Tcx) };
         let attempt = || sys::create_link(program.as_fd(), LOOPBACK, AttachType::TcxEgress);
         match netns.run(attempt)? {
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(Way::Clsact),
             // Detached again as nobody holds it.
-            _ => Ok(Way::Tcx),
+            Ok(_) => Ok(Way::Tcx),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(Way::Clsact),
+            Err(source) => {
+                let target = "the loopback interface".to_owned();
+                Err(EbpfError::Attach { program: PROGRAM, target, source })
+            }
         }
     }
 }

@@ -11,7 +11,7 @@ use super::error::EbpfError;
 use super::xdp::XdpChoice;
 
 /// Where BPF file systems are mounted.
-const BPFFS: &str = "/sys/fs/bpf";
+pub(super) const BPFFS: &str = "/sys/fs/bpf";
 /// Where cgroup v2 is mounted if nobody else did.
 const OWN_CGROUP2: &str = "/run/keelson-proxy/cgroup2";
 /// Where cgroup v2 is mounted: alone, beside version 1, by an earlier process of ours.

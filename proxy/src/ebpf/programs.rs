@@ -128,7 +128,7 @@ impl Programs {
 }
 
 /// Loads the programs for a trial: the kernel's verifier sees them, and nothing stays.
-pub(crate) fn try_load() -> Result<(), EbpfError> {
+pub(crate) fn try_load() -> Result<Programs, EbpfError> {
     let (config, needs) = (EbpfConfig::default(), Needs::default());
     let sized = sizing(&config, &needs)?;
     let load = |object| {
@@ -137,9 +137,13 @@ pub(crate) fn try_load() -> Result<(), EbpfError> {
             max_entries: sized(name, shape, None),
             path: None,
         });
-        load_object(object, &maps.collect::<Vec<_>>()).map(drop)
+        load_object(object, &maps.collect::<Vec<_>>())
     };
-    OBJECTS.iter().try_for_each(load)
+    let mut by_name = HashMap::new();
+    for object in &OBJECTS {
+        by_name.extend(load(object)?);
+    }
+    Ok(Programs { by_name, fresh: true, copied_ns: 0 })
 }
 
 /// How large a map shall be that its object describes like that, and of which this is there.

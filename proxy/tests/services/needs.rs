@@ -4,8 +4,8 @@ use std::os::raw::{c_int, c_ulong};
 use std::thread;
 
 use keelson_proxy::diff::Plans;
-use keelson_proxy::ebpf::EbpfConfig;
-use keelson_proxy::switch::with_sources;
+use keelson_proxy::ebpf::{EbpfConfig, Sockets};
+use keelson_proxy::switch::{choose, with_sources};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 
@@ -16,6 +16,7 @@ rows![
     what_an_old_kernel_lacks_is_named,
     a_place_that_keeps_nothing_is_named,
     a_node_without_cgroup2_gets_one,
+    auto_takes_ebpf_only_where_it_does_everything,
 ];
 
 fn only_ebpf(mode: Mode) {
@@ -121,12 +122,55 @@ fn a_node_without_cgroup2_gets_one(mode: Mode) {
     only_ebpf(mode);
     aside(|| {
         unshare(CloneFlags::CLONE_NEWNS).unwrap();
-        let (none, private) = (None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE);
-        mount(none, "/", none, private, none).unwrap();
-        mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), none).unwrap();
-        umount2("/sys/fs/cgroup", MntFlags::MNT_DETACH).unwrap();
+        without_cgroups();
         mode.probe().unwrap();
         let cgroups = std::fs::read_dir("/run/keelson-proxy/cgroup2").unwrap();
         assert!(cgroups.count() > 0);
+    });
+}
+
+/// From now on this thread finds cgroups mounted nowhere.
+fn without_cgroups() {
+    let (none, private) = (None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE);
+    mount(none, "/", none, private, none).unwrap();
+    mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), none).unwrap();
+    umount2("/sys/fs/cgroup", MntFlags::MNT_DETACH).unwrap();
+}
+
+/// Issue 4, kernels: what is missing keeps `auto` from it, and has a name.
+fn auto_takes_ebpf_only_where_it_does_everything(mode: Mode) {
+    only_ebpf(mode);
+    let node = Node::new(mode);
+    let taken = |ebpf: &EbpfConfig| node.namespace.run(|| choose(&Mode::AUTO, ebpf).unwrap());
+    let without = |ebpf: &EbpfConfig, gap: &str| {
+        let gaps = mode.gaps(ebpf);
+        assert!(gaps.iter().any(|said| said.starts_with(gap)), "{gaps:?}");
+        assert_eq!(taken(ebpf), Mode::Nftables, "{gap}");
+    };
+    let all = EbpfConfig { cgroup: None, ..node.config.ebpf.clone() };
+    // What this kernel lacks by itself.
+    let gaps = mode.gaps(&all);
+    let is_usual = |gap: &String| gap.starts_with("the kernel lacks bpf_set_retval");
+    assert!(gaps.iter().all(is_usual), "{gaps:?}");
+    assert_eq!(taken(&all), if gaps.is_empty() { mode } else { Mode::Nftables });
+    // A part of the node's sockets.
+    without(&node.config.ebpf, "the node has sockets outside of the cgroup /sys/fs/cgroup/");
+    without(&EbpfConfig { sockets: Sockets::None, ..all.clone() }, "sockets are not served");
+    // Nothing stays.
+    let folder = tempfile::tempdir().unwrap();
+    let pins = folder.path().join("pins");
+    without(&EbpfConfig { pins, ..all.clone() }, "nothing that is pinned in ");
+    // An old kernel.
+    aside(|| {
+        refuse_bpf(None, libc::ENOSYS);
+        assert_eq!(taken(&all), Mode::Nftables);
+    });
+    // A container, which sees its own part of the cgroups.
+    aside(|| {
+        unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWCGROUP).unwrap();
+        without_cgroups();
+        let gaps = mode.gaps(&all);
+        let gap = "the node has sockets outside of the cgroup /run/keelson-proxy/cgroup2";
+        assert!(gaps.iter().any(|said| said.starts_with(gap)), "{gaps:?}");
     });
 }
