@@ -3,15 +3,19 @@
 use std::net::SocketAddr;
 
 use keelson_ebpf_abi::{
-    DROP_NO_ADDRESS, ENDPOINT_HERE, Interface, MASQUERADE_ALWAYS, MASQUERADE_NEVER,
-    MASQUERADE_UNLESS_POD, MEMBER_SERVING,
+    DROP_NO_ADDRESS, DROP_NO_PORT, ENDPOINT_HERE, FLOW_UNMASQUERADE, Flow, Interface,
+    MASQUERADE_ALWAYS, MASQUERADE_NEVER, MASQUERADE_UNLESS_POD, MEMBER_SERVING, STATE_ANSWERED,
+    STATE_RESET, Tuple,
 };
 
 use crate::bytes::{ACK, SYN, Sent, tcp, udp};
-use crate::kernel::{DROP, INTERFACE, Kernel, NODE4, NODE6, ip, to_pool};
+use crate::kernel::{DROP, INTERFACE, Kernel, NODE4, NODE6, ip, to_pool, tuple};
 
 fn kernel(masquerade: u8) -> Kernel {
-    let mut kernel = Kernel::new();
+    serving(Kernel::new(), masquerade)
+}
+
+fn serving(mut kernel: Kernel, masquerade: u8) -> Kernel {
     for (pool, service, endpoint) in
         [(1, "10.96.0.10:80", "10.1.0.5:8080"), (2, "[fd96::10]:80", "[fd01::5]:8080")]
     {
@@ -134,4 +138,58 @@ fn answers_for_nobody_are_left_to_the_node() {
     let spoofed = tcp(ACK, "10.1.0.5:8080", "192.0.2.1:5000");
     kernel.arrives_as(&spoofed, &spoofed);
     kernel.leaves_as(&spoofed, &spoofed);
+}
+
+/// More clients than ports, all at one endpoint.
+#[test]
+fn when_all_ports_are_taken_new_clients_of_that_endpoint_wait_and_nobody_else() {
+    const PORTS: u32 = 33_512;
+    let mut kernel = serving(Kernel::with_flows(4 * PORTS).prepared(), MASQUERADE_ALWAYS);
+    kernel.pool(3, &[("10.1.0.6:8080", ENDPOINT_HERE, MEMBER_SERVING)]);
+    kernel.frontend("10.96.0.11:80", 6, to_pool(3, 3, MASQUERADE_ALWAYS));
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).unwrap();
+    let last_seen_ns = u64::try_from(std::time::Duration::from(now).as_nanos()).unwrap();
+    let answer = |port: u16| {
+        let answer = tcp(ACK, "10.1.0.5:8080", &format!("{NODE4}:{port}"));
+        let to = tcp(ACK, "10.1.0.5:8080", &format!("198.51.100.1:{port}"));
+        let (role, state) = (FLOW_UNMASQUERADE, STATE_ANSWERED);
+        (tuple(&answer), Flow { to: tuple(&to), role, state, last_seen_ns, ..Flow::default() })
+    };
+    let taken: Vec<(Tuple, Flow)> = (1024..30_000).chain(61_000..=65_535).map(answer).collect();
+    assert_eq!(taken.len(), PORTS as usize);
+    let mut flows = kernel.hash::<Tuple, Flow>("flows_in");
+    taken.iter().for_each(|(key, flow)| flows.insert(key, flow, 0).unwrap());
+
+    let late = tcp(SYN, "198.51.100.7:40001", "10.96.0.10:80");
+    let forwarded = late.clone().to("10.1.0.5:8080");
+    for attempt in 1..=3 {
+        kernel.arrives_as(&late, &forwarded);
+        assert_eq!(kernel.leaves(&forwarded).0, DROP);
+        assert_eq!(kernel.drops()[DROP_NO_PORT as usize], attempt);
+    }
+    // Whoever has a port goes on.
+    let (key, flow) = &taken[20_000];
+    assert_eq!(kernel.hash::<Tuple, Flow>("flows_in").get(key, 0).unwrap(), *flow);
+    // Another endpoint, another protocol, another family.
+    let others = [
+        (tcp(SYN, "198.51.100.7:40002", "10.96.0.11:80"), "10.1.0.6:8080", NODE4),
+        (udp("198.51.100.7:40003", "10.96.0.10:80"), "10.1.0.5:8080", NODE4),
+        (tcp(SYN, "[2001:db8:9::7]:40004", "[fd96::10]:80"), "[fd01::5]:8080", NODE6),
+    ];
+    for (packet, endpoint, node) in others {
+        let forwarded = packet.clone().to(endpoint);
+        kernel.arrives_as(&packet, &forwarded);
+        hidden_as(&mut kernel, &forwarded, node);
+    }
+    // Ports become free, some of them because their connections end: the client's next attempt succeeds.
+    for (at, (key, _)) in taken.iter().enumerate() {
+        match at % 4 {
+            0 => kernel.hash::<Tuple, Flow>("flows_in").remove(key).unwrap(),
+            1 | 2 => kernel.change_flow("flows_in", key, |flow| flow.state |= STATE_RESET),
+            _ => {}
+        }
+    }
+    kernel.arrives_as(&late, &forwarded);
+    hidden_as(&mut kernel, &forwarded, NODE4);
+    assert_eq!(kernel.drops()[DROP_NO_PORT as usize], 3);
 }
