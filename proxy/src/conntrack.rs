@@ -1,9 +1,10 @@
-//! Removes connection tracking entries of UDP flows that lead nowhere any more.
+//! Removes connection tracking entries of flows that lead nowhere.
 //!
 //! A UDP client that keeps its source port keeps its translation, too: when the endpoint is gone its
 //! packets vanish until it stops sending for a while. And a flow that began while there was no endpoint
-//! is never translated at all. Exactly those two kinds of entries are removed; TCP is left to itself,
-//! and endpoints that terminate keep their flows as long as they serve.
+//! is never translated at all, also a TCP connection that nobody has answered: its client would try in vain.
+//! Exactly those kinds of entries are removed; other TCP connections are left to themselves, and endpoints
+//! that terminate keep their flows as long as they serve.
 
 mod cleaner;
 mod limits;
@@ -20,6 +21,9 @@ use crate::model::{
 
 pub(crate) use cleaner::Cleaner;
 pub use limits::ConntrackLimits;
+
+const TCP: u8 = Protocol::Tcp as u8;
+const UDP: u8 = Protocol::Udp as u8;
 
 /// What to look for: frontends whose flows may be stale.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -68,8 +72,9 @@ impl Checks {
                 (key, Check { suspect, ..check })
             }));
         }
+        checks.frontends.retain(|key, check| check.suspect || key.protocol == Protocol::Udp);
         // One that another Service took over in the same round is not gone.
-        for key in removed {
+        for key in removed.into_iter().filter(|key| key.protocol == Protocol::Udp) {
             let gone = Check { suspect: true, ..Check::default() };
             checks.frontends.entry(key).or_insert(gone);
         }
@@ -89,10 +94,13 @@ impl Checks {
     }
 
     fn is_stale(&self, flow: &Flow, own_addresses: &[IpAddr]) -> bool {
-        let Some(check) = self.find(flow.destination, own_addresses) else { return false };
-        if !check.suspect {
-            return false;
-        }
+        let protocol = match flow.protocol {
+            UDP => Protocol::Udp,
+            TCP if !flow.answered && flow.answerer == flow.destination => Protocol::Tcp,
+            _ => return false,
+        };
+        let found = self.find(protocol, flow.destination, own_addresses);
+        let Some(check) = found.filter(|check| check.suspect) else { return false };
         if flow.answerer == flow.destination {
             return check.forwards;
         }
@@ -101,9 +109,14 @@ impl Checks {
     }
 
     /// A port of some other host that happens to be one of our node ports does not count.
-    fn find(&self, destination: SocketAddr, own_addresses: &[IpAddr]) -> Option<&Check> {
+    fn find(
+        &self,
+        protocol: Protocol,
+        destination: SocketAddr,
+        own_addresses: &[IpAddr],
+    ) -> Option<&Check> {
         let (address, port) = (destination.ip(), destination.port());
-        let key = |at| FrontendKey { at, protocol: Protocol::Udp, port };
+        let key = |at| FrontendKey { at, protocol, port };
         let found = self.frontends.get(&key(At::Address(address)));
         found.or_else(|| {
             let own = own_addresses.contains(&address);
@@ -113,15 +126,20 @@ impl Checks {
 }
 
 fn checks_of(plan: &ServicePlan) -> HashMap<FrontendKey, Check> {
-    let udp = plan.ports.iter().filter(|port| port.protocol == Protocol::Udp);
-    udp.flat_map(|port| {
-        let endpoints = kept_endpoints(port);
-        port.frontends.iter().map(move |frontend| {
-            let forwards = forwards(frontend.route);
-            (frontend.key, Check { endpoints: endpoints.clone(), forwards, suspect: false })
+    let ports = plan.ports.iter().filter(|port| port.protocol != Protocol::Sctp);
+    ports
+        .flat_map(|port| {
+            // Of TCP only what began before there was an endpoint matters.
+            let endpoints = match port.protocol {
+                Protocol::Udp => kept_endpoints(port),
+                Protocol::Tcp | Protocol::Sctp => Box::default(),
+            };
+            port.frontends.iter().map(move |frontend| {
+                let forwards = forwards(frontend.route);
+                (frontend.key, Check { endpoints: endpoints.clone(), forwards, suspect: false })
+            })
         })
-    })
-    .collect()
+        .collect()
 }
 
 fn kept_endpoints(port: &PortPlan) -> Box<[Endpoint]> {
@@ -160,7 +178,7 @@ fn clean_family(checks: &Checks, family: Family) -> Result<Cleaned, ConntrackErr
     let number = if family == Family::V4 { libc::AF_INET } else { libc::AF_INET6 };
     let number = u8::try_from(number).unwrap_or_default();
     let stale = |flow: &Flow| checks.is_stale(flow, &own_addresses);
-    let found = conntrack.select(number, Protocol::Udp as u8, stale)?;
+    let found = conntrack.select(number, stale)?;
     let mut deleted = 0;
     for flow in &found.flows {
         deleted += u64::from(conntrack.delete(flow)?);

@@ -18,6 +18,7 @@ const DUMP_INTERRUPTED: u16 = 0x10;
 
 const TUPLE_ORIGINAL: u16 = 1;
 const TUPLE_REPLY: u16 = 2;
+const STATUS: u16 = 3;
 const ID: u16 = 12;
 const ZONE: u16 = 18;
 
@@ -52,6 +53,8 @@ pub struct Flow {
     pub destination: SocketAddr,
     /// Who answers: differs from `destination` when that was translated.
     pub answerer: SocketAddr,
+    /// Whether anybody has answered.
+    pub answered: bool,
     /// Family and the attributes that name this very entry.
     handle: (u8, Vec<u8>),
 }
@@ -81,20 +84,18 @@ impl Conntrack {
         Ok(Conntrack { socket, buffer: Vec::with_capacity(64 * 1024), sequence: 0 })
     }
 
-    /// Hands the connections of a protocol in an address family (`AF_UNSPEC`: in all of them) to `wanted`, one
-    /// by one, and returns those it wants to keep in hand; the others are never in memory together. The table
-    /// may change meanwhile: what comes or goes during the walk may be missed.
+    /// Hands the connections of an address family (`AF_UNSPEC`: of all of them) to `wanted`, one by one, and
+    /// returns those it wants to keep in hand; the others are never in memory together. The table may change
+    /// meanwhile: what comes or goes during the walk may be missed.
     ///
     /// A walk that the kernel cuts short is no error: what it found until then comes back.
     pub fn select(
         &mut self,
         family: u8,
-        protocol: u8,
         mut wanted: impl FnMut(&Flow) -> bool,
     ) -> Result<Selected, ConntrackError> {
         self.send(GET, REQUEST | DUMP, family, &[])?;
         let mut selected = Selected { flows: Vec::new(), whole: true };
-        let mut wanted = |flow: &Flow| flow.protocol == protocol && wanted(flow);
         loop {
             match self.receive() {
                 // Answers were lost, and their end may be among them.
@@ -217,6 +218,10 @@ fn read_flow(message: &[u8]) -> Option<Flow> {
     let original = Reader::find(body, TUPLE_ORIGINAL)?;
     let (protocol, source, destination) = read_tuple(original)?;
     let (_, answerer, _) = read_tuple(Reader::find(body, TUPLE_REPLY)?)?;
+    /// `IPS_SEEN_REPLY`.
+    const SEEN_REPLY: u32 = 1 << 1;
+    let status = Reader::find(body, STATUS).and_then(|bytes| bytes.try_into().ok());
+    let answered = status.is_some_and(|status| u32::from_be_bytes(status) & SEEN_REPLY != 0);
     let mut attributes = Vec::new();
     let mut writer = Writer::new(&mut attributes);
     writer.nest(TUPLE_ORIGINAL, |tuple| tuple.raw(original));
@@ -225,7 +230,8 @@ fn read_flow(message: &[u8]) -> Option<Flow> {
             writer.bytes(kind, value);
         }
     }
-    Some(Flow { protocol, source, destination, answerer, handle: (family, attributes) })
+    let handle = (family, attributes);
+    Some(Flow { protocol, source, destination, answerer, answered, handle })
 }
 
 fn read_tuple(tuple: &[u8]) -> Option<(u8, SocketAddr, SocketAddr)> {

@@ -40,7 +40,7 @@ impl Cleaner {
     /// Returns at once.
     pub(crate) fn check(&self, checks: Checks) {
         if !checks.frontends.is_empty() && self.jobs.send(checks).is_err() {
-            tracing::error!("The connection tracking thread is gone, stale UDP flows stay");
+            tracing::error!("The connection tracking thread is gone, stale flows stay");
         }
     }
 }
@@ -93,7 +93,7 @@ fn walk(
             }
             Err(error) => {
                 let error = with_sources(&error);
-                tracing::warn!(?family, error, "Cannot remove stale UDP flows, retrying");
+                tracing::warn!(?family, error, "Cannot remove stale flows, retrying");
                 unfinished.push(family);
             }
         }

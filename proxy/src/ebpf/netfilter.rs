@@ -73,16 +73,10 @@ fn remove_from(nft: &mut Nft) -> Result<(), NftError> {
 impl Netfilter {
     /// Whether there is a connection that would break. UDP flows begin anew.
     fn translates(&mut self) -> Result<bool, ConntrackError> {
-        let translated = |flow: &Flow| flow.answerer != flow.destination;
-        for family in [libc::AF_INET, libc::AF_INET6] {
-            for protocol in [TCP, SCTP] {
-                let family = u8::try_from(family).unwrap_or_default();
-                if !self.conntrack.select(family, protocol, translated)?.flows.is_empty() {
-                    return Ok(true);
-                }
-            }
-        }
-        Ok(false)
+        const EVERY_FAMILY: u8 = 0;
+        let translated =
+            |flow: &Flow| [TCP, SCTP].contains(&flow.protocol) && flow.answerer != flow.destination;
+        Ok(!self.conntrack.select(EVERY_FAMILY, translated)?.flows.is_empty())
     }
 
     fn make(&mut self) -> Result<(), NftError> {

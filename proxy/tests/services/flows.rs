@@ -2,6 +2,8 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, TcpListener, TcpStream};
+use std::thread;
+use std::time::Duration;
 
 use crate::stage::*;
 use crate::world::eventually;
@@ -13,6 +15,7 @@ use serde_json::json;
 rows![
     a_udp_client_with_one_port_moves_to_the_new_endpoint,
     udp_that_began_before_the_endpoint_came_arrives,
+    a_connection_that_began_before_the_endpoint_came_arrives,
     a_flow_to_a_strangers_port_that_equals_a_node_port_is_left_alone,
     an_established_connection_outlives_its_service,
     an_endpoint_that_goes_keeps_its_connections_and_gets_no_new_ones,
@@ -97,6 +100,40 @@ fn udp_that_began_before_the_endpoint_came_arrives(mode: Mode) {
     node.ready("dns", "UDP", 8080, &[2]);
     node.apply();
     assert_eq!(udp_exchange(&socket, silence()).unwrap().server, "a");
+}
+
+/// Its first packet went elsewhere, and connection tracking would send the others the same way.
+fn a_connection_that_began_before_the_endpoint_came_arrives(mode: Mode) {
+    // Longer than a client waits until it tries again.
+    const PATIENCE: Duration = Duration::from_secs(15);
+    let mut node = Node::new(mode);
+    let client = node.pod("client", 10);
+    let _a = node.pod("a", 2).serving("TCP", 8080);
+    let stranger = node.pod("stranger", 5).serving("TCP", 8080);
+    // Who has something to translate tracks connections.
+    node.service("other", cluster_ip(2, "TCP", 80));
+    node.ready("other", "TCP", 8080, &[5]);
+    node.apply();
+    let kept = stranger.namespace.run(|| TcpListener::bind("0.0.0.0:9090").unwrap());
+    let near = client.namespace.run(|| TcpStream::connect((stranger.v4, 9090)).unwrap());
+    let (_far, _) = kept.accept().unwrap();
+    let before = node.namespace.forwarded();
+    thread::scope(|scope| {
+        let inside = &client.namespace;
+        let asker = scope.spawn(|| inside.ask_for("TCP", "10.96.0.1:80", PATIENCE));
+        eventually("its first packet is gone", || {
+            (node.namespace.forwarded() > before).then_some(())
+        });
+        node.flows_removed = 0;
+        node.service("web", cluster_ip(1, "TCP", 80));
+        node.ready("web", "TCP", 8080, &[2]);
+        node.apply();
+        assert_eq!(asker.join().unwrap().unwrap().server, "a");
+    });
+    // Nothing else.
+    let removed = if mode == Mode::Ebpf { 0 } else { 1 };
+    assert_eq!(node.flows_removed, removed);
+    drop(near);
 }
 
 fn a_flow_to_a_strangers_port_that_equals_a_node_port_is_left_alone(mode: Mode) {

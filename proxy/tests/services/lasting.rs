@@ -195,9 +195,9 @@ fn a_restart_leaves_udp_flows_alone_except_stale_ones(mode: Mode) {
     with_proxy(&node, lists("10.66.0.2"), folder.path(), |_| {
         assert_eq!(ask(), ["p2", "p2", "stranger"]);
     });
-    let kept = |flow: &Flow| flow.destination != "10.96.0.2:53".parse().unwrap();
-    let flows =
-        || node.namespace.run(|| Conntrack::open().unwrap().select(0, 17, kept).unwrap().flows);
+    let kept =
+        |flow: &Flow| flow.protocol == 17 && flow.destination != "10.96.0.2:53".parse().unwrap();
+    let flows = || node.namespace.run(|| Conntrack::open().unwrap().select(0, kept).unwrap().flows);
     let before = flows();
     assert!(before.len() >= 2, "{before:?}");
     // While nobody looked, one Service got another endpoint.
