@@ -17,34 +17,17 @@ pub struct NoMode(String);
 /// The first mode that does everything here, else the first that works; of the two variants of iptables, that of the
 /// node first. Says in one line which, and what those before it lack.
 pub fn choose(modes: &[Mode], ebpf: &EbpfConfig) -> Result<Mode, NoMode> {
-    let Choice { mode, lacks, passed_over } = weigh(&in_order(modes), |mode| try_out(mode, ebpf))?;
-    let (lacks, reasons) = (lacks.map(tracing::field::display), passed_over.join("; "));
-    if reasons.is_empty() {
+    let works = |mode: Mode| mode.probe().map_err(|error| with_sources(&error));
+    let choice = weigh(&in_order(modes), |mode| mode.gaps(ebpf), works)?;
+    let Choice { mode, lacks, passed_over } = choice;
+    let lacks = lacks.map(tracing::field::display);
+    if passed_over.is_empty() {
         tracing::info!(%mode, lacks, "Programming Services");
     } else {
+        let reasons = passed_over.join("; ");
         tracing::warn!(%mode, lacks, %reasons, "Programming Services in another mode than the preferred one");
     }
     Ok(mode)
-}
-
-/// How a mode was found.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Trial {
-    Whole,
-    /// It works, but for this.
-    Lacking(String),
-    Impossible(String),
-}
-
-/// Tries a mode, and leaves nothing behind.
-fn try_out(mode: Mode, ebpf: &EbpfConfig) -> Trial {
-    if let Err(error) = mode.probe() {
-        return Trial::Impossible(with_sources(&error));
-    }
-    match &*mode.gaps(ebpf) {
-        [] => Trial::Whole,
-        gaps => Trial::Lacking(gaps.join(", ")),
-    }
 }
 
 /// The mode that is taken.
@@ -57,23 +40,37 @@ struct Choice {
     passed_over: Vec<String>,
 }
 
-/// Pure. Modes are tried only as far as it takes.
-fn weigh(modes: &[Mode], mut try_out: impl FnMut(Mode) -> Trial) -> Result<Choice, NoMode> {
-    let (mut passed_over, mut best) = (Vec::new(), None);
-    for mode in modes {
-        match try_out(*mode) {
-            Trial::Whole => return Ok(Choice { mode: *mode, lacks: None, passed_over }),
-            Trial::Impossible(why) => passed_over.push(format!("{mode}: {why}")),
-            Trial::Lacking(what) => {
-                best.get_or_insert((*mode, what.clone(), passed_over.clone()));
-                passed_over.push(format!("{mode}: {what}"));
-            }
+/// Pure. `gaps` tells what a mode would not do, `works` tries it: that takes longer, and is done only as far as needed.
+fn weigh(
+    modes: &[Mode],
+    gaps: impl Fn(Mode) -> Vec<String>,
+    mut works: impl FnMut(Mode) -> Result<(), String>,
+) -> Result<Choice, NoMode> {
+    let (mut passed_over, mut lacking) = (Vec::new(), Vec::new());
+    for mode in modes.iter().copied() {
+        let lacks = gaps(mode).join(", ");
+        if !lacks.is_empty() {
+            passed_over.push(format!("{mode}: {lacks}"));
+            lacking.push((mode, lacks));
+            continue;
+        }
+        match works(mode) {
+            Ok(()) => return Ok(Choice { mode, lacks: None, passed_over }),
+            Err(why) => passed_over.push(format!("{mode}: {why}")),
         }
     }
-    match best {
-        Some((mode, lacks, passed_over)) => Ok(Choice { mode, lacks: Some(lacks), passed_over }),
-        None => Err(NoMode(passed_over.join("; "))),
+    for (mode, lacks) in lacking {
+        let this = |line: &String| line.starts_with(&format!("{mode}: "));
+        match works(mode) {
+            Ok(()) => {
+                let before = passed_over.iter().position(this).unwrap_or(0);
+                passed_over.truncate(before);
+                return Ok(Choice { mode, lacks: Some(lacks), passed_over });
+            }
+            Err(why) => passed_over.push(format!("{mode}: {why}")),
+        }
     }
+    Err(NoMode(passed_over.join("; ")))
 }
 
 fn in_order(modes: &[Mode]) -> Vec<Mode> {
@@ -182,66 +179,52 @@ mod tests {
     use super::*;
     use crate::iptables::Variant;
 
-    /// What the machine has of each mode: everything, all but something, or nothing.
-    fn chosen(modes: &[Mode], has: &[(Mode, Trial)]) -> Result<Choice, String> {
-        let found = |mode| has.iter().find(|(of, _)| *of == mode).map(|(_, trial)| trial.clone());
-        let nothing = || Trial::Impossible("not here".to_owned());
-        weigh(modes, |mode| found(mode).unwrap_or_else(nothing)).map_err(|error| error.to_string())
+    /// The machine has these modes, and mode ebpf there lacks something.
+    fn chosen(modes: &[Mode], has: &[Mode], lacks: &str) -> Result<Choice, String> {
+        let gaps = |mode| match mode {
+            Mode::Ebpf if !lacks.is_empty() => vec![lacks.to_owned()],
+            _ => Vec::new(),
+        };
+        let works = |mode| if has.contains(&mode) { Ok(()) } else { Err("not here".to_owned()) };
+        weigh(modes, gaps, works).map_err(|error| error.to_string())
     }
 
     #[test]
     fn auto_takes_the_first_that_does_everything_and_says_what_the_others_lack() {
         use Mode::{Ebpf, Ipvs, Nftables};
         let nft = Mode::Iptables(Variant::Nft);
-        let lacking = || Trial::Lacking("no bpf_set_retval".to_owned());
-        let whole = || Trial::Whole;
-        for (has, mode, lacks, passed_over) in [
-            (vec![(Ebpf, whole()), (Nftables, whole())], Ebpf, None, &[][..]),
+        let gap = "no bpf_set_retval";
+        for (has, gaps, mode, lacks, passed_over) in [
+            (&[Ebpf, Nftables][..], "", Ebpf, None, ""),
+            (&[Ebpf, Nftables], gap, Nftables, None, "ebpf: no bpf_set_retval"),
+            (&[Nftables], "", Nftables, None, "ebpf: not here"),
+            (&[Ebpf, nft], gap, nft, None, "ebpf: no bpf_set_retval; nftables: not here"),
             (
-                vec![(Ebpf, lacking()), (Nftables, whole())],
-                Nftables,
-                None,
-                &["ebpf: no bpf_set_retval"],
-            ),
-            (vec![(Nftables, whole())], Nftables, None, &["ebpf: not here"]),
-            (
-                vec![(Ebpf, lacking()), (nft, whole())],
-                nft,
-                None,
-                &["ebpf: no bpf_set_retval", "nftables: not here"],
-            ),
-            (
-                vec![(Ipvs, whole())],
+                &[Ipvs],
+                "",
                 Ipvs,
                 None,
-                &[
-                    "ebpf: not here",
-                    "nftables: not here",
-                    "iptables-nft: not here",
-                    "iptables-legacy: not here",
-                ],
+                "ebpf: not here; nftables: not here; iptables-nft: not here; iptables-legacy: not here",
             ),
             // Better than nothing.
-            (vec![(Ebpf, lacking())], Ebpf, Some("no bpf_set_retval"), &[]),
+            (&[Ebpf], gap, Ebpf, Some(gap), ""),
         ] {
-            let choice = chosen(&Mode::AUTO, &has).unwrap();
-            let wanted = (mode, lacks, Vec::from(passed_over));
-            let passed_over = choice.passed_over.iter().map(String::as_str).collect();
-            assert_eq!((choice.mode, choice.lacks.as_deref(), passed_over), wanted);
+            let choice = chosen(&Mode::AUTO, has, gaps).unwrap();
+            let found = (choice.mode, choice.lacks.as_deref(), &*choice.passed_over.join("; "));
+            assert_eq!(found, (mode, lacks, passed_over));
         }
-        let error = chosen(&Mode::AUTO, &[]).unwrap_err();
-        assert!(
-            error.starts_with("no proxy mode works here: ebpf: not here; nftables: "),
-            "{error}"
-        );
+        for gaps in ["", gap] {
+            let error = chosen(&Mode::AUTO, &[], gaps).unwrap_err();
+            assert!(error.starts_with("no proxy mode works here: ebpf: "), "{error}");
+            assert!(error.contains("ebpf: not here"), "{error}");
+        }
     }
 
     #[test]
     fn who_names_a_mode_gets_it_with_what_it_lacks() {
-        let lacking = Trial::Lacking("no bpf_set_retval".to_owned());
-        let choice = chosen(&[Mode::Ebpf], &[(Mode::Ebpf, lacking)]).unwrap();
-        assert_eq!(choice.mode, Mode::Ebpf);
+        let choice = chosen(&[Mode::Ebpf], &[Mode::Ebpf], "no bpf_set_retval").unwrap();
+        assert_eq!((choice.mode, choice.passed_over), (Mode::Ebpf, Vec::new()));
         assert_eq!(choice.lacks.as_deref(), Some("no bpf_set_retval"));
-        assert_eq!(chosen(&[Mode::Ebpf], &[(Mode::Nftables, Trial::Whole)]).ok(), None);
+        assert_eq!(chosen(&[Mode::Ebpf], &[Mode::Nftables], "").ok(), None);
     }
 }

@@ -145,10 +145,12 @@ pub(super) fn forget_flows(ports: &[HostPort]) -> Result<(), CniError> {
         CniError::new(code::NETWORK, "cannot end old flows to the pod's ports").caused_by(&e)
     };
     let mut conntrack = Conntrack::open().map_err(failed)?;
-    let wanted = |flow: &Flow| udp.contains(&flow.destination.port());
+    let wanted = |flow: &Flow| {
+        flow.protocol == Transport::Udp.number() && udp.contains(&flow.destination.port())
+    };
     // A walk that was cut short is repeated, but not for ever: the pod waits.
     for _ in 0..3 {
-        let found = conntrack.select(0, Transport::Udp.number(), wanted).map_err(failed)?;
+        let found = conntrack.select(0, wanted).map_err(failed)?;
         for flow in &found.flows {
             conntrack.delete(flow).map_err(failed)?;
         }
