@@ -142,7 +142,7 @@ fn run_passes_input_on_and_ends_with_the_containers_exit_code() {
 fn with_stdin_once_the_first_who_brings_input_is_the_last() {
     let node = Node::start().unwrap();
     // It says all the time that it goes on: so one knows that a session has begun.
-    let goes_on = ECHO.replace("sleep 0.1", "echo waiting; sleep 0.1");
+    let goes_on = format!("while sleep 0.1; do echo waiting; done & {ECHO}");
     start(&node, "once", &["stdin", "stdinOnce"], &goes_on);
     let attach = || Kubectl::usual().talk(&node, &["attach", "-i", "once"]);
     let mut watcher = Kubectl::usual().talk(&node, &["attach", "once"]);
