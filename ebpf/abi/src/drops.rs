@@ -22,5 +22,7 @@ pub const DROP_UNANSWERED: u32 = 8;
 pub const DROP_HELD: u32 = 9;
 /// Another node tells of a Service that nobody knows here.
 pub const DROP_UNKNOWN_SERVICE: u32 = 10;
+/// The node itself asked another node, for an endpoint that it has: its kernel takes nothing from its own address.
+pub const DROP_OWN_CLIENT: u32 = 11;
 /// How many there are.
-pub const DROP_REASONS: usize = 11;
+pub const DROP_REASONS: usize = 12;

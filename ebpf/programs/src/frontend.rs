@@ -59,11 +59,11 @@ pub fn find_anywhere(address: &Address, port_be: u16, protocol: u8) -> Option<&'
     unsafe { FRONTENDS.get(&key) }
 }
 
-/// Whether an address is a ClusterIP.
+/// Whether an address is one of such: `ADDRESS_*`.
 #[inline(always)]
-pub fn is_cluster_ip(address: &Address) -> bool {
+pub fn is_address(address: &Address, such: u32) -> bool {
     // SAFETY: the map is not preallocated, so an element is freed only after a grace period.
-    unsafe { ADDRESSES.get(address) }.is_some_and(|flags| flags & ADDRESS_CLUSTER_IP != 0)
+    unsafe { ADDRESSES.get(address) }.is_some_and(|flags| flags & such != 0)
 }
 
 /// Whether an address is one that only a Service could have.

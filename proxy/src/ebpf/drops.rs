@@ -2,7 +2,8 @@
 
 use keelson_ebpf_abi::{
     DROP_FAILED, DROP_FRAGMENT, DROP_HELD, DROP_NO_ADDRESS, DROP_NO_PORT, DROP_NO_ROUTE,
-    DROP_NO_SUCH_ADDRESS, DROP_POLICY, DROP_SOURCE, DROP_UNANSWERED, DROP_UNKNOWN_SERVICE,
+    DROP_NO_SUCH_ADDRESS, DROP_OWN_CLIENT, DROP_POLICY, DROP_SOURCE, DROP_UNANSWERED,
+    DROP_UNKNOWN_SERVICE,
 };
 
 /// A word for programs, and what it means.
@@ -18,6 +19,9 @@ pub(crate) fn reason(number: u32) -> (&'static str, &'static str) {
         DROP_NO_ROUTE => ("no_route", "the node has no route to the endpoint"),
         DROP_UNANSWERED => ("unanswered", "nobody is there, and the sender must not be told"),
         DROP_HELD => ("held", "connections move to other maps, the client tries again"),
+        DROP_OWN_CLIENT => {
+            ("own_client", "the node asked another one for an endpoint that it has itself")
+        }
         DROP_UNKNOWN_SERVICE => {
             ("unknown_service", "another node tells of a Service that is not known here")
         }

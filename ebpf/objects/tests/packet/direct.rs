@@ -1,10 +1,10 @@
 //! Direct server return: one node is asked, another one has the endpoint and answers.
 
 use keelson_ebpf_abi::{
-    ADDRESS_CLUSTER_IP, ADDRESS_NODE, ADDRESS_NODE_PORTS, Address, DROP_NO_PORT, DROP_REASONS,
-    DROP_UNKNOWN_SERVICE, ENDPOINT_HERE, ENDPOINT_STRANGER, EVENT_CONNECTED, MASQUERADE_ALWAYS,
-    MEMBER_SERVING, SETTING_DIRECT, SETTING_DIRECT_UDP, SETTING_KNOWS_PODS, STATE_TELLS,
-    STATE_TOLD, WATCH_ALL,
+    ADDRESS_CLUSTER_IP, ADDRESS_NODE, ADDRESS_NODE_PORTS, Address, DROP_NO_PORT, DROP_OWN_CLIENT,
+    DROP_REASONS, DROP_UNKNOWN_SERVICE, ENDPOINT_HERE, ENDPOINT_STRANGER, EVENT_CONNECTED,
+    MASQUERADE_ALWAYS, MEMBER_SERVING, SETTING_DIRECT, SETTING_DIRECT_UDP, SETTING_KNOWS_PODS,
+    STATE_TELLS, STATE_TOLD, WATCH_ALL,
 };
 
 use crate::bytes::{ACK, Body, FIN, SYN, Sent, at, octets, sent, tcp, udp};
@@ -242,6 +242,15 @@ fn a_service_that_nobody_knows_is_not_told_of() {
         }
     }
     assert!(other.flows("flows_in").is_empty() && other.flows("flows_out").is_empty());
+}
+
+#[test]
+fn a_node_that_asks_another_one_for_its_own_endpoint_is_told_why_not() {
+    let mut other = other();
+    let [_, service, endpoint] = WAYS[0];
+    let told = telling(tcp(SYN, "192.0.2.2:40001", endpoint), service);
+    assert_eq!(other.arrives(&told).0, DROP);
+    assert_eq!(other.drops()[DROP_OWN_CLIENT as usize], 1);
 }
 
 #[test]

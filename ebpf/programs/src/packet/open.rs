@@ -6,12 +6,12 @@ use aya_ebpf::helpers::bpf_get_prandom_u32;
 use keelson_ebpf::maps::{INTERFACES, POD_RANGES, SETTINGS};
 use keelson_ebpf::{counters, endpoint, filter, frontend, hold};
 use keelson_ebpf_abi::{
-    Address, DROP_FAILED, DROP_HELD, DROP_NO_PORT, DROP_NO_SUCH_ADDRESS, DROP_POLICY, DROP_SOURCE,
-    ENDPOINT_HERE, ENDPOINT_STRANGER, Endpoint, FLOW_FROM_ENDPOINT, FLOW_MASQUERADE_SOON,
-    FLOW_TO_ENDPOINT, FRONTEND_HAS_SOURCES, FRONTEND_HASHED, Flow, Frontend, INTERFACE_PODS,
-    MASQUERADE_ALWAYS, MASQUERADE_UNLESS_POD, PROTOCOL_UDP, RangeKey, SETTING_DIRECT,
-    SETTING_DIRECT_UDP, SETTING_KNOWS_PODS, SETTING_PASSES_UNKNOWN, SETTING_PODS_BY_INTERFACE,
-    SIGN_START, STATE_TELLS, Tuple, VERDICT_DROP, VERDICT_FORWARD,
+    ADDRESS_CLUSTER_IP, Address, DROP_FAILED, DROP_HELD, DROP_NO_PORT, DROP_NO_SUCH_ADDRESS,
+    DROP_POLICY, DROP_SOURCE, ENDPOINT_HERE, ENDPOINT_STRANGER, Endpoint, FLOW_FROM_ENDPOINT,
+    FLOW_MASQUERADE_SOON, FLOW_TO_ENDPOINT, FRONTEND_HAS_SOURCES, FRONTEND_HASHED, Flow, Frontend,
+    INTERFACE_PODS, MASQUERADE_ALWAYS, MASQUERADE_UNLESS_POD, PROTOCOL_UDP, RangeKey,
+    SETTING_DIRECT, SETTING_DIRECT_UDP, SETTING_KNOWS_PODS, SETTING_PASSES_UNKNOWN,
+    SETTING_PODS_BY_INTERFACE, SIGN_START, STATE_TELLS, Tuple, VERDICT_DROP, VERDICT_FORWARD,
 };
 
 use crate::flow::{self, Reuse};
@@ -149,7 +149,7 @@ fn is_direct(packet: &Packet, endpoint: &Endpoint) -> bool {
     let setting = if is_udp { SETTING_DIRECT_UDP } else { SETTING_DIRECT };
     SETTINGS.get(0).is_some_and(|settings| settings.flags & setting != 0)
         && endpoint.flags & ENDPOINT_STRANGER == 0
-        && !frontend::is_cluster_ip(&packet.tuple.destination)
+        && !frontend::is_address(&packet.tuple.destination, ADDRESS_CLUSTER_IP)
         && tell::fits(packet)
 }
 

@@ -5,9 +5,9 @@ use aya_ebpf::bindings::{__sk_buff, BPF_F_RECOMPUTE_CSUM};
 use keelson_ebpf::maps::SETTINGS;
 use keelson_ebpf::{filter, frontend, hold};
 use keelson_ebpf_abi::{
-    Address, DROP_FAILED, DROP_HELD, DROP_NO_PORT, DROP_UNKNOWN_SERVICE, FLOW_FROM_ENDPOINT,
-    FLOW_TO_ENDPOINT, Flow, SETTING_DIRECT, SIGN_START, STATE_TELLS, STATE_TOLD, TOLD4_LENGTH,
-    TOLD6_LENGTH, Told4, Told6,
+    ADDRESS_NODE, Address, DROP_FAILED, DROP_HELD, DROP_NO_PORT, DROP_OWN_CLIENT,
+    DROP_UNKNOWN_SERVICE, FLOW_FROM_ENDPOINT, FLOW_TO_ENDPOINT, Flow, SETTING_DIRECT, SIGN_START,
+    STATE_TELLS, STATE_TOLD, TOLD4_LENGTH, TOLD6_LENGTH, Told4, Told6,
 };
 
 use crate::events;
@@ -48,6 +48,9 @@ pub fn arriving(skb: *mut __sk_buff, scratch: &mut Scratch) -> i32 {
     }
     if !has_service(scratch) {
         return dropped(skb, scratch, DROP_UNKNOWN_SERVICE);
+    }
+    if frontend::is_address(&scratch.packet.tuple.source, ADDRESS_NODE) {
+        return dropped(skb, scratch, DROP_OWN_CLIENT);
     }
     let mut told = known(scratch);
     if told == Opened::TRANSLATE {
