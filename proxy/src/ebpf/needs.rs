@@ -35,6 +35,8 @@ fn missing_rights(status: &str) -> Vec<&'static str> {
         ("CAP_BPF", BPF | SYS_ADMIN),
         ("CAP_PERFMON", PERFMON | SYS_ADMIN),
         ("CAP_NET_ADMIN", NET_ADMIN),
+        // To look into network namespaces.
+        ("CAP_SYS_ADMIN", SYS_ADMIN),
     ];
     needs.into_iter().filter(|(_, any)| has & any == 0).map(|(name, _)| name).collect()
 }
@@ -100,10 +102,10 @@ mod tests {
     #[test]
     fn rights_have_names() {
         assert_eq!(rights(u64::MAX), Vec::<&str>::new());
-        assert_eq!(rights(0), ["CAP_BPF", "CAP_PERFMON", "CAP_NET_ADMIN"]);
+        assert_eq!(rights(0), ["CAP_BPF", "CAP_PERFMON", "CAP_NET_ADMIN", "CAP_SYS_ADMIN"]);
         assert_eq!(rights(1 << 21), ["CAP_NET_ADMIN"]);
-        assert_eq!(rights(1 << 12 | 1 << 39), ["CAP_PERFMON"]);
-        assert_eq!(rights(1 << 12 | 1 << 38 | 1 << 39), Vec::<&str>::new());
+        assert_eq!(rights(1 << 12 | 1 << 39), ["CAP_PERFMON", "CAP_SYS_ADMIN"]);
+        assert_eq!(rights(1 << 12 | 1 << 38 | 1 << 39), ["CAP_SYS_ADMIN"]);
     }
 
     #[test]
