@@ -7,7 +7,9 @@ use keelson_netlink::netns::NetnsError;
 use keelson_netlink::route::OpenError;
 use keelson_netlink::socket::NetlinkError;
 
+use super::config::EbpfConfig;
 use super::cookie::CookieError;
+use super::sizes::Bounds;
 
 #[derive(Debug, thiserror::Error)]
 pub enum EbpfError {
@@ -17,7 +19,7 @@ pub enum EbpfError {
     Pin { path: PathBuf, source: io::Error },
     #[error("the BPF map {name} refused")]
     Map { name: &'static str, source: io::Error },
-    #[error("the BPF map {name} is full: it has room for {max_entries} (see --ebpf-max-endpoints)")]
+    #[error("the BPF map {name} is full: it has room for {max_entries}{}", hint(name))]
     Full { name: &'static str, max_entries: u32 },
     #[error("the kernel takes the BPF object {object} not")]
     Load { object: &'static str, source: Box<dyn std::error::Error + Send + Sync> },
@@ -53,4 +55,12 @@ pub enum EbpfError {
     Open(#[from] OpenError),
     #[error(transparent)]
     Netns(#[from] NetnsError),
+}
+
+/// What makes a map larger, where something does.
+fn hint(map: &str) -> &'static str {
+    match Bounds::of(map, &EbpfConfig::default(), 1) {
+        Some(_) => " (see --ebpf-max-endpoints)",
+        None => "",
+    }
 }
