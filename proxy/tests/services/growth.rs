@@ -9,6 +9,7 @@ use aya::maps::{HashMap, Map, MapData};
 use keelson_ebpf_abi::{Flow, Tuple, VERSION};
 use keelson_proxy::backend::MapFill;
 use keelson_proxy::ebpf::{EbpfConfig, Sockets};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::{Value, json};
 
 use crate::stage::*;
@@ -67,12 +68,19 @@ impl Pair {
     }
 }
 
+/// So many sockets there may be; small machines allow fewer.
+fn allow_sockets(count: u64) {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, soft.max(count), hard.max(count)).unwrap();
+}
+
 fn tables_grow_under_traffic_and_no_connection_is_lost(mode: Mode) {
     only_ebpf(mode);
     // More than begin in a small table.
     const CLIENTS: u16 = 14_000;
     // Longer than a client waits until it tries again.
     const PATIENCE: Duration = Duration::from_secs(15);
+    allow_sockets(u64::from(CLIENTS) + 2_000);
     let mut node = Node::with(mode, packets_only(1 << 16));
     let (client, server) = (node.pod("client", 10), node.pod("server", 2));
     let listener = server.namespace.run(|| TcpListener::bind("[::]:9090").unwrap());
