@@ -126,6 +126,8 @@ pub struct Ebpf {
     own_addresses: u32,
     troubles: Troubles,
     obstacles: direct::Obstacles,
+    /// Where frames shall be forwarded.
+    frames_at: Vec<xdp::Wanted>,
     /// What is in the maps of Services.
     used: Amounts,
     /// When maps could not be made larger, the next attempt.
@@ -164,6 +166,7 @@ impl Ebpf {
             own_addresses: 0,
             troubles: Troubles::default(),
             obstacles: direct::Obstacles::default(),
+            frames_at: Vec::new(),
             used: Amounts::default(),
             grow_again_ns: 0,
         })
@@ -205,8 +208,7 @@ impl Ebpf {
                 Err(error) => refusals.add(SOCKETS, "sockets that connect", &error),
             }
         }
-        let wanted = xdp::observe(&self.config.ebpf, netns)?;
-        operations += frames.serve((links, programs, maps), netns, &wanted, refusals)?;
+        operations += frames.serve((links, programs, maps), netns, &self.frames_at, refusals)?;
         Ok(operations + links.remove_others(sockets, &interfaces))
     }
 

@@ -3,11 +3,12 @@
 
 use keelson_ebpf_abi::{SETTING_DIRECT, SETTING_DIRECT_UDP};
 use keelson_netlink::netns::Netns;
-use keelson_netlink::route::{Link, Route, Rtnl};
+use keelson_netlink::route::{Link, Route};
 use keelson_netlink::sysctl;
 use serde::{Deserialize, Serialize};
 
 use super::error::EbpfError;
+use super::node::has_default_route;
 use crate::backend::{BackendConfig, PodSources};
 use crate::model::Protocol;
 
@@ -54,13 +55,12 @@ impl Obstacles {
         config: &BackendConfig,
         netns: &Netns,
         links: &[Link],
-        rtnl: &mut Rtnl,
+        routes: &[Route],
     ) -> Result<Self, EbpfError> {
         if config.ebpf.forwarding == Forwarding::Snat {
             return Ok(Obstacles::default());
         }
-        let routes = rtnl.routes().map_err(EbpfError::Observe)?;
-        let candidates = from_other_nodes(links, &routes);
+        let candidates = from_other_nodes(links, routes);
         let strict = netns.run(|| candidates.into_iter().filter(|name| is_strict(name)).collect());
         Ok(Obstacles { pods_unknown: config.pods == PodSources::Unknown, strict: strict? })
     }
@@ -83,15 +83,10 @@ impl Obstacles {
 
 /// Interfaces by which packets of clients outside come that are answered by another one.
 fn from_other_nodes(links: &[Link], routes: &[Route]) -> Vec<String> {
-    let by_default = |link: &Link| {
-        let leaves =
-            |route: &Route| route.destination.prefix() == 0 && route.link == Some(link.index);
-        routes.iter().any(leaves)
-    };
     // Those of pods, and what pods are behind.
     let is_of_pods = |link: &Link| matches!(link.kind.as_deref(), Some("veth" | "bridge"));
-    let such = links.iter().filter(|link| !link.loopback && !is_of_pods(link) && !by_default(link));
-    such.map(|link| link.name.clone()).collect()
+    let such = links.iter().filter(|link| !link.loopback && !is_of_pods(link));
+    such.filter(|link| !has_default_route(link, routes)).map(|link| link.name.clone()).collect()
 }
 
 /// The larger of two values is in force; 2 is not strict.

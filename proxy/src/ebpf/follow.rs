@@ -9,12 +9,13 @@ use keelson_ebpf_abi::{ADDRESS_NODE, Address, RangePrefix, Settings};
 use keelson_netlink::route::Rtnl;
 
 use super::alarm::monotonic_ns;
-use super::direct::Obstacles;
+use super::direct::{Forwarding, Obstacles};
 use super::maps::Maps;
 use super::node::{self, NodeState};
 use super::refusals::Refusals;
 use super::sizes::Amounts;
 use super::table::Table;
+use super::xdp::{self, XdpChoice};
 use super::{Ebpf, EbpfError, Kernel};
 
 impl Ebpf {
@@ -97,7 +98,14 @@ impl Ebpf {
     pub(super) fn observe_node(&mut self) -> Result<NodeState, EbpfError> {
         let mut rtnl = Rtnl::open_in(&self.netns)?;
         let (links, addresses) = node::observe(&mut rtnl).map_err(EbpfError::Observe)?;
-        let obstacles = Obstacles::find(&self.config, &self.netns, &links, &mut rtnl)?;
+        let config = &self.config.ebpf;
+        // There may be very many.
+        let routes = match config.xdp == XdpChoice::Off && config.forwarding == Forwarding::Snat {
+            true => Vec::new(),
+            false => rtnl.routes().map_err(EbpfError::Observe)?,
+        };
+        self.frames_at = xdp::wanted(config, &links, &routes);
+        let obstacles = Obstacles::find(&self.config, &self.netns, &links, &routes)?;
         obstacles.warn(&self.obstacles);
         self.obstacles = obstacles;
         let exempt = self.exempt.read(&self.config.ebpf.exempt);

@@ -9,7 +9,7 @@ use keelson_ebpf_abi::{
     RangeKey, RangePrefix, SETTING_EXEMPTS_NAMESPACES, SETTING_KNOWS_PODS,
     SETTING_NODE_SOCKETS_ONLY, SETTING_PASSES_UNKNOWN, SETTING_PODS_BY_INTERFACE,
 };
-use keelson_netlink::route::{Address as LinkAddress, Link, Rtnl};
+use keelson_netlink::route::{Address as LinkAddress, Link, Route, Rtnl};
 use keelson_netlink::socket::NetlinkError;
 
 use super::config::Sockets;
@@ -142,4 +142,10 @@ fn address_on(index: u32, addresses: &[LinkAddress], v4: bool) -> Option<IpAddr>
     };
     let on_link = addresses.iter().filter(|address| address.link == index);
     on_link.map(|address| address.network.ip()).find(|ip| ip.is_ipv4() == v4 && usable(ip))
+}
+
+/// Whether a default route leaves by that interface.
+pub(crate) fn has_default_route(link: &Link, routes: &[Route]) -> bool {
+    let leaves = |route: &Route| route.destination.prefix() == 0 && route.link == Some(link.index);
+    routes.iter().any(leaves)
 }

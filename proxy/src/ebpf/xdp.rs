@@ -15,6 +15,7 @@ use super::config::EbpfConfig;
 use super::error::EbpfError;
 use super::follow::replace;
 use super::maps::Maps;
+use super::node::has_default_route;
 use super::programs::Programs;
 use super::refusals::Refusals;
 use super::sys;
@@ -80,13 +81,8 @@ pub(crate) struct Wanted {
 
 /// The interfaces that shall have the program: those that are named, else those that a default route leaves by.
 pub(crate) fn wanted(config: &EbpfConfig, links: &[Link], routes: &[Route]) -> Vec<Wanted> {
-    let by_default = |link: &Link| {
-        let leaves =
-            |route: &Route| route.destination.prefix() == 0 && route.link == Some(link.index);
-        routes.iter().any(leaves)
-    };
     let serves = |link: &Link| match &*config.xdp_interfaces {
-        [] => by_default(link),
+        [] => has_default_route(link, routes),
         names => names.contains(&link.name),
     };
     // Frames at a port of a bridge or bond are the bridge's.
@@ -115,17 +111,6 @@ fn ways(choice: XdpChoice, link: &Link) -> &'static [How] {
         XdpChoice::Auto => &[How::Native, How::Generic],
         XdpChoice::Generic => &[How::Generic],
     }
-}
-
-/// Reads which interfaces shall have the program.
-pub(crate) fn observe(config: &EbpfConfig, netns: &Netns) -> Result<Vec<Wanted>, EbpfError> {
-    if config.xdp == XdpChoice::Off {
-        return Ok(Vec::new());
-    }
-    let mut rtnl = Rtnl::open_in(netns)?;
-    let links = rtnl.links().map_err(EbpfError::Observe)?;
-    let routes = rtnl.routes().map_err(EbpfError::Observe)?;
-    Ok(wanted(config, &links, &routes))
 }
 
 /// The interfaces that have the program.
