@@ -32,6 +32,8 @@ mod refusal;
 mod speed;
 #[path = "packet/states.rs"]
 mod states;
+#[path = "packet/transfer.rs"]
+mod transfer;
 #[path = "packet/translation.rs"]
 mod translation;
 #[path = "packet/tunnel.rs"]

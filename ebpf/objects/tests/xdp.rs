@@ -22,5 +22,7 @@ mod objects;
 mod speed;
 #[path = "xdp/stage.rs"]
 mod stage;
+#[path = "packet/transfer.rs"]
+mod transfer;
 #[path = "xdp/wire.rs"]
 mod wire;

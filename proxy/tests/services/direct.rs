@@ -1,13 +1,14 @@
 //! Mode ebpf: direct server return. The host outside asks one node, the endpoints are on another one.
 
 use std::io::{Read, Write};
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
 use keelson_proxy::ebpf::{EbpfConfig, Forwarding, XdpChoice};
 use serde_json::json;
 
 use crate::stage::*;
+use crate::transfer::both_ways;
 use crate::world::eventually;
 
 rows![
@@ -167,20 +168,9 @@ fn bulk_data_comes_back_past_the_node_that_was_asked(mode: Mode) {
         let listener = listening(&pod);
         for (to, client) in node_ports() {
             let before = nodes.asked.namespace.sent("eth0");
-            let (mut near, mut far) = nodes.connect(&listener, &to);
+            let (near, far) = nodes.connect(&listener, &to);
             assert_eq!(far.peer_addr().unwrap().ip().to_canonical(), client);
-            let echo = std::thread::spawn(move || {
-                let mut all = Vec::new();
-                far.read_to_end(&mut all).unwrap();
-                far.write_all(&all).unwrap();
-            });
-            let data: Vec<u8> = (0..BULK).map(|i| (i / 7 % 251) as u8).collect();
-            near.write_all(&data).unwrap();
-            near.shutdown(Shutdown::Write).unwrap();
-            let mut back = Vec::new();
-            near.read_to_end(&mut back).unwrap();
-            assert!(back == data, "the bytes are others");
-            echo.join().unwrap();
+            both_ways(near, far, BULK);
             // Neighbours are asked for, nothing else.
             let sent = nodes.asked.namespace.sent("eth0") - before;
             assert!(sent < 20, "{sent} packets left to the client by way of the node");

@@ -30,6 +30,8 @@ mod sequences;
 mod side_by_side;
 mod stage;
 mod switching;
+#[path = "../../../ebpf/objects/tests/packet/transfer.rs"]
+mod transfer;
 mod whole;
 mod world;
 mod xdp;

@@ -1,7 +1,6 @@
 //! Mode ebpf: frames that are forwarded at XDP, and how the program comes to interfaces and goes.
 
-use std::io::{Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
 use aya::programs::{Xdp, XdpMode};
@@ -9,6 +8,7 @@ use keelson_proxy::ebpf::{EbpfConfig, XdpChoice};
 use serde_json::json;
 
 use crate::stage::*;
+use crate::transfer::both_ways;
 
 rows![
     known_connections_to_other_nodes_are_forwarded_at_xdp,
@@ -52,26 +52,11 @@ fn node(mode: Mode, xdp: XdpChoice) -> Node {
 /// Sends much to the node port and back.
 fn transfer(node: &Node) {
     let listener = node.outside.run(|| TcpListener::bind(format!("{POD}:8080")).unwrap());
-    let pod = std::thread::spawn(move || {
-        let (mut stream, peer) = listener.accept().unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        let mut all = Vec::new();
-        stream.read_to_end(&mut all).unwrap();
-        stream.set_write_timeout(Some(PATIENCE)).unwrap();
-        stream.write_all(&all).unwrap();
-        assert_eq!(peer.ip().to_string(), NODE4);
-    });
     let to: SocketAddr = format!("{NODE4}:30080").parse().unwrap();
-    let mut client = node.outside.run(|| TcpStream::connect_timeout(&to, PATIENCE).unwrap());
-    client.set_read_timeout(Some(PATIENCE)).unwrap();
-    client.set_write_timeout(Some(PATIENCE)).unwrap();
-    let sent: Vec<u8> = (0..BULK).map(|i| (i / 7 % 251) as u8).collect();
-    client.write_all(&sent).unwrap();
-    client.shutdown(Shutdown::Write).unwrap();
-    let mut back = Vec::new();
-    client.read_to_end(&mut back).unwrap();
-    assert!(back == sent, "the bytes are others");
-    pod.join().unwrap();
+    let near = node.outside.run(|| TcpStream::connect_timeout(&to, PATIENCE).unwrap());
+    let (far, peer) = listener.accept().unwrap();
+    both_ways(near, far, BULK);
+    assert_eq!(peer.ip().to_string(), NODE4);
 }
 
 fn known_connections_to_other_nodes_are_forwarded_at_xdp(mode: Mode) {

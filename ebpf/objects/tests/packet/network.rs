@@ -1,9 +1,8 @@
 //! Real packets of real sockets, with all that interfaces do to them: checksums that are still to be computed,
 //! segments as large as memory allows.
 
-use std::io::{ErrorKind, Read, Write};
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::thread;
+use std::io::ErrorKind;
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
 
 use keelson_ebpf_abi::{
@@ -13,6 +12,7 @@ use keelson_ebpf_abi::{
 
 use crate::kernel::{ip, to_pool};
 use crate::node::{NODE, Node, OUTSIDE, POD_A, POD_B, POD_C, POD_D, node_at, of};
+use crate::transfer::both_ways;
 
 /// Only a failure takes so long.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -49,27 +49,10 @@ fn transfer_with(
     (place, listen): (usize, SocketAddr),
 ) -> IpAddr {
     let listener = node.inside(place, || TcpListener::bind(listen)).unwrap();
-    let pod = thread::spawn(move || {
-        let (mut stream, peer) = listener.accept().unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        let mut all = Vec::new();
-        stream.read_to_end(&mut all).unwrap();
-        for byte in &mut all {
-            *byte = !*byte;
-        }
-        stream.write_all(&all).unwrap();
-        peer.ip()
-    });
-    let mut client = node.inside(from, || TcpStream::connect_timeout(&to, PATIENCE)).unwrap();
-    client.set_read_timeout(Some(PATIENCE)).unwrap();
-    let sent: Vec<u8> = (0..BULK).map(|i| (i / 7 % 251) as u8).collect();
-    client.write_all(&sent).unwrap();
-    client.shutdown(Shutdown::Write).unwrap();
-    let mut back = Vec::new();
-    client.read_to_end(&mut back).unwrap();
-    assert_eq!(back.len(), sent.len());
-    assert!(back.iter().zip(&sent).all(|(a, b)| *a == !*b), "the bytes are others");
-    pod.join().unwrap()
+    let near = node.inside(from, || TcpStream::connect_timeout(&to, PATIENCE)).unwrap();
+    let (far, peer) = listener.accept().unwrap();
+    both_ways(near, far, BULK);
+    peer.ip()
 }
 
 /// Asks pod A by UDP; returns whom it saw. The answer must come from where it was asked.

@@ -1,8 +1,6 @@
 //! Real frames of real sockets, at XDP of a driver: bytes are right both ways, and the kernel has not forwarded them.
 
-use std::io::{Read, Write};
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::thread;
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
 
 use aya::Ebpf;
@@ -10,6 +8,7 @@ use aya::programs::{Xdp, XdpMode};
 
 use crate::kernel::{Kernel, ip};
 use crate::line::{CLIENT, Line, NODE, POD, attach_frames, attach_packets};
+use crate::transfer::both_ways;
 
 /// Only a failure takes so long.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -66,30 +65,12 @@ impl Wire {
     fn transfer(&self, v6: usize) -> IpAddr {
         let listen = SocketAddr::new(ip(POD[v6]), 8080);
         let listener = self.line.world.run(|| TcpListener::bind(listen)).unwrap().unwrap();
-        let pod = thread::spawn(move || {
-            let (mut stream, peer) = listener.accept().unwrap();
-            stream.set_read_timeout(Some(PATIENCE)).unwrap();
-            let mut all = Vec::new();
-            stream.read_to_end(&mut all).unwrap();
-            for byte in &mut all {
-                *byte = !*byte;
-            }
-            stream.set_write_timeout(Some(PATIENCE)).unwrap();
-            stream.write_all(&all).unwrap();
-            peer.ip()
-        });
         let to = SocketAddr::new(ip(NODE[v6]), 30080);
         let connect = || TcpStream::connect_timeout(&to, PATIENCE);
-        let mut client = self.line.world.run(connect).unwrap().unwrap();
-        client.set_read_timeout(Some(PATIENCE)).unwrap();
-        client.set_write_timeout(Some(PATIENCE)).unwrap();
-        let sent: Vec<u8> = (0..BULK).map(|i| (i / 7 % 251) as u8).collect();
-        client.write_all(&sent).unwrap();
-        client.shutdown(Shutdown::Write).unwrap();
-        let mut back = Vec::new();
-        client.read_to_end(&mut back).unwrap();
-        assert!(back.len() == sent.len() && back.iter().zip(&sent).all(|(a, b)| *a == !*b));
-        pod.join().unwrap()
+        let near = self.line.world.run(connect).unwrap().unwrap();
+        let (far, peer) = listener.accept().unwrap();
+        both_ways(near, far, BULK);
+        peer.ip()
     }
 
     /// Asks the pod by UDP again and again; returns whom it saw.
