@@ -152,10 +152,10 @@ impl Ebpf {
         needs::check()?;
         let netns = Netns::current()?;
         Ok(Ebpf {
+            alarm: Alarm::open(&config.ebpf)?,
             config,
             cookie: own_cookie(&netns)?,
             netns,
-            alarm: Alarm::open()?,
             exempt: Exempt::default(),
             looked_at: 0,
             kernel: None,

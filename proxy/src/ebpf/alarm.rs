@@ -1,5 +1,5 @@
-//! Wakes the engine: when interfaces, addresses or exempt namespaces changed, and now and then, since nobody tells when
-//! a link is removed.
+//! Wakes the engine: when interfaces, addresses, exempt namespaces or (if they matter) routes changed, and now and then,
+//! since nobody tells when a link is removed.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
@@ -11,6 +11,7 @@ use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
 use super::EbpfError;
+use super::config::EbpfConfig;
 use super::exempt::Exempt;
 
 /// Damage is noticed within that time.
@@ -32,8 +33,11 @@ pub(crate) struct Alarm {
 
 impl Alarm {
     /// Listens in the calling thread's network namespace.
-    pub(crate) fn open() -> Result<Alarm, EbpfError> {
-        let groups = [Group::Link, Group::Ipv4Address, Group::Ipv6Address];
+    pub(crate) fn open(config: &EbpfConfig) -> Result<Alarm, EbpfError> {
+        let mut groups = vec![Group::Link, Group::Ipv4Address, Group::Ipv6Address];
+        if config.goes_by_routes() {
+            groups.extend([Group::Ipv4Route, Group::Ipv6Route]);
+        }
         let monitor = Monitor::open(&groups).map_err(EbpfError::Watch)?;
         let flags = TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK;
         let clock = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags).map_err(EbpfError::Alarm)?;
@@ -62,7 +66,7 @@ impl Alarm {
         self.all.0.as_fd()
     }
 
-    /// Silences it; true when interfaces or addresses may have changed since the last call.
+    /// Silences it; true when interfaces, addresses or routes may have changed since the last call.
     pub(crate) fn acknowledge(&mut self) -> Result<bool, EbpfError> {
         match self.clock.wait() {
             Ok(()) | Err(Errno::EAGAIN | Errno::EINTR) => {}

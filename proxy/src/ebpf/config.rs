@@ -97,6 +97,11 @@ impl EbpfConfig {
         cgroup2()
     }
 
+    /// Whether routes say where something is done, or what stands in its way.
+    pub(crate) fn goes_by_routes(&self) -> bool {
+        self.xdp != XdpChoice::Off || self.forwarding != Forwarding::Snat
+    }
+
     /// The cgroup (version 2) that has all others; mounted if it is nowhere yet.
     ///
     /// # Errors

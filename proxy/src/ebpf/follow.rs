@@ -9,14 +9,13 @@ use keelson_ebpf_abi::{ADDRESS_NODE, Address, RangePrefix, Settings};
 use keelson_netlink::route::Rtnl;
 
 use super::alarm::monotonic_ns;
-use super::direct::{Forwarding, Obstacles};
+use super::direct::Obstacles;
 use super::maps::Maps;
 use super::node::{self, NodeState};
 use super::refusals::Refusals;
 use super::sizes::Amounts;
 use super::table::Table;
-use super::xdp::{self, XdpChoice};
-use super::{Ebpf, EbpfError, Kernel};
+use super::{Ebpf, EbpfError, Kernel, xdp};
 
 impl Ebpf {
     /// Follows what happened to interfaces and addresses, as far as the kernel lets us.
@@ -100,9 +99,9 @@ impl Ebpf {
         let (links, addresses) = node::observe(&mut rtnl).map_err(EbpfError::Observe)?;
         let config = &self.config.ebpf;
         // There may be very many.
-        let routes = match config.xdp == XdpChoice::Off && config.forwarding == Forwarding::Snat {
-            true => Vec::new(),
-            false => rtnl.routes().map_err(EbpfError::Observe)?,
+        let routes = match config.goes_by_routes() {
+            true => rtnl.routes().map_err(EbpfError::Observe)?,
+            false => Vec::new(),
         };
         self.frames_at = xdp::wanted(config, &links, &routes);
         let obstacles = Obstacles::find(&self.config, &self.netns, &links, &routes)?;

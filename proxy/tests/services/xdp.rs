@@ -13,6 +13,7 @@ use crate::transfer::both_ways;
 rows![
     known_connections_to_other_nodes_are_forwarded_at_xdp,
     the_program_comes_changes_and_goes,
+    the_program_is_where_the_default_route_is,
     somebody_elses_program_is_left_alone,
 ];
 
@@ -111,6 +112,25 @@ fn the_program_comes_changes_and_goes(mode: Mode) {
     let backend = node.backend.as_mut().unwrap();
     backend.cleanup().unwrap();
     assert!(!node.namespace.pins().join("links").exists() || pins(&node).is_empty());
+}
+
+fn the_program_is_where_the_default_route_is(mode: Mode) {
+    let mut node = node(mode, XdpChoice::Generic);
+    let mut rtnl = node.namespace.rtnl();
+    let mut defaults = rtnl.routes().unwrap();
+    defaults.retain(|route| route.destination.prefix() == 0);
+    for (are_there, expected) in [(false, &[][..]), (true, &["xdp_generic"])] {
+        for route in &defaults {
+            match are_there {
+                true => rtnl.ensure_route(route).unwrap(),
+                false => assert!(rtnl.delete_route(route).unwrap()),
+            }
+        }
+        assert!(!node.backend.as_mut().unwrap().disturbed().unwrap(), "there is nothing to mend");
+        assert_eq!(pins(&node), expected);
+        node.assert_as_planned();
+    }
+    transfer(&node);
 }
 
 fn somebody_elses_program_is_left_alone(mode: Mode) {
