@@ -78,7 +78,7 @@ pub use monitor::{MonitorArgs, monitor};
 pub(crate) use netfilter::keep_translating;
 use node::NodeState;
 use numbering::{Numbers, number};
-use programmed::{Pending, Programmed, together};
+use programmed::{Pending, Programmed, together, written};
 use programs::Programs;
 use refusals::{Refusals, Troubles};
 use sizes::{Amounts, Needs};
@@ -247,14 +247,15 @@ impl Ebpf {
         for pending in &all {
             pending.after.iter().for_each(|after| self.tally.add(&pending.service, after));
         }
-        let together = together(&all);
+        let written = written(&all);
+        let together = together(&all, &written);
         let mut applied = Applied { operations: together.len(), ..Applied::default() };
         let whole = kernel.maps.perform(&together);
         let mut gone = HashSet::new();
         for pending in all {
             let alone = match &whole {
                 Ok(()) => Ok(()),
-                Err(_) => kernel.maps.perform(&pending.operations),
+                Err(_) => kernel.maps.perform(&pending.alone(&written)),
             };
             let (keep, drop) = match alone {
                 Ok(()) => {

@@ -84,19 +84,56 @@ impl Pending {
         Amounts::of_keys(self.operations.deletes.iter())
     }
 
+    /// What it removes where all changes write these.
+    fn gives_up(&self, written: &HashSet<Key>) -> impl Iterator<Item = Key> {
+        self.operations.deletes.iter().copied().filter(|key| !written.contains(key))
+    }
+
+    /// What it does by itself where all changes write these.
+    pub(crate) fn alone(&self, written: &HashSet<Key>) -> Operations {
+        let puts = self.operations.puts.clone();
+        Operations { puts, deletes: self.gives_up(written).collect() }
+    }
+
     pub(crate) fn removes_members(&self) -> bool {
         self.operations.deletes.iter().any(|key| matches!(key, Key::Member(_)))
     }
 }
 
+/// What changes write. A key that one Service gives up may be another one's then.
+pub(crate) fn written(all: &[Pending]) -> HashSet<Key> {
+    all.iter().flat_map(|pending| pending.operations.puts.iter().map(Item::key)).collect()
+}
+
 /// All changes at once: everything is written before anything is removed.
-pub(crate) fn together(all: &[Pending]) -> Operations {
+pub(crate) fn together(all: &[Pending], written: &HashSet<Key>) -> Operations {
     let mut puts: Vec<Item> = all.iter().flat_map(|p| p.operations.puts.iter().copied()).collect();
     puts.sort_unstable();
-    // A key that one Service gives up may be another one's now.
-    let written: HashSet<Key> = puts.iter().map(Item::key).collect();
-    let deletes = all.iter().flat_map(|pending| pending.operations.deletes.iter().copied());
-    let mut deletes: Vec<Key> = deletes.filter(|key| !written.contains(key)).collect();
+    let mut deletes: Vec<Key> = all.iter().flat_map(|pending| pending.gives_up(written)).collect();
     deletes.sort_unstable_by(|a, b| b.cmp(a));
     Operations { puts, deletes }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_another_service_takes_over_is_not_removed() {
+        let pending = |name, puts: &[Item], deletes: &[Key]| Pending {
+            service: ServiceKey::new("ns", name),
+            before: None,
+            after: None,
+            operations: Operations { puts: puts.to_vec(), deletes: deletes.to_vec() },
+            adds: Amounts::default(),
+        };
+        let [moved, gone] = ["10.96.0.1", "10.96.0.2"].map(|ip| guard_item(ip.parse().unwrap()));
+        let all = [pending("heir", &[moved], &[]), pending("old", &[], &[moved.key(), gone.key()])];
+        let written = written(&all);
+        let expected = Operations { puts: vec![moved], deletes: vec![gone.key()] };
+        assert_eq!(together(&all, &written), expected);
+        let [heir, old] = all.map(|pending| pending.alone(&written));
+        assert_eq!(heir, Operations { puts: vec![moved], deletes: vec![] });
+        assert_eq!(old, Operations { puts: vec![], deletes: vec![gone.key()] });
+    }
 }
