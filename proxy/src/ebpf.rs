@@ -96,6 +96,12 @@ fn own_cookie(netns: &Netns) -> Result<u64, EbpfError> {
     Ok(cookie::cookie(netns, &config::cgroup2()?)?)
 }
 
+/// Has a thread of its own do something, which nobody waits for.
+fn aside(name: &'static str, work: impl FnOnce() + Send + 'static) -> Result<(), EbpfError> {
+    let thread = std::thread::Builder::new().name(name.to_owned()).spawn(work);
+    thread.map(drop).map_err(|source| EbpfError::Thread { name, source })
+}
+
 /// What is open once something was put in force.
 struct Kernel {
     maps: Maps,

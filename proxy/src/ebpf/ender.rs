@@ -6,6 +6,7 @@ use std::sync::mpsc::{Sender, channel};
 use keelson_ebpf_abi::{MemberKey, Peer};
 use keelson_netlink::netns;
 
+use super::aside;
 use super::connected_udp::Orphans;
 use super::error::EbpfError;
 use super::table::Table;
@@ -32,8 +33,7 @@ impl Ender {
                 }
             }
         };
-        let thread = std::thread::Builder::new().name("proxy-udp-sockets".to_owned());
-        thread.spawn(work).map_err(EbpfError::Thread)?;
+        aside("proxy-udp-sockets", work)?;
         Ok(Ender { sender })
     }
 

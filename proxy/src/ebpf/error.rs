@@ -17,13 +17,13 @@ pub enum EbpfError {
     Bpffs { path: PathBuf, source: io::Error },
     #[error("cannot use the pinned {path}")]
     Pin { path: PathBuf, source: io::Error },
-    #[error("the BPF map {name} refused")]
+    #[error("the kernel refuses what is done with the BPF map {name}")]
     Map { name: &'static str, source: io::Error },
     #[error("the BPF map {name} is full: it has room for {max_entries}{}", hint(name))]
     Full { name: &'static str, max_entries: u32 },
-    #[error("the kernel takes the BPF object {object} not")]
+    #[error("the kernel refuses the BPF object {object}")]
     Load { object: &'static str, source: Box<dyn std::error::Error + Send + Sync> },
-    #[error("the kernel takes the BPF program {program} not")]
+    #[error("the kernel refuses the BPF program {program}")]
     Verify { program: String, source: Box<dyn std::error::Error + Send + Sync> },
     #[error("cannot attach the BPF program {program} to {target}")]
     Attach { program: &'static str, target: String, source: io::Error },
@@ -47,9 +47,9 @@ pub enum EbpfError {
     Conntrack(#[source] keelson_netlink::conntrack::ConntrackError),
     #[error("cannot keep netfilter translating the connections that there are")]
     Netfilter(#[source] keelson_netlink::nft::NftError),
-    #[error("cannot start a thread")]
-    Thread(#[source] io::Error),
-    #[error("cannot be woken")]
+    #[error("cannot start the thread {name}")]
+    Thread { name: &'static str, source: io::Error },
+    #[error("cannot watch the clock and what wakes the proxy")]
     Alarm(#[source] nix::errno::Errno),
     #[error(transparent)]
     Open(#[from] OpenError),

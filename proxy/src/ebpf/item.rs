@@ -10,6 +10,7 @@ use keelson_ebpf_abi::{
 };
 
 use super::numbering::{NumberedPool, NumberedPort, scope_of};
+use super::sizes::length;
 use crate::model::{self, At, Family, Masquerade, PortPlan, Protocol, Target};
 
 /// Where an element is. In the order in which elements are published; they are taken away in reverse.
@@ -159,7 +160,7 @@ pub(crate) fn prefix_len(range: &ipnetwork::IpNetwork) -> u32 {
 
 fn pool_items(plan: &PortPlan, pool: &NumberedPool, out: &mut Vec<Item>) {
     let affinity_secs = plan.affinity_secs.unwrap_or(0);
-    let count = u32::try_from(pool.slots.len()).unwrap_or(u32::MAX);
+    let count = length(pool.slots.len());
     out.push(Item::Pool(pool.number, Pool { count, affinity_secs }));
     let of = |endpoint: &model::Endpoint, flags| Endpoint {
         address: endpoint.address.into(),

@@ -13,7 +13,7 @@ use super::maps::Maps;
 use super::observed::Observed;
 use super::programs::{self, Programs};
 use super::table::Table;
-use super::{Ebpf, EbpfConfig, netfilter};
+use super::{Ebpf, EbpfConfig, aside, netfilter};
 use crate::switch::with_sources;
 
 impl Ebpf {
@@ -46,9 +46,7 @@ impl Ebpf {
         }
         tracing::info!("The eBPF mode goes when the connections that it translates have ended");
         let config = config.clone();
-        let thread = std::thread::Builder::new().name("proxy-ebpf-leave".to_owned());
-        thread.spawn(move || see_off(&config, &maps, &flows)).map_err(EbpfError::Thread)?;
-        Ok(())
+        aside("proxy-ebpf-leave", move || see_off(&config, &maps, &flows))
     }
 }
 

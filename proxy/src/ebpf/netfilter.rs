@@ -3,13 +3,14 @@
 
 use std::time::Duration;
 
+use keelson_ebpf_abi::{PROTOCOL_SCTP, PROTOCOL_TCP};
 use keelson_netlink::conntrack::{Conntrack, ConntrackError, Flow};
 use keelson_netlink::nft::{
     Base, Batch, ChainKind, Conntrack as Tracked, Hook, Nft, NftError, PRIORITY_DNAT,
     PRIORITY_SNAT, Register, Rule, Table,
 };
 
-use super::EbpfError;
+use super::{EbpfError, aside};
 use crate::switch::with_sources;
 
 const TABLE: &str = "keelson-proxy-ebpf";
@@ -19,8 +20,6 @@ const CHAINS: [(&str, Hook, i32); 4] = [
     ("postrouting", Hook::Postrouting, PRIORITY_SNAT),
     ("input", Hook::Input, PRIORITY_SNAT),
 ];
-const TCP: u8 = 6;
-const SCTP: u8 = 132;
 
 /// What works in the network namespace of the thread that opened it.
 struct Netfilter {
@@ -40,9 +39,7 @@ pub(crate) fn keep_translating() -> Result<(), EbpfError> {
     tracing::info!(
         "Connections that netfilter translates are left; its table goes when they have ended"
     );
-    let thread = std::thread::Builder::new().name("proxy-ebpf-netfilter".to_owned());
-    thread.spawn(move || netfilter.see_off()).map_err(EbpfError::Thread)?;
-    Ok(())
+    aside("proxy-ebpf-netfilter", move || netfilter.see_off())
 }
 
 /// Removes the table, in the calling thread's namespace.
@@ -74,8 +71,10 @@ impl Netfilter {
     /// Whether there is a connection that would break. UDP flows begin anew.
     fn translates(&mut self) -> Result<bool, ConntrackError> {
         const EVERY_FAMILY: u8 = 0;
-        let translated =
-            |flow: &Flow| [TCP, SCTP].contains(&flow.protocol) && flow.answerer != flow.destination;
+        let translated = |flow: &Flow| {
+            [PROTOCOL_TCP, PROTOCOL_SCTP].contains(&flow.protocol)
+                && flow.answerer != flow.destination
+        };
         Ok(!self.conntrack.select(EVERY_FAMILY, translated)?.flows.is_empty())
     }
 

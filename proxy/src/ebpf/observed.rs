@@ -11,7 +11,7 @@ use super::error::EbpfError;
 use super::item::{Item, Key, Operations, frontend_key};
 use super::maps::Maps;
 use super::numbering::{Before, NumberedPool, scope_of};
-use super::sizes::Amounts;
+use super::sizes::{Amounts, length};
 use crate::model::{self, PortPlan, Route, Scope};
 
 /// What the maps of Services hold.
@@ -75,7 +75,6 @@ impl Observed {
 
     /// How much it is.
     pub(crate) fn amounts(&self) -> Amounts {
-        let length = |of: usize| u32::try_from(of).unwrap_or(u32::MAX);
         Amounts {
             slots: length(self.slots.len()),
             members: length(self.members.len()),

@@ -103,7 +103,8 @@ impl Amounts {
     }
 }
 
-fn length(of: usize) -> u32 {
+/// As many as a map can tell.
+pub(crate) fn length(of: usize) -> u32 {
     u32::try_from(of).unwrap_or(u32::MAX)
 }
 
