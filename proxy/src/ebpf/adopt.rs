@@ -29,7 +29,7 @@ const AT_ONCE: usize = 500;
 impl Ebpf {
     pub(super) fn adopt_all(&mut self, plans: &Plans) -> Result<Applied, EbpfError> {
         // The old descriptors are of no use if somebody removed the pins.
-        self.kernel = None;
+        let frames = self.kernel.take().map(|kernel| kernel.frames);
         let mut refusals = Refusals::default();
         let node = self.observe_node()?;
         let algorithm = self.config.ebpf.algorithm;
@@ -39,6 +39,8 @@ impl Ebpf {
             tracing::warn!(%error, "BPF maps cannot be as large as needed, trying with those that there are");
             self.kernel(&Needs::default())
         })?;
+        // So that what was said of them is not said again.
+        kernel.frames = frames.unwrap_or_default();
         let settings = kernel.maps.settings.get(&0)?.unwrap_or_default();
         self.numbers = Numbers::after(settings.numbers);
         operations += self.adopt_node(&kernel, settings, node, &mut refusals)?;
