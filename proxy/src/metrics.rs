@@ -163,7 +163,7 @@ impl Metrics {
         add(own, "kernel_operations", "Kernel objects added or removed", &self.operations);
         let help = "Times that foreign changes to our tables were mended";
         add(own, "repairs", help, &self.repairs);
-        let help = "Times that a single Service, or everything, could not be put in force";
+        let help = "Times that a single Service, a part of the node, or everything could not be put in force";
         add(own, "sync_failures", help, &self.refused);
         let help = "Fields and frontends that were wrong or asked for twice, and so left out";
         add(own, "left_out", help, &self.left_out);

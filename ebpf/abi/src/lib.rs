@@ -52,7 +52,7 @@ pub use told::{
 };
 pub use xdp::{XDP_SENDS, XdpInterface};
 
-/// Part of the folder's name that maps, programs and links are pinned in.
+/// Part of the names of the folders that maps and programs are pinned in.
 pub const VERSION: u32 = 3;
 
 /// Maps that earlier versions filled with what now means something else, with the first version that they can be

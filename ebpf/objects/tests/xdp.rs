@@ -1,10 +1,7 @@
 //! The program at XDP in the kernel, held to what the programs for packets do: with frames made by hand
 //! (`BPF_PROG_TEST_RUN`), and with those of sockets between network namespaces of the tests' own. Needs root.
-#![allow(
-    clippy::unwrap_used,
-    dead_code,
-    reason = "a test ends where something that it needs does not hold"
-)]
+#![allow(clippy::unwrap_used, reason = "a test ends where something that it needs does not hold")]
+#![allow(dead_code, reason = "the tests of packets need more of the files that both have")]
 
 #[path = "packet/bytes.rs"]
 mod bytes;

@@ -7,7 +7,8 @@ use crate::ebpf::{Algorithm, EbpfConfig, Forwarding, Sockets, XdpChoice};
 #[derive(Clone, Debug, Default, clap::Args)]
 #[group(skip)]
 pub struct EbpfFlags {
-    /// Mode ebpf: folder in a BPF file system that keeps maps and programs
+    /// Mode ebpf: folder in a BPF file system that keeps maps, programs and links (default
+    /// /sys/fs/bpf/keelson-proxy)
     #[arg(long, value_name = "PATH")]
     pub ebpf_pins: Option<PathBuf>,
     /// Mode ebpf: serve the sockets of processes in this cgroup (version 2) and below; without it, all

@@ -5,7 +5,7 @@
 //! | connect | chooses an endpoint once, remembers it with the socket |
 //! | sendmsg | the same for unconnected UDP, one endpoint for each Service that the socket speaks with |
 //! | recvmsg, getpeername | give the Service's address back |
-//! | release | forgets connected UDP sockets |
+//! | release | forgets a socket that is closed |
 #![no_std]
 #![no_main]
 #![feature(core_intrinsics)]
