@@ -100,7 +100,7 @@ for module in /modules/*; do insmod $module || echo \"insmod $module failed\"; d
 ip link set lo up
 hostname machine
 export HOME=/tmp KEELSON_BIN_DIR=/keelson
-/keelson/node --test-threads=2 {tests}
+/keelson/node --test-threads=1 {tests}
 echo \"{END}$?\"
 poweroff -f
 "

@@ -9,8 +9,10 @@ use crate::build::{self, Profile};
 
 const PACKAGE: &str = "keelson-ebpf-objects";
 const TESTS: [&str; 3] = ["socket", "packet", "xdp"];
+/// Left out unless tests are named: many packets, which take minutes here and say nothing of a kernel.
+const LONG: [&str; 2] = ["model::", "network::"];
 
-/// Runs these tests, or all, in a machine.
+/// Runs these tests, or all but the longest, in a machine.
 ///
 /// # Errors
 /// When a test fails, or the machine does not start or come to an end.
@@ -40,7 +42,10 @@ fn initramfs(kernel: &Kernel, tests: &[String]) -> Result<Vec<u8>> {
 
 /// All are run, whether one before failed or not.
 fn commands(tests: &[String]) -> String {
-    let tests = super::quoted(tests);
+    let tests = match tests {
+        [] => LONG.map(|module| format!("--skip {module}")).join(" "),
+        named => super::quoted(named),
+    };
     let mut commands = "ulimit -l unlimited\ncode=0\nfigures || code=$?\n".to_owned();
     // On an old kernel frames made by hand cannot say by which interface they come; those of sockets can.
     commands += "case $(uname -r) in 5.*) only=wire:: ;; *) only= ;; esac\n";
