@@ -185,6 +185,19 @@ mod tests {
     use crate::model::{Model, NodeFacts, Protocol};
     use crate::trace::{Ground, trace};
 
+    /// Of the Service `web`.
+    fn slice(endpoints: &serde_json::Value) -> serde_json::Value {
+        json!({
+            "metadata": {
+                "namespace": "ns", "name": "web-1",
+                "labels": {"kubernetes.io/service-name": "web"},
+            },
+            "addressType": "IPv4",
+            "ports": [{"name": "", "port": 8080}],
+            "endpoints": endpoints,
+        })
+    }
+
     fn model() -> Model {
         let mut model = Model::new(NodeFacts {
             name: "here".to_owned(),
@@ -200,19 +213,11 @@ mod tests {
             },
         });
         model.apply_service(&serde_json::from_value(service).unwrap());
-        let slice = json!({
-            "metadata": {
-                "namespace": "ns", "name": "web-1",
-                "labels": {"kubernetes.io/service-name": "web"},
-            },
-            "addressType": "IPv4",
-            "ports": [{"name": "", "port": 8080}],
-            "endpoints": [
-                {"addresses": ["10.0.0.1"], "hints": {"forZones": [{"name": "a"}]}},
-                {"addresses": ["10.0.0.2"], "hints": {"forZones": [{"name": "b"}]}},
-                {"addresses": ["10.0.0.3"], "nodeName": "here", "conditions": {"ready": false}},
-            ],
-        });
+        let slice = slice(&json!([
+            {"addresses": ["10.0.0.1"], "hints": {"forZones": [{"name": "a"}]}},
+            {"addresses": ["10.0.0.2"], "hints": {"forZones": [{"name": "b"}]}},
+            {"addresses": ["10.0.0.3"], "nodeName": "here", "conditions": {"ready": false}},
+        ]));
         model.apply_slice(&serde_json::from_value(slice).unwrap());
         model
     }
@@ -298,17 +303,9 @@ mod tests {
             },
         });
         model.apply_service(&serde_json::from_value(service_object).unwrap());
-        let slice = json!({
-            "metadata": {
-                "namespace": "ns", "name": "web-1",
-                "labels": {"kubernetes.io/service-name": "web"},
-            },
-            "addressType": "IPv4",
-            "ports": [{"name": "", "port": 8080}],
-            "endpoints": [
-                {"addresses": ["10.0.0.1"], "nodeName": "there"}, {"addresses": ["192.0.2.7"]},
-            ],
-        });
+        let slice = slice(&json!([
+            {"addresses": ["10.0.0.1"], "nodeName": "there"}, {"addresses": ["192.0.2.7"]},
+        ]));
         model.apply_slice(&serde_json::from_value(slice).unwrap());
         let key = ServiceKey::new("ns", "web");
         let mut plans = Plans::new();

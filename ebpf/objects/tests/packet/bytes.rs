@@ -66,6 +66,19 @@ impl Sent {
         self
     }
 
+    /// The frame with `changes` (place and value), and without its last `cut` bytes. It keeps its addresses, and the link
+    /// header is as it was: the kernel's own test would take the packet for another kind.
+    pub(crate) fn damaged(&self, changes: &[(usize, u8)], cut: usize) -> Vec<u8> {
+        let mut bytes = self.bytes();
+        let least = if self.is_v4() { 34 } else { 54 };
+        for (at, value) in changes {
+            let at = 14 + at % (bytes.len() - 14);
+            bytes[at] = *value;
+        }
+        bytes.truncate((bytes.len() - cut).max(least));
+        bytes
+    }
+
     pub(crate) fn is_v4(&self) -> bool {
         self.source.is_ipv4()
     }

@@ -451,13 +451,7 @@ fn broken_packets_that_tell_something_harm_nothing() {
     let broken = (prop::sample::select(packets), changes, 0usize..60);
     TestRunner::new(config)
         .run(&broken, |(packet, changes, cut)| {
-            let mut bytes = packet.bytes();
-            let least = if packet.is_v4() { 34 } else { 54 };
-            for (at, value) in changes {
-                let at = 14 + at % (bytes.len() - 14);
-                bytes[at] = value;
-            }
-            bytes.truncate((bytes.len() - cut).max(least));
+            let bytes = packet.damaged(&changes, cut);
             let (verdict, out) = kernel.borrow_mut().run("ingress", &bytes);
             prop_assert!([PASS, DROP, REDIRECT].contains(&verdict));
             if verdict == PASS {
