@@ -87,4 +87,5 @@ fn log_from(default: &str) {
         .with_writer(std::io::stderr)
         .with_ansi(ansi)
         .init();
+    keelson_supervise::log_panics();
 }

@@ -43,6 +43,8 @@ pub mod code {
     pub const DAMAGED: u32 = 101;
     /// The attachment exists already.
     pub const EXISTS: u32 = 102;
+    /// A defect of the plugin itself.
+    pub const INTERNAL: u32 = 999;
 }
 
 impl CniError {

@@ -39,7 +39,12 @@ pub fn main() -> ExitCode {
         drop(writeln!(io::stderr(), "{about} {}", Version::list()));
         return ExitCode::SUCCESS;
     };
-    let (answer, status) = match run(&verb) {
+    // A runtime must get an error in CNI's shape also from a defect; the journal lets its DEL undo what was done.
+    let outcome = std::panic::catch_unwind(|| run(&verb)).unwrap_or_else(|_| {
+        let error = CniError::new(code::INTERNAL, format!("internal error in {verb}"));
+        Err((Version::NEWEST, error.with_details("the plugin's standard error has the place")))
+    });
+    let (answer, status) = match outcome {
         Ok(Some(answer)) => (answer.to_string(), ExitCode::SUCCESS),
         Ok(None) => return ExitCode::SUCCESS,
         Err((version, error)) => {

@@ -42,6 +42,7 @@ fn main() -> ExitCode {
     let colours = std::io::stderr().is_terminal();
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours);
     log.with_writer(std::io::stderr).init();
+    keelson_supervise::log_panics();
     let done = match task {
         None => run(flags),
         Some(Task::Explain(question)) => explain(flags, &question),
