@@ -7,6 +7,8 @@
     reason = "a failure in a test may panic, and its modules are its own"
 )]
 
+#[path = "server/client.rs"]
+mod client;
 #[path = "server/fixture.rs"]
 mod fixture;
 #[path = "server/proxy.rs"]
@@ -17,70 +19,15 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt};
 use keelson_agent::config::ServerConfig;
-use keelson_agent::server::spdy::connection::{Connection, Stream};
-use keelson_agent::server::spdy::session::Role;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::protocol::Role as WebSocketRole;
 
+use client::{get, open, read_until, spdy, upgrade};
 use fixture::Node;
 
-type Socket = tokio_rustls::client::TlsStream<tokio::net::TcpStream>;
-
 const DEADLINE: Duration = Duration::from_secs(30);
-
-/// Sends a request and returns status, headers and, unless it is an upgrade, the body.
-async fn ask(socket: &mut Socket, request: &str) -> (u16, String, String) {
-    socket.write_all(request.as_bytes()).await.unwrap();
-    socket.flush().await.unwrap();
-    let mut head = Vec::new();
-    while !head.ends_with(b"\r\n\r\n") {
-        head.push(socket.read_u8().await.unwrap());
-    }
-    let head = String::from_utf8(head).unwrap();
-    let length = head.lines().find_map(|line| line.strip_prefix("content-length: "));
-    let mut body = vec![0; length.map_or(0, |length| length.parse().unwrap())];
-    socket.read_exact(&mut body).await.unwrap();
-    (head[9..12].parse().unwrap(), head, String::from_utf8(body).unwrap())
-}
-
-async fn get(node: &Node, path: &str) -> (u16, String) {
-    let mut socket = proxy::connect(node.address).await.unwrap();
-    let (status, _, body) =
-        ask(&mut socket, &format!("GET {path} HTTP/1.1\r\nHost: n1\r\n\r\n")).await;
-    (status, body)
-}
-
-async fn upgrade(node: &Node, path: &str, headers: &str) -> (Socket, String) {
-    let mut socket = proxy::connect(node.address).await.unwrap();
-    let request =
-        format!("GET {path} HTTP/1.1\r\nHost: n1\r\nConnection: Upgrade\r\n{headers}\r\n");
-    let (status, head, body) = ask(&mut socket, &request).await;
-    assert_eq!(status, 101, "{head}{body}");
-    (socket, head)
-}
-
-async fn spdy(node: &Node, path: &str, protocol: &str) -> Connection {
-    let headers = format!("Upgrade: SPDY/3.1\r\nX-Stream-Protocol-Version: {protocol}\r\n");
-    let (socket, _) = upgrade(node, path, &headers).await;
-    Connection::new(socket, Role::Client, DEADLINE)
-}
-
-async fn open(connection: &Connection, kind: &str) -> Stream {
-    connection.open(vec![("streamtype".to_owned(), kind.to_owned())]).await
-}
-
-async fn read_until(stream: &mut Stream, want: &str) -> String {
-    let mut text = String::new();
-    while !text.contains(want) {
-        let piece = tokio::time::timeout(DEADLINE, stream.input.recv()).await;
-        let piece = piece.unwrap_or_else(|_| panic!("{want:?} never came after {text:?}"));
-        let Some(piece) = piece else { panic!("ended before {want:?}: {text:?}") };
-        text += &String::from_utf8_lossy(&piece);
-    }
-    text
-}
 
 #[tokio::test]
 async fn a_terminal_has_the_size_that_the_client_says() {
@@ -187,7 +134,7 @@ async fn objects_and_metrics() {
     assert_eq!(pods["items"][0]["metadata"]["name"], "web");
     let (_, metrics) = get(&node, "/metrics").await;
     assert!(metrics.contains("\nkubelet_running_pods 1\n"), "{metrics}");
-    assert!(metrics.contains("\nkubelet_running_containers{container_state=\"running\"} 1\n"));
+    assert!(metrics.contains("\nkubelet_running_containers{container_state=\"running\"} 2\n"));
 }
 
 #[tokio::test]

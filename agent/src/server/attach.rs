@@ -1,15 +1,20 @@
 //! Connects a remote client with the first process of a container that somebody else started.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
-use tokio::sync::mpsc;
 use tracing::debug;
 
 use super::containers::{Attached, Stream};
 use super::exec::{self, Ending};
+use super::inbox::Inbox;
 use super::remote::{Output, RemoteIo};
+
+/// How long the container may take to read what a client sent before it left.
+const LAST_INPUT: Duration = Duration::from_secs(5);
 
 /// Runs until the container prints no more, the client leaves, or the client's input ends where that is the end (see
 /// [`Attached::close_stdin`]). The container runs on, and when this future is dropped it notices nothing at all.
@@ -29,10 +34,16 @@ pub async fn run(attached: Attached, mut io: RemoteIo) {
         }
         gone.cancelled().await;
     };
+    // A process that does not read its input must not hide that the client has left.
+    let left_behind = async {
+        io.gone.cancelled().await;
+        tokio::time::sleep(LAST_INPUT).await;
+    };
     let all = pump_out(output, io.stdout.clone(), io.stderr.clone());
     let ended = tokio::select! {
         ended = all => ended,
         () = left => Ok(()),
+        () = left_behind => Ok(()),
         () = async { sizes.await; std::future::pending().await } => Ok(()),
     };
     let ending = ended.map_or_else(Ending::Failed, |()| Ending::Exited(0));
@@ -40,10 +51,7 @@ pub async fn run(attached: Attached, mut io: RemoteIo) {
 }
 
 /// Passes input on; `false` when it was the container that ended it.
-async fn pump_in(
-    mut from: mpsc::Receiver<Bytes>,
-    mut to: Box<dyn AsyncWrite + Send + Unpin>,
-) -> bool {
+async fn pump_in(mut from: Inbox, mut to: Box<dyn AsyncWrite + Send + Unpin>) -> bool {
     while let Some(data) = from.recv().await {
         if let Err(error) = to.write_all(&data).await {
             debug!(%error, "Container takes no more input");

@@ -29,6 +29,15 @@ const BAD_TOKEN_TTL: Duration = Duration::from_secs(10);
 /// Answers kept at a time; beyond it the oldest ones go.
 const CACHE_SIZE: usize = 4096;
 
+const ANONYMOUS: &str = "system:anonymous";
+
+/// Whether a caller that was let in has a name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Identity {
+    Named,
+    Anonymous,
+}
+
 /// Decides about requests.
 pub struct Access {
     config: ServerConfig,
@@ -62,15 +71,17 @@ impl Access {
         method: &Method,
         path: &str,
         headers: &HeaderMap,
-    ) -> Result<(), Refusal> {
+    ) -> Result<Identity, Refusal> {
         let user = self.authenticate(certificate, headers).await?;
+        let anonymous = user.username.as_deref() == Some(ANONYMOUS);
+        let identity = if anonymous { Identity::Anonymous } else { Identity::Named };
         if self.config.authorization == Authorization::AlwaysAllow || is_master(&user) {
-            return Ok(());
+            return Ok(identity);
         }
         let (verb, subresources) = (verb(method), subresources(path));
         for subresource in subresources {
             if self.may(&user, verb, subresource).await? {
-                return Ok(());
+                return Ok(identity);
             }
         }
         let name = user.username.as_deref().unwrap_or_default();
@@ -97,7 +108,7 @@ impl Access {
         }
         if self.config.anonymous {
             return Ok(UserInfo {
-                username: Some("system:anonymous".to_owned()),
+                username: Some(ANONYMOUS.to_owned()),
                 groups: Some(vec!["system:unauthenticated".to_owned()]),
                 ..UserInfo::default()
             });
@@ -292,7 +303,10 @@ mod tests {
              subresource(s)=[\"pods\", \"proxy\"])"
         );
         let authorization = Authorization::AlwaysAllow;
-        assert_eq!(check(ServerConfig { authorization, ..anonymous }).await, Ok(()));
+        assert_eq!(
+            check(ServerConfig { authorization, ..anonymous }).await,
+            Ok(Identity::Anonymous)
+        );
     }
 
     #[tokio::test]
@@ -302,7 +316,7 @@ mod tests {
             let der = certificate("someone", group);
             access.check(Some(&der), &Method::POST, "/exec/a/b/c", &HeaderMap::new()).await
         };
-        assert_eq!(check("system:masters").await, Ok(()));
+        assert_eq!(check("system:masters").await, Ok(Identity::Named));
         let text = check("dev").await.unwrap_err().text;
         assert!(text.starts_with("Forbidden (user=someone, verb=create"), "{text}");
     }

@@ -6,9 +6,11 @@ use bytes::{Bytes, BytesMut};
 use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use super::containers::{Process, TerminalSize};
+use super::inbox::Inbox;
 use super::remote::{Output, RemoteIo};
 
 /// A process that left children behind keeps its outputs open; they are given up when nothing has
@@ -24,9 +26,10 @@ pub enum Ending {
 }
 
 /// Connects `process` with the client until it ends; then tells the client how and hangs up. The
-/// process runs on when the client leaves, as with the kubelet.
+/// process runs on when the client leaves, as with the kubelet; then nothing of the client is kept.
 pub async fn run(process: Process, mut io: RemoteIo) {
     let Process { stdin, stdout, stderr, resize, exit } = process;
+    let gone = io.gone.clone();
     let (exited_send, exited) = watch::channel(false);
     let stdin = pump_in(io.stdin.take(), stdin);
     let resize = pump_sizes(io.resize.take(), resize);
@@ -38,11 +41,18 @@ pub async fn run(process: Process, mut io: RemoteIo) {
         exited_send.send_replace(true);
         ended
     };
-    let (ended, (), ()) = tokio::join!(
-        ended,
-        pump_out(stdout, io.stdout.clone(), exited.clone()),
-        pump_out(stderr, io.stderr.clone(), exited),
-    );
+    let stdout = pump_out(stdout, io.stdout.clone(), exited.clone(), gone.clone());
+    let stderr = pump_out(stderr, io.stderr.clone(), exited, gone.clone());
+    let outputs = async { tokio::join!(ended, stdout, stderr) };
+    tokio::pin!(outputs);
+    let ended = tokio::select! {
+        (ended, (), ()) = &mut outputs => ended,
+        () = gone.cancelled() => {
+            drop(io);
+            let (_ended, (), ()) = outputs.await;
+            return inputs.abort();
+        }
+    };
     inputs.abort();
     finish(io, &ended.map_or_else(Ending::Failed, Ending::Exited)).await;
 }
@@ -91,10 +101,7 @@ fn plain_status(ending: &Ending) -> String {
     }
 }
 
-async fn pump_in(
-    from: Option<mpsc::Receiver<Bytes>>,
-    to: Option<Box<dyn AsyncWrite + Send + Unpin>>,
-) {
+async fn pump_in(from: Option<Inbox>, to: Option<Box<dyn AsyncWrite + Send + Unpin>>) {
     let (Some(mut from), Some(mut to)) = (from, to) else { return };
     while let Some(data) = from.recv().await {
         let written = async {
@@ -110,11 +117,11 @@ async fn pump_in(
 
 async fn pump_out(
     from: Option<Box<dyn AsyncRead + Send + Unpin>>,
-    to: Option<Output>,
+    mut to: Option<Output>,
     mut exited: watch::Receiver<bool>,
+    gone: CancellationToken,
 ) {
     let Some(mut from) = from else { return };
-    let mut listening = to.is_some();
     let mut buffer = BytesMut::new();
     loop {
         buffer.reserve(16 * 1024);
@@ -128,6 +135,10 @@ async fn pump_out(
             biased;
             read = from.read_buf(&mut buffer) => read,
             () = quiet => return,
+            () = gone.cancelled(), if to.is_some() => {
+                to = None;
+                continue;
+            }
         };
         match read {
             Ok(0) | Err(_) => return,
@@ -135,16 +146,15 @@ async fn pump_out(
         }
         let data = buffer.split().freeze();
         // A client that left does not stop the process, so its output is read all the same.
-        if listening && let Some(to) = &to {
-            listening = to.send(&data).await;
+        if let Some(client) = &to
+            && !client.send(&data).await
+        {
+            to = None;
         }
     }
 }
 
-pub(super) async fn pump_sizes(
-    from: Option<mpsc::Receiver<Bytes>>,
-    to: Option<mpsc::Sender<TerminalSize>>,
-) {
+pub(super) async fn pump_sizes(from: Option<Inbox>, to: Option<mpsc::Sender<TerminalSize>>) {
     let (Some(mut from), Some(to)) = (from, to) else { return };
     while let Some(data) = from.recv().await {
         for size in terminal_sizes(&data) {

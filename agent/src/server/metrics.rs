@@ -48,6 +48,7 @@ impl Metrics {
             samples.iter().map(|(labels, value)| (labels.as_slice(), *value)).collect();
         let help = "Number of containers by state.";
         gauge(&mut text, "kubelet_running_containers", help, &samples);
+        panics(&mut text);
         process(&mut text);
         text
     }
@@ -59,17 +60,16 @@ fn phase(pod: &Pod) -> &str {
 
 /// How many containers there are in each state.
 fn states(pods: &[Arc<Pod>]) -> [(&'static str, usize); 3] {
-    let mut counts = [("created", 0), ("running", 0), ("exited", 0)];
+    let (mut running, mut exited) = (0, 0);
     for status in pods.iter().flat_map(|pod| statuses(pod)) {
         let Some(state) = &status.state else { continue };
-        let index = match (&state.running, &state.terminated) {
-            (Some(_), _) => 1,
-            (None, Some(_)) => 2,
-            (None, None) => continue,
-        };
-        counts[index].1 += 1;
+        match (&state.running, &state.terminated) {
+            (Some(_), _) => running += 1,
+            (None, Some(_)) => exited += 1,
+            (None, None) => {}
+        }
     }
-    counts
+    [("created", 0), ("running", running), ("exited", exited)]
 }
 
 fn statuses(pod: &Pod) -> impl Iterator<Item = &ContainerStatus> {
@@ -77,6 +77,17 @@ fn statuses(pod: &Pod) -> impl Iterator<Item = &ContainerStatus> {
     let init = status.and_then(|status| status.init_container_statuses.as_ref());
     let main = status.and_then(|status| status.container_statuses.as_ref());
     init.into_iter().chain(main).flatten()
+}
+
+/// What went wrong in this process without ending it.
+fn panics(text: &mut String) {
+    let counts = keelson_supervise::panics();
+    let labels: Vec<_> =
+        counts.iter().map(|(task, count)| ([("task", *task)], as_float_u64(*count))).collect();
+    let samples: Vec<Sample<'_>> =
+        labels.iter().map(|(labels, count)| (labels.as_slice(), *count)).collect();
+    let help = "Panics, each of which ended one task.";
+    sample(text, "keelson_panics_total", "counter", help, &samples);
 }
 
 /// The process itself, as every Prometheus client names it.
@@ -144,6 +155,11 @@ pub(super) fn sample(
 
 fn escape(value: &str) -> String {
     value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+}
+
+#[allow(clippy::cast_precision_loss, reason = "metrics are floating point")]
+fn as_float_u64(count: u64) -> f64 {
+    count as f64
 }
 
 #[allow(clippy::cast_precision_loss, reason = "counts of pods and files are small")]

@@ -1,51 +1,108 @@
 //! Port forwarding: per connection a pair of SPDY streams, one for the data and one for an error.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::sync::oneshot;
+use tokio::net::TcpStream;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tracing::debug;
 
 use super::spdy::connection::{Connection, Stream};
+
+mod dial;
 
 /// The protocol that both sides must speak, directly or inside a WebSocket.
 pub const SPDY_PROTOCOL: &str = "portforward.k8s.io";
 pub const WEBSOCKET_PROTOCOL: &str = "SPDY/3.1+portforward.k8s.io";
 
-const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
+/// Streams that a client may have open at a time: 128 forwarded connections.
+pub const MAX_STREAMS: usize = 256;
+/// How long a stream waits for the other one of its pair, as with the kubelet.
+const PAIR_LIMIT: Duration = Duration::from_secs(30);
 
 /// Serves a client until it hangs up: every pair of streams becomes a connection to a port on the
 /// loopback of the namespace `network` (`None`: the agent's own).
 pub async fn run(mut connection: Connection, network: Option<PathBuf>, pod: String) {
-    let mut waiting: HashMap<String, Stream> = HashMap::new();
+    let mut waiting = Waiting::default();
     let mut forwards = JoinSet::new();
-    while let Some(stream) = connection.next_stream().await {
-        // Streams that were finished are reaped here, so that the set does not grow for ever.
+    loop {
+        // Those that ended are reaped here, so that the set does not grow for ever.
         while forwards.try_join_next().is_some() {}
-        // Clients older than 1.3 sent no request number; the port is as good.
-        let request = stream.header("requestid").or(stream.header("port")).unwrap_or_default();
-        let Some(other) = waiting.remove(request) else {
-            waiting.insert(request.to_owned(), stream);
-            continue;
+        let next = match waiting.oldest() {
+            None => connection.next_stream().await,
+            Some(since) => {
+                let limit = tokio::time::timeout_at(since + PAIR_LIMIT, connection.next_stream());
+                match limit.await {
+                    Ok(next) => next,
+                    Err(_) => {
+                        waiting.give_up(Instant::now()).await;
+                        continue;
+                    }
+                }
+            }
         };
-        let is_error = |stream: &Stream| stream.header("streamtype") == Some("error");
-        let (error, data) = if is_error(&other) { (other, stream) } else { (stream, other) };
-        forwards.spawn(forward(error, data, network.clone(), pod.clone()));
+        let Some(stream) = next else { break };
+        if let Some((error, data)) = waiting.pair(stream).await {
+            forwards.spawn(forward(error, data, network.clone(), pod.clone()));
+        }
     }
     forwards.shutdown().await;
     connection.close().await;
+}
+
+/// Streams whose other half has not come yet, by request. A client has no more of them than streams.
+#[derive(Default)]
+struct Waiting(HashMap<String, (Instant, Stream)>);
+
+impl Waiting {
+    fn oldest(&self) -> Option<Instant> {
+        self.0.values().map(|(since, _)| *since).min()
+    }
+
+    /// The error stream and the data stream of a request, when `stream` is the second of them.
+    async fn pair(&mut self, stream: Stream) -> Option<(Stream, Stream)> {
+        // Clients older than 1.3 sent no request number; the port is as good.
+        let request = stream.header("requestid").or(stream.header("port")).unwrap_or_default();
+        let request = request.to_owned();
+        match self.0.remove(&request) {
+            None => {
+                self.0.insert(request, (Instant::now(), stream));
+                None
+            }
+            Some((_, first)) if is_error(&first) && !is_error(&stream) => Some((first, stream)),
+            Some((_, first)) if !is_error(&first) && is_error(&stream) => Some((stream, first)),
+            Some(first) => {
+                debug!(request, "Client opened a stream of a forward twice");
+                self.0.insert(request, first);
+                stream.output.reset().await;
+                None
+            }
+        }
+    }
+
+    async fn give_up(&mut self, now: Instant) {
+        let late = self.0.extract_if(|_, (since, _)| *since + PAIR_LIMIT <= now);
+        let late: Vec<_> = late.map(|(_, (_, stream))| stream).collect();
+        for stream in late {
+            debug!("Client opened only one of the two streams of a forward");
+            stream.output.reset().await;
+        }
+    }
+}
+
+fn is_error(stream: &Stream) -> bool {
+    stream.header("streamtype") == Some("error")
 }
 
 async fn forward(error: Stream, data: Stream, network: Option<PathBuf>, pod: String) {
     let port = data.header("port").and_then(|port| port.parse::<u16>().ok()).filter(|p| *p != 0);
     let result = match port {
         None => Err("the port header is missing or is not a port (1-65535)".to_owned()),
-        Some(port) => dial(network, port).await,
+        Some(port) => dial::dial(network, port).await,
     };
     match result {
         Ok(socket) => copy(socket, data).await,
@@ -60,7 +117,7 @@ async fn forward(error: Stream, data: Stream, network: Option<PathBuf>, pod: Str
     error.output.finish().await;
 }
 
-async fn copy(socket: tokio::net::TcpStream, mut data: Stream) {
+async fn copy(socket: TcpStream, mut data: Stream) {
     let (mut reading, mut writing) = socket.into_split();
     let outwards = async {
         while let Some(bytes) = data.input.recv().await {
@@ -84,37 +141,72 @@ async fn copy(socket: tokio::net::TcpStream, mut data: Stream) {
     tokio::join!(outwards, inwards);
 }
 
-/// Connects to a port on the loopback of a network namespace. A socket stays in the namespace that it
-/// was made in, so a short-lived thread goes there; the runtime's own threads never do.
-async fn dial(network: Option<PathBuf>, port: u16) -> Result<tokio::net::TcpStream, String> {
-    let (send, receive) = oneshot::channel();
-    let thread = std::thread::Builder::new().name("port-forward".to_owned());
-    let spawned = thread.spawn(move || drop(send.send(dial_blocking(network.as_deref(), port))));
-    spawned.map_err(|error| format!("cannot start a thread: {error}"))?;
-    let socket = receive.await.map_err(|_| "the dialling thread ended early".to_owned())??;
-    let made = socket.set_nonblocking(true).and_then(|()| tokio::net::TcpStream::from_std(socket));
-    made.map_err(|error| error.to_string())
-}
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
 
-fn dial_blocking(network: Option<&Path>, port: u16) -> Result<TcpStream, String> {
-    if let Some(path) = network {
-        let enter = || -> std::io::Result<()> {
-            let file = std::fs::File::open(path)?;
-            Ok(nix::sched::setns(file, nix::sched::CloneFlags::CLONE_NEWNET)?)
-        };
-        enter().map_err(|error| format!("cannot enter {}: {error}", path.display()))?;
+    use super::*;
+    use crate::server::peer::Peer;
+    use crate::server::spdy::connection::Terms;
+    use crate::server::spdy::session::Role;
+
+    const IDLE: Duration = Duration::from_secs(3600);
+
+    fn serve() -> Connection {
+        let (near, far) = tokio::io::duplex(64 * 1024);
+        let terms = |max_streams| Terms { idle: IDLE, max_streams, peer: Peer::none() };
+        let server = Connection::new(far, Role::Server, terms(MAX_STREAMS));
+        tokio::spawn(run(server, None, "web".to_owned()));
+        Connection::new(near, Role::Client, terms(0))
     }
-    let loopbacks = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
-    let mut failure = String::new();
-    for ip in loopbacks {
-        match TcpStream::connect_timeout(&SocketAddr::new(ip, port), DIAL_TIMEOUT) {
-            Ok(socket) => return Ok(socket),
-            // The first family's error says more about what is wrong.
-            Err(error) if failure.is_empty() => {
-                failure = format!("failed to connect to {ip}:{port} inside the pod: {error}");
-            }
-            Err(_) => {}
+
+    async fn open(client: &Connection, kind: &str, port: u16, request: usize) -> Stream {
+        let header = |name: &str, value: String| (name.to_owned(), value);
+        client
+            .open(vec![
+                header("streamtype", kind.to_owned()),
+                header("port", port.to_string()),
+                header("requestid", request.to_string()),
+                header("x-padding", "y".repeat(10_000)),
+            ])
+            .await
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_flood_of_unpaired_streams_is_refused_and_makes_place_again_after_a_while() {
+        let client = serve();
+        let mut streams = Vec::new();
+        for request in 0..2000 {
+            streams.push(open(&client, "data", 1, request).await);
         }
+        // Above the limit they end at once, below it when their pair did not come.
+        let began = Instant::now();
+        let late = streams.split_off(MAX_STREAMS);
+        for mut stream in late {
+            assert_eq!(stream.input.recv().await, None);
+        }
+        assert!(began.elapsed() < PAIR_LIMIT);
+        for mut stream in streams {
+            assert_eq!(stream.input.recv().await, None);
+        }
+        assert!(began.elapsed() >= PAIR_LIMIT);
+        let mut error = open(&client, "error", 0, 1).await;
+        let _data = open(&client, "data", 0, 1).await;
+        let text = error.input.recv().await.unwrap();
+        assert!(text.starts_with(b"error forwarding port 0 to pod web"), "{text:?}");
     }
-    Err(failure)
+
+    #[tokio::test]
+    async fn a_stream_of_the_same_kind_is_no_pair() {
+        let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let client = serve();
+        let mut data = open(&client, "data", port, 7).await;
+        let mut again = open(&client, "data", port, 7).await;
+        assert_eq!(again.input.recv().await, None);
+        let _error = open(&client, "error", port, 7).await;
+        let (mut socket, _) = listener.accept().await.unwrap();
+        socket.write_all(b"hello").await.unwrap();
+        assert_eq!(data.input.recv().await.as_deref(), Some(&b"hello"[..]));
+    }
 }

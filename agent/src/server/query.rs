@@ -23,9 +23,9 @@ fn decode(text: &str, plus_is_space: bool) -> String {
     while let Some((byte, after)) = rest.split_first() {
         rest = after;
         match (byte, hex_pair(after)) {
-            (b'%', Some(decoded)) => {
+            (b'%', Some((decoded, after))) => {
                 bytes.push(decoded);
-                rest = &after[2..];
+                rest = after;
             }
             (b'+', _) if plus_is_space => bytes.push(b' '),
             _ => bytes.push(*byte),
@@ -34,10 +34,11 @@ fn decode(text: &str, plus_is_space: bool) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-fn hex_pair(bytes: &[u8]) -> Option<u8> {
+/// The byte that two digits say, and what follows them.
+fn hex_pair(bytes: &[u8]) -> Option<(u8, &[u8])> {
+    let ([high, low], rest) = bytes.split_first_chunk()?;
     let digit = |byte: &u8| char::from(*byte).to_digit(16);
-    let value = digit(bytes.first()?)? * 16 + digit(bytes.get(1)?)?;
-    u8::try_from(value).ok()
+    Some((u8::try_from(digit(high)? * 16 + digit(low)?).ok()?, rest))
 }
 
 /// The values of a name, in order.

@@ -10,19 +10,23 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, header};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::mpsc;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tokio_util::sync::CancellationToken;
 
 use super::containers::ExecRequest;
-use super::spdy::connection::{Connection as Spdy, Stream, StreamOutput};
+use super::inbox::{self, Inbox};
+use super::peer::Peer;
+use super::spdy::connection::{Connection as Spdy, Stream, StreamOutput, Terms};
 use super::spdy::session::Role;
 use super::websocket::channels::Encoding;
 use super::websocket::{self, ChannelOutput, Connection as WebSocket};
 
 /// How long a client may take to open its streams.
 const STREAMS_TIMEOUT: Duration = Duration::from_secs(30);
-const QUEUE: usize = 16;
+/// The streams of a command: error, stdin, stdout, stderr, resize.
+pub const MAX_STREAMS: usize = 5;
+/// Sizes of a terminal are short.
+const RESIZE_LIMIT: usize = 4 * 1024;
 
 const SPDY_PROTOCOLS: &[&str] =
     &["v4.channel.k8s.io", "v3.channel.k8s.io", "v2.channel.k8s.io", "channel.k8s.io"];
@@ -130,8 +134,8 @@ fn add(headers: &mut HeaderMap, name: &str, value: &str) {
 
 /// The client's ends of a process's streams.
 pub struct RemoteIo {
-    pub stdin: Option<mpsc::Receiver<Bytes>>,
-    pub resize: Option<mpsc::Receiver<Bytes>>,
+    pub stdin: Option<Inbox>,
+    pub resize: Option<Inbox>,
     pub stdout: Option<Output>,
     pub stderr: Option<Output>,
     pub error: Output,
@@ -193,19 +197,21 @@ pub async fn establish<I>(
     agreed: &Agreed,
     request: &ExecRequest,
     idle: Duration,
+    peer: Peer,
 ) -> Result<RemoteIo, &'static str>
 where
     I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     match agreed.transport {
         Transport::Spdy => {
-            let collect = spdy_streams(Spdy::new(io, Role::Server, idle), agreed, request);
+            let terms = Terms { idle, max_streams: MAX_STREAMS, peer };
+            let collect = spdy_streams(Spdy::new(io, Role::Server, terms), agreed, request);
             tokio::time::timeout(STREAMS_TIMEOUT, collect)
                 .await
                 .map_err(|_| "timed out waiting for client to create streams")?
         }
         Transport::WebSocket => {
-            Ok(websocket_channels(websocket::accept(io).await, agreed, request).await)
+            Ok(websocket_channels(websocket::accept(io).await, agreed, request, idle, peer).await)
         }
     }
 }
@@ -230,12 +236,14 @@ async fn spdy_streams(
     while streams.len() < expected {
         let stream = connection.next_stream().await.ok_or("the client opened too few streams")?;
         let kind = stream.header("streamtype").unwrap_or_default().to_owned();
-        if wanted.iter().any(|(name, wanted)| *wanted && *name == kind) {
-            streams.insert(kind, stream);
-        } else {
+        if !wanted.iter().any(|(name, wanted)| *wanted && *name == kind) {
             return Err("the client opened a stream that it did not ask for");
         }
+        if streams.insert(kind, stream).is_some() {
+            return Err("the client opened a stream twice");
+        }
     }
+    connection.refuse_more();
     let error = streams.remove("error").ok_or("the client opened no error stream")?;
     let mut input = |name: &str| streams.remove(name).map(|stream| stream.input);
     let (stdin, resize) = (input("stdin"), input("resize"));
@@ -256,6 +264,8 @@ async fn websocket_channels<I>(
     socket: tokio_tungstenite::WebSocketStream<I>,
     agreed: &Agreed,
     request: &ExecRequest,
+    idle: Duration,
+    peer: Peer,
 ) -> RemoteIo
 where
     I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
@@ -266,15 +276,16 @@ where
         _ => Encoding::Binary { close_signals: protocol == "v5.channel.k8s.io" },
     };
     let mut inputs = HashMap::new();
-    let mut input = |channel: u8, wanted: bool| {
+    let mut input = |channel: u8, wanted: bool, limit: usize| {
         wanted.then(|| {
-            let (sender, receiver) = mpsc::channel(QUEUE);
-            inputs.insert(channel, sender);
-            receiver
+            let (feed, inbox) = inbox::inbox(limit);
+            inputs.insert(channel, feed);
+            inbox
         })
     };
-    let (stdin, resize) = (input(0, request.stdin), input(4, request.tty));
-    let connection = WebSocket::new(socket, encoding, inputs);
+    let stdin = input(0, request.stdin, inbox::LIMIT);
+    let resize = input(4, request.tty, RESIZE_LIMIT);
+    let connection = WebSocket::new(socket, encoding, inputs, idle, peer);
     let output =
         |channel: u8, wanted: bool| wanted.then(|| Output::WebSocket(connection.channel(channel)));
     let io = RemoteIo {

@@ -12,6 +12,7 @@ use hyper::body::{Frame, Incoming};
 use hyper_util::rt::TokioIo;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
+use keelson_supervise::caught;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio_stream::StreamExt;
@@ -20,12 +21,13 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
-use super::auth::Access;
+use super::auth::{Access, Identity};
 use super::containers::{Containers, ExecRequest};
 use super::find::{self, Refusal};
 use super::metrics::Metrics;
+use super::peer::Peer;
 use super::remote::{self, Agreed, Transport};
-use super::spdy::connection::Connection;
+use super::spdy::connection::{Connection, Terms};
 use super::spdy::session::Role;
 use super::{attach, exec, logs, port_forward, query, websocket};
 
@@ -40,7 +42,7 @@ const START_PATIENCE: Duration = Duration::from_secs(5);
 /// How a request came in.
 pub enum Caller {
     /// Over HTTPS, perhaps with a certificate that was verified (DER).
-    Remote { certificate: Option<Vec<u8>> },
+    Remote { certificate: Option<Vec<u8>>, peer: Peer },
     /// On the port that has nothing but the health checks, without any check of the caller.
     Healthz,
 }
@@ -73,9 +75,10 @@ impl Routes {
     pub async fn answer(&self, caller: &Caller, request: Request<Incoming>) -> Answer {
         let started = Instant::now();
         let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-        let answer = match self.try_answer(caller, request).await {
-            Ok(answer) => answer,
-            Err(refusal) => text(refusal.status, refusal.text),
+        let answer = match caught("HTTPS request", self.try_answer(caller, request)).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(refusal)) => refused(refusal),
+            Err(panicked) => text(StatusCode::INTERNAL_SERVER_ERROR, panicked.to_string()),
         };
         debug!(%method, path, status = answer.status().as_u16(), elapsed = ?started.elapsed(),
             "Request answered");
@@ -89,14 +92,20 @@ impl Routes {
     ) -> Result<Answer, Refusal> {
         let path = query::segments(request.uri().path());
         let path: Vec<&str> = path.iter().map(String::as_str).collect();
-        match caller {
-            Caller::Healthz => {}
-            Caller::Remote { certificate } => {
+        let peer = match caller {
+            Caller::Healthz => &Peer::none(),
+            Caller::Remote { certificate, peer } => {
                 let (uri, headers) = (request.uri().path(), request.headers());
                 let certificate = certificate.as_deref();
-                self.access.check(certificate, request.method(), uri, headers).await?;
+                let identity =
+                    self.access.check(certificate, request.method(), uri, headers).await?;
+                // A caller without a name that may ask something still gives way to others.
+                if identity == Identity::Named {
+                    peer.establish().map_err(full)?;
+                }
+                peer
             }
-        }
+        };
         match path.as_slice() {
             ["healthz"] | ["healthz", "ping" | "log" | "syncloop"] => return self.healthz(),
             _ if matches!(caller, Caller::Healthz) => return Err(not_found()),
@@ -115,27 +124,29 @@ impl Routes {
         match path.as_slice() {
             ["containerLogs", namespace, pod, container] => {
                 require(&request, &[Method::GET])?;
-                self.logs(&request, (*namespace, *pod), container).await
+                self.logs(&request, peer, (*namespace, *pod), container).await
             }
             ["exec", namespace, pod, container] => {
-                self.command(request, (*namespace, *pod, None), container, Command::Exec).await
+                self.command(request, peer, (*namespace, *pod, None), container, Command::Exec)
+                    .await
             }
             ["exec", namespace, pod, uid, container] => {
                 let pod = (*namespace, *pod, Some(*uid));
-                self.command(request, pod, container, Command::Exec).await
+                self.command(request, peer, pod, container, Command::Exec).await
             }
             ["attach", namespace, pod, container] => {
-                self.command(request, (*namespace, *pod, None), container, Command::Attach).await
+                self.command(request, peer, (*namespace, *pod, None), container, Command::Attach)
+                    .await
             }
             ["attach", namespace, pod, uid, container] => {
                 let pod = (*namespace, *pod, Some(*uid));
-                self.command(request, pod, container, Command::Attach).await
+                self.command(request, peer, pod, container, Command::Attach).await
             }
             ["portForward", namespace, pod] => {
-                self.port_forward(request, (*namespace, *pod, None)).await
+                self.port_forward(request, peer, (*namespace, *pod, None)).await
             }
             ["portForward", namespace, pod, uid] => {
-                self.port_forward(request, (*namespace, *pod, Some(*uid))).await
+                self.port_forward(request, peer, (*namespace, *pod, Some(*uid))).await
             }
             _ => Err(not_found()),
         }
@@ -176,6 +187,7 @@ impl Routes {
     async fn logs(
         &self,
         request: &Request<Incoming>,
+        peer: &Peer,
         (namespace, pod): (&str, &str),
         container: &str,
     ) -> Result<Answer, Refusal> {
@@ -190,6 +202,7 @@ impl Routes {
         if let Err(error) = std::fs::metadata(&path) {
             return Err(internal(format!("cannot read the log {}: {error}", path.display())));
         }
+        start_session(peer)?;
         let ended = self.containers.ended(&uid, &id);
         let (to, pieces) = mpsc::channel(LOG_QUEUE);
         let cancel = self.cancel.clone();
@@ -209,6 +222,7 @@ impl Routes {
     async fn command(
         &self,
         request: Request<Incoming>,
+        peer: &Peer,
         (namespace, pod, uid): (&str, &str, Option<&str>),
         container: &str,
         command: Command,
@@ -223,8 +237,10 @@ impl Routes {
         let agreed = remote::negotiate_command(request.headers()).map_err(bad_upgrade)?;
         let containers = self.containers.clone();
         let idle = self.settings.streaming_idle_timeout;
+        start_session(peer)?;
+        let peer = peer.clone();
         Ok(self.upgrade(request, agreed, move |io, agreed| async move {
-            let io = match remote::establish(io, &agreed, &wanted, idle).await {
+            let io = match remote::establish(io, &agreed, &wanted, idle, peer).await {
                 Ok(io) => io,
                 Err(error) => return debug!(error, "Client gave up before its command started"),
             };
@@ -245,6 +261,7 @@ impl Routes {
     async fn port_forward(
         &self,
         request: Request<Incoming>,
+        peer: &Peer,
         (namespace, pod, uid): (&str, &str, Option<&str>),
     ) -> Result<Answer, Refusal> {
         require(&request, &[Method::GET, Method::POST])?;
@@ -260,12 +277,14 @@ impl Routes {
         .map_err(bad_upgrade)?;
         let name = pod.metadata.name.clone().unwrap_or_default();
         let idle = self.settings.streaming_idle_timeout;
+        start_session(peer)?;
+        let terms = Terms { idle, max_streams: port_forward::MAX_STREAMS, peer: peer.clone() };
         Ok(self.upgrade(request, agreed, move |io, agreed| async move {
             let connection = match agreed.transport {
-                Transport::Spdy => Connection::new(io, Role::Server, idle),
+                Transport::Spdy => Connection::new(io, Role::Server, terms),
                 Transport::WebSocket => {
                     let tunnel = websocket::tunnel(websocket::accept(io).await);
-                    Connection::new(tunnel, Role::Server, idle)
+                    Connection::new(tunnel, Role::Server, terms)
                 }
             };
             port_forward::run(connection, network, name).await;
@@ -289,7 +308,7 @@ impl Routes {
                     Err(error) => debug!(%error, "Client left before the upgrade"),
                 }
             };
-            cancel.run_until_cancelled(work).await;
+            drop(caught("session", cancel.run_until_cancelled(work)).await);
         });
         answer
     }
@@ -329,6 +348,30 @@ fn require(request: &Request<Incoming>, methods: &[Method]) -> Result<(), Refusa
         return Ok(());
     }
     Err(Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "405: Method Not Allowed"))
+}
+
+/// What follows on this connection may take as long as the caller likes.
+fn start_session(peer: &Peer) -> Result<(), Refusal> {
+    peer.establish().map_err(full)?;
+    peer.may_pause();
+    Ok(())
+}
+
+/// A caller that was not let in has no further requests on this connection.
+fn refused(refusal: Refusal) -> Answer {
+    let last = matches!(
+        refusal.status,
+        StatusCode::UNAUTHORIZED | StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE
+    );
+    let mut answer = text(refusal.status, refusal.text);
+    if last {
+        answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    answer
+}
+
+fn full(full: keelson_listener::Full) -> Refusal {
+    Refusal::new(StatusCode::SERVICE_UNAVAILABLE, full.to_string())
 }
 
 fn not_found() -> Refusal {

@@ -243,13 +243,17 @@ pub fn summary(node_name: &str, containers: &dyn Containers) -> Value {
 }
 
 fn with_usage(mut object: Value, usage: Usage, now: &str) -> Value {
-    object["cpu"] = json!({"time": now, "usageCoreNanoSeconds": usage.cpu_nanos});
-    object["memory"] = json!({
+    let cpu = json!({"time": now, "usageCoreNanoSeconds": usage.cpu_nanos});
+    let memory = json!({
         "time": now,
         "usageBytes": usage.memory_bytes,
         "workingSetBytes": usage.working_set_bytes,
         "rssBytes": usage.rss_bytes,
     });
+    if let Some(object) = object.as_object_mut() {
+        object.insert("cpu".to_owned(), cpu);
+        object.insert("memory".to_owned(), memory);
+    }
     object
 }
 

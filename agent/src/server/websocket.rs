@@ -4,13 +4,16 @@
 //! WebSocket as a mere tunnel for SPDY, see [`tunnel`].
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream};
 use tokio::sync::mpsc;
+use tokio::time::{Instant, MissedTickBehavior};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
@@ -22,8 +25,16 @@ pub mod channels;
 
 use channels::{Encoding, Incoming};
 
+use super::inbox::Feed;
+use super::peer::Peer;
+
+/// Messages of output that wait for the socket.
 const QUEUE: usize = 16;
+/// Some clients send all their input as one message.
 const MAX_MESSAGE: usize = 4 << 20;
+const PING_EVERY: Duration = Duration::from_secs(30);
+/// A client that takes the output and yet answers no ping for so long is gone.
+const SILENCE: Duration = Duration::from_secs(300);
 /// How long the other side may take to answer our goodbye.
 const LINGER: Duration = Duration::from_secs(5);
 
@@ -56,47 +67,78 @@ fn limits() -> WebSocketConfig {
     WebSocketConfig::default().max_message_size(Some(MAX_MESSAGE)).max_frame_size(Some(MAX_MESSAGE))
 }
 
+/// What the tasks of a connection know of each other.
+struct Signs {
+    /// When anything came in, pings included.
+    heard: Mutex<Instant>,
+    /// When data was sent or received.
+    traffic: Mutex<Instant>,
+    /// The reader waits for a process to take its input, so that nothing can be heard.
+    waiting: AtomicBool,
+}
+
+impl Signs {
+    fn new() -> Arc<Self> {
+        let now = Instant::now();
+        let waiting = AtomicBool::new(false);
+        Arc::new(Self { heard: Mutex::new(now), traffic: Mutex::new(now), waiting })
+    }
+
+    /// Whether the client has shown no sign of life for too long.
+    fn is_silent(&self) -> bool {
+        !self.waiting.load(Ordering::Relaxed) && since(&self.heard) >= SILENCE
+    }
+
+    /// Resolves when there was no traffic for `limit`.
+    async fn idle(&self, limit: Duration) {
+        loop {
+            let left = limit.saturating_sub(since(&self.traffic));
+            if left.is_zero() {
+                return;
+            }
+            tokio::time::sleep(left).await;
+        }
+    }
+}
+
+fn touch(time: &Mutex<Instant>) {
+    *time.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+}
+
+fn since(time: &Mutex<Instant>) -> Duration {
+    time.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
+}
+
 impl Connection {
     /// Serves a WebSocket; what comes in on a channel goes to its place in `inputs`, and is thrown
-    /// away where there is none.
+    /// away where there is none. Without data for `idle` it is ended.
     pub fn new<I>(
         socket: WebSocketStream<I>,
         encoding: Encoding,
-        inputs: HashMap<u8, mpsc::Sender<Bytes>>,
+        inputs: HashMap<u8, Feed>,
+        idle: Duration,
+        peer: Peer,
     ) -> Self
     where
         I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let (mut sink, mut stream) = socket.split();
-        let (output, mut to_write) = mpsc::channel::<Message>(QUEUE);
+        let (sink, stream) = socket.split();
+        let (output, to_write) = mpsc::channel::<Message>(QUEUE);
         let gone = CancellationToken::new();
-        let (writer_gone, reader_gone) = (gone.clone(), gone.clone());
+        let signs = Signs::new();
+        let (writer_gone, writer_signs) = (gone.clone(), signs.clone());
         let writer = tokio::spawn(async move {
-            let work = async {
-                while let Some(message) = to_write.recv().await {
-                    let last = message.is_close();
-                    if let Err(error) = sink.send(message).await {
-                        debug!(%error, "WebSocket broke while sending");
-                        return writer_gone.cancel();
-                    }
-                    if last {
-                        return;
-                    }
-                }
-            };
-            writer_gone.run_until_cancelled(work).await;
+            let work = write(sink, to_write, &writer_signs);
+            if let Some(Err(error)) = writer_gone.run_until_cancelled(work).await {
+                debug!(error, "WebSocket broke while sending");
+                writer_gone.cancel();
+            }
         });
+        let reader = Reader { inputs, encoding, peer, signs };
+        let reader_gone = gone.clone();
         tokio::spawn(async move {
             let _ends_with_us = reader_gone.clone().drop_guard();
-            let mut inputs = inputs;
-            let work = async {
-                while let Some(Ok(message)) = stream.next().await {
-                    if let Err(error) = dispatch(&mut inputs, encoding, message).await {
-                        return debug!(error, "WebSocket message cannot be understood");
-                    }
-                }
-            };
-            reader_gone.run_until_cancelled(work).await;
+            reader_gone.run_until_cancelled(reader.run(stream, idle)).await;
         });
         Self { encoding, output, gone, writer }
     }
@@ -107,42 +149,116 @@ impl Connection {
     }
 
     /// Sends what is still to be sent, says goodbye and hangs up.
-    pub async fn close(self) {
+    pub async fn close(mut self) {
         // Clients take a goodbye without a code for an error.
         let goodbye = CloseFrame { code: CloseCode::Normal, reason: "".into() };
         drop(self.output.send(Message::Close(Some(goodbye))).await);
-        drop(self.writer.await);
+        drop((&mut self.writer).await);
         drop(tokio::time::timeout(LINGER, self.gone.cancelled()).await);
+    }
+}
+
+impl Drop for Connection {
+    /// However a session ends, its tasks and its socket end with it.
+    fn drop(&mut self) {
         self.gone.cancel();
     }
 }
 
-async fn dispatch(
-    inputs: &mut HashMap<u8, mpsc::Sender<Bytes>>,
-    encoding: Encoding,
-    message: Message,
-) -> Result<(), &'static str> {
-    let bytes = match message {
-        Message::Binary(bytes) => bytes,
-        Message::Text(text) => Bytes::from(text),
-        // Answered by the library.
-        Message::Ping(_) | Message::Pong(_) | Message::Close(_) | Message::Frame(_) => {
+/// Sends messages, and pings while there are none; the last one is a goodbye.
+async fn write<I>(
+    mut sink: SplitSink<WebSocketStream<I>, Message>,
+    mut messages: mpsc::Receiver<Message>,
+    signs: &Signs,
+) -> Result<(), String>
+where
+    I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let mut pings = tokio::time::interval_at(Instant::now() + PING_EVERY, PING_EVERY);
+    pings.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        let message = tokio::select! {
+            message = messages.recv() => message,
+            _ = pings.tick() => {
+                if signs.is_silent() {
+                    return Err("no answer to pings".to_owned());
+                }
+                Some(Message::Ping(Bytes::new()))
+            }
+        };
+        let Some(message) = message else { return Ok(()) };
+        let last = message.is_close();
+        if matches!(message, Message::Binary(_) | Message::Text(_)) {
+            touch(&signs.traffic);
+        }
+        sink.send(message).await.map_err(|error| error.to_string())?;
+        if last {
             return Ok(());
         }
-    };
-    match encoding.decode(bytes)? {
-        Incoming::Data { channel, data } => {
-            // Several clients send empty messages to keep the connection alive.
-            if let Some(input) = inputs.get(&channel)
-                && !data.is_empty()
-                && input.send(data).await.is_err()
-            {
-                inputs.remove(&channel);
-            }
-        }
-        Incoming::Close { channel } => drop(inputs.remove(&channel)),
     }
-    Ok(())
+}
+
+struct Reader {
+    inputs: HashMap<u8, Feed>,
+    encoding: Encoding,
+    peer: Peer,
+    signs: Arc<Signs>,
+}
+
+impl Reader {
+    async fn run<I>(mut self, mut stream: SplitStream<WebSocketStream<I>>, idle: Duration)
+    where
+        I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let signs = self.signs.clone();
+        let work = async {
+            while let Some(Ok(message)) = stream.next().await {
+                touch(&signs.heard);
+                if let Err(error) = self.dispatch(message).await {
+                    return debug!(error, "WebSocket is of no use any more");
+                }
+            }
+        };
+        tokio::select! {
+            () = work => {}
+            () = signs.idle(idle) => debug!("WebSocket was idle for too long"),
+        }
+    }
+
+    async fn dispatch(&mut self, message: Message) -> Result<(), &'static str> {
+        let bytes = match message {
+            Message::Binary(bytes) => bytes,
+            Message::Text(text) => Bytes::from(text),
+            // Answered by the library.
+            Message::Ping(_) | Message::Pong(_) | Message::Close(_) | Message::Frame(_) => {
+                return Ok(());
+            }
+        };
+        match self.encoding.decode(bytes)? {
+            Incoming::Data { channel, data } => {
+                touch(&self.signs.traffic);
+                if let Some(input) = self.inputs.get(&channel)
+                    && !self.pass_on(input, data).await?
+                {
+                    self.inputs.remove(&channel);
+                }
+            }
+            Incoming::Close { channel } => drop(self.inputs.remove(&channel)),
+        }
+        Ok(())
+    }
+
+    /// Whether more of this input is wanted.
+    async fn pass_on(&self, input: &Feed, data: Bytes) -> Result<bool, &'static str> {
+        self.signs.waiting.store(true, Ordering::Relaxed);
+        let wanted = tokio::select! {
+            wanted = input.push(data) => Ok(wanted),
+            () = self.peer.gave_up() => Err("the client left behind what its process does not take"),
+        };
+        touch(&self.signs.heard);
+        self.signs.waiting.store(false, Ordering::Relaxed);
+        wanted
+    }
 }
 
 impl ChannelOutput {
@@ -164,24 +280,21 @@ where
     let (near, far) = tokio::io::duplex(64 * 1024);
     let (mut sink, mut stream) = socket.split();
     let (mut reading, mut writing) = tokio::io::split(far);
-    let over = Arc::new(CancellationToken::new());
-    let read_over = over.clone();
     tokio::spawn(async move {
-        while let Some(Ok(message)) = stream.next().await {
-            let bytes = match message {
-                Message::Binary(bytes) => bytes,
-                Message::Text(text) => Bytes::from(text),
-                _ => continue,
-            };
-            if writing.write_all(&bytes).await.is_err() {
-                break;
+        let inwards = async {
+            while let Some(Ok(message)) = stream.next().await {
+                let bytes = match message {
+                    Message::Binary(bytes) => bytes,
+                    Message::Text(text) => Bytes::from(text),
+                    _ => continue,
+                };
+                if writing.write_all(&bytes).await.is_err() {
+                    break;
+                }
             }
-        }
-        drop(writing.shutdown().await);
-        read_over.cancel();
-    });
-    tokio::spawn(async move {
-        let work = async {
+            drop(writing.shutdown().await);
+        };
+        let outwards = async {
             let mut buffer = bytes::BytesMut::new();
             loop {
                 buffer.reserve(32 * 1024);
@@ -192,11 +305,17 @@ where
                             return;
                         }
                     }
-                    _ => return drop(sink.close().await),
+                    _ => break,
                 }
             }
+            drop(tokio::time::timeout(LINGER, sink.close()).await);
+            // A client that does not answer our goodbye must not hold the connection.
+            tokio::time::sleep(LINGER).await;
         };
-        over.run_until_cancelled(work).await;
+        tokio::select! {
+            () = inwards => {}
+            () = outwards => {}
+        }
     });
     near
 }

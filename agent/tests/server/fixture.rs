@@ -6,7 +6,6 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::Arc;
-use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, StreamExt};
@@ -34,6 +33,9 @@ pub struct Node {
     pub running: watch::Sender<bool>,
     /// Whether the pod is known.
     pub known: watch::Sender<bool>,
+    /// What runs in the container that clients attach to.
+    pub attached: watch::Sender<&'static str>,
+    pub routes: Arc<Routes>,
     cancel: CancellationToken,
 }
 
@@ -50,23 +52,27 @@ impl Node {
         let mut config = ServerConfig {
             anonymous: true,
             authorization: Authorization::AlwaysAllow,
+            streaming_idle_timeout: std::time::Duration::from_secs(60),
             ..ServerConfig::default()
         };
         change(&mut config);
+        let streaming_idle_timeout = config.streaming_idle_timeout;
         let tls = tls::server_config(&config, dir.path(), "n1", &[]).unwrap();
         let running = watch::Sender::new(true);
         let cancel = CancellationToken::new();
         let known = watch::Sender::new(true);
+        let attached = watch::Sender::new("cat");
         let containers: Arc<dyn Containers> = Arc::new(Local {
             log: dir.path().join("0.log"),
             running: running.subscribe(),
             known: known.subscribe(),
+            attached: attached.subscribe(),
         });
         let routes = Arc::new(Routes {
             access: Access::new(config, "n1".to_owned(), None),
             containers: containers.clone(),
             settings: Settings {
-                streaming_idle_timeout: Duration::from_secs(60),
+                streaming_idle_timeout,
                 debugging_handlers: true,
                 configz: json!({}),
             },
@@ -80,8 +86,8 @@ impl Node {
         let healthz = server::bind(Ipv4Addr::LOCALHOST.into(), 0).await.unwrap();
         let healthz_address = healthz.local_addr().unwrap();
         tokio::spawn(server::serve(listener, tls, routes.clone(), cancel.clone()));
-        tokio::spawn(server::serve_healthz(healthz, routes, cancel.clone()));
-        Self { address, healthz: healthz_address, dir, running, known, cancel }
+        tokio::spawn(server::serve_healthz(healthz, routes.clone(), cancel.clone()));
+        Self { address, healthz: healthz_address, dir, running, known, attached, routes, cancel }
     }
 
     pub fn log(&self, line: &str) {
@@ -121,9 +127,11 @@ pub fn pod() -> Pod {
         "spec": {"nodeName": "n1", "containers": [
             {"name": "main", "image": "local", "stdin": true, "tty": true},
             {"name": "slow", "image": "local"},
+            {"name": "broken", "image": "local"},
         ]},
         "status": {"phase": "Running", "containerStatuses": [
             status("main", json!({"running": {"startedAt": "2026-01-01T00:00:00Z"}}), "containerd://c-1"),
+            status("broken", json!({"running": {"startedAt": "2026-01-01T00:00:00Z"}}), "containerd://c-2"),
             status("slow", json!({"waiting": {"reason": "ContainerCreating"}}), ""),
         ]},
     }))
@@ -133,13 +141,15 @@ pub fn pod() -> Pod {
 /// Containers whose log is at `log` and which run for ever.
 pub fn containers(log: &std::path::Path) -> Arc<dyn Containers> {
     let always = watch::Sender::new(true).subscribe();
-    Arc::new(Local { log: log.to_owned(), running: always.clone(), known: always })
+    let attached = watch::Sender::new("cat").subscribe();
+    Arc::new(Local { log: log.to_owned(), running: always.clone(), known: always, attached })
 }
 
 struct Local {
     log: PathBuf,
     running: watch::Receiver<bool>,
     known: watch::Receiver<bool>,
+    attached: watch::Receiver<&'static str>,
 }
 
 impl Containers for Local {
@@ -153,7 +163,7 @@ impl Containers for Local {
     }
 
     fn log_path(&self, uid: &str, id: &str) -> BoxFuture<'static, Result<PathBuf, String>> {
-        assert_eq!((uid, id), ("u-1", "c-1"));
+        assert_eq!((uid, id), ("u-1", "c-1"), "as a mistake in the agent would");
         let log = self.log.clone();
         async move { Ok(log) }.boxed()
     }
@@ -165,12 +175,13 @@ impl Containers for Local {
 
     fn exec(&self, id: &str, request: ExecRequest) -> BoxFuture<'static, Result<Process, String>> {
         assert_eq!(id, "c-1");
+        assert_ne!(request.command, ["panic"], "as a mistake in the agent would");
         async move { if request.tty { on_terminal(&request) } else { on_pipes(&request) } }.boxed()
     }
 
     fn attach(&self, id: &str, stdin: bool) -> BoxFuture<'static, Result<Attached, String>> {
         let request = ExecRequest {
-            command: vec!["cat".to_owned()],
+            command: ["sh", "-c", *self.attached.borrow()].map(str::to_owned).to_vec(),
             stdin,
             stdout: true,
             ..ExecRequest::default()

@@ -143,7 +143,8 @@ impl Log {
             if read == 0 {
                 return Ok(None);
             }
-            for part in block[..read].split_inclusive(|byte| *byte == b'\n') {
+            for part in block.get(..read).unwrap_or_default().split_inclusive(|byte| *byte == b'\n')
+            {
                 self.line.extend_from_slice(part);
                 if part.ends_with(b"\n") {
                     self.full |= !self.printer.print(&self.line, &mut out);

@@ -41,6 +41,12 @@ pub fn parse(line: &[u8]) -> Option<Line<'_>> {
     Some(Line { time, source, partial, content: fields.next().unwrap_or_default() })
 }
 
+#[derive(Debug, Default)]
+struct Within {
+    stdout: bool,
+    stderr: bool,
+}
+
 /// Turns physical lines into what the client asked for.
 #[derive(Debug)]
 pub struct Printer {
@@ -48,18 +54,21 @@ pub struct Printer {
     /// Bytes that may still be sent.
     left: u64,
     /// Whether the line before, of either stream, was only a part.
-    within: [bool; 2],
+    within: Within,
 }
 
 impl Printer {
     pub fn new(options: LogOptions) -> Self {
-        Self { left: options.limit_bytes.unwrap_or(u64::MAX), options, within: [false; 2] }
+        Self { left: options.limit_bytes.unwrap_or(u64::MAX), options, within: Within::default() }
     }
 
     /// Appends what is to be sent of a physical line; `false` when nothing more may be sent.
     pub fn print(&mut self, line: &[u8], out: &mut BytesMut) -> bool {
         let Some(line) = parse(line) else { return self.left > 0 };
-        let within = &mut self.within[usize::from(line.source == Source::Stderr)];
+        let within = match line.source {
+            Source::Stdout => &mut self.within.stdout,
+            Source::Stderr => &mut self.within.stderr,
+        };
         let continues = std::mem::replace(within, line.partial);
         let other_stream = self.options.stream.is_some_and(|stream| stream != line.source);
         if other_stream || self.is_too_old(line.time) {
@@ -84,8 +93,8 @@ impl Printer {
 
     fn put(&mut self, bytes: &[u8], out: &mut BytesMut) {
         let allowed = bytes.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
-        out.put_slice(&bytes[..allowed]);
-        self.left -= u64::try_from(allowed).unwrap_or(self.left);
+        out.put_slice(bytes.get(..allowed).unwrap_or(bytes));
+        self.left = self.left.saturating_sub(u64::try_from(allowed).unwrap_or(self.left));
     }
 }
 

@@ -2,23 +2,37 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use super::frame::StreamId;
 use super::session::{Event, Role, Session};
+use crate::server::inbox::{self, Feed, Inbox};
+use crate::server::peer::Peer;
 
-/// Pieces of data that a stream holds before its connection waits for the stream's reader.
+/// Streams that were opened and wait to be handed out.
 const STREAM_QUEUE: usize = 16;
 /// Pieces of output that wait for the socket.
 const OUTPUT_QUEUE: usize = 16;
+const READ_SIZE: usize = 16 * 1024;
 /// How long the other side may take to hang up after everything has been sent.
 const LINGER: Duration = Duration::from_secs(5);
+
+/// What a connection is held to.
+#[derive(Debug, Clone)]
+pub struct Terms {
+    /// A connection without traffic for so long is ended.
+    pub idle: Duration,
+    /// How many streams the other side may have open at a time.
+    pub max_streams: usize,
+    pub peer: Peer,
+}
 
 /// A connection whose streams are handed out as the other side opens them.
 pub struct Connection {
@@ -32,7 +46,7 @@ pub struct Connection {
 /// One stream: what it was opened with, what comes in, and where to put what goes out.
 pub struct Stream {
     pub headers: Vec<(String, String)>,
-    pub input: mpsc::Receiver<Bytes>,
+    pub input: Inbox,
     pub output: StreamOutput,
 }
 
@@ -55,7 +69,7 @@ struct Shared {
     session: Arc<Mutex<Session>>,
     output: mpsc::Sender<Output>,
     /// Where each stream's input goes, until it ends.
-    inputs: Arc<Mutex<HashMap<StreamId, mpsc::Sender<Bytes>>>>,
+    inputs: Arc<Mutex<HashMap<StreamId, Arc<Feed>>>>,
     last_traffic: Arc<Mutex<Instant>>,
 }
 
@@ -65,8 +79,8 @@ enum Output {
 }
 
 impl Connection {
-    /// Speaks SPDY on `io` until either side hangs up or nothing was sent for `idle`.
-    pub fn new<I>(io: I, role: Role, idle: Duration) -> Self
+    /// Speaks SPDY on `io` until either side hangs up or breaks the `terms`.
+    pub fn new<I>(io: I, role: Role, terms: Terms) -> Self
     where
         I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
@@ -75,7 +89,7 @@ impl Connection {
         let (opened_send, opened) = mpsc::channel(STREAM_QUEUE);
         let gone = CancellationToken::new();
         let shared = Shared {
-            session: Arc::new(Mutex::new(Session::new(role))),
+            session: Arc::new(Mutex::new(Session::new(role, terms.max_streams))),
             output,
             inputs: Arc::new(Mutex::new(HashMap::new())),
             last_traffic: Arc::new(Mutex::new(Instant::now())),
@@ -83,13 +97,18 @@ impl Connection {
         let writer = tokio::spawn(write(writing, to_write, gone.clone()));
         let reader =
             Reader { shared: shared.clone(), opened: Some(opened_send), gone: gone.clone() };
-        tokio::spawn(reader.run(reading, idle));
+        tokio::spawn(reader.run(reading, terms));
         Self { shared, opened, gone, writer }
     }
 
     /// The next stream that the other side opens; `None` when there will be no more.
     pub async fn next_stream(&mut self) -> Option<Stream> {
         self.opened.recv().await
+    }
+
+    /// Refuses all streams from now on: there are as many as were agreed on.
+    pub fn refuse_more(&mut self) {
+        self.opened.close();
     }
 
     /// Opens a stream from this side.
@@ -102,16 +121,22 @@ impl Connection {
     }
 
     /// Sends what is still to be sent, says goodbye and hangs up.
-    pub async fn close(self) {
+    pub async fn close(mut self) {
         let mut bytes = BytesMut::new();
         self.shared.session().go_away(&mut bytes);
         self.shared.write(bytes).await;
         drop(self.shared.output.send(Output::Close).await);
         // The last bytes must be on their way before the caller goes on to drop the socket.
-        drop(self.writer.await);
+        drop((&mut self.writer).await);
         // A socket closed with unread input sends a reset, which can overtake the last output: the
         // reader goes on until the other side hangs up.
         drop(tokio::time::timeout(LINGER, self.gone.cancelled()).await);
+    }
+}
+
+impl Drop for Connection {
+    /// However a session ends, its tasks and its socket end with it.
+    fn drop(&mut self) {
         self.gone.cancel();
     }
 }
@@ -122,13 +147,13 @@ impl Shared {
         self.session.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn inputs(&self) -> MutexGuard<'_, HashMap<StreamId, mpsc::Sender<Bytes>>> {
+    fn inputs(&self) -> MutexGuard<'_, HashMap<StreamId, Arc<Feed>>> {
         self.inputs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn add_input(&self, stream: StreamId) -> mpsc::Receiver<Bytes> {
-        let (sender, input) = mpsc::channel(STREAM_QUEUE);
-        self.inputs().insert(stream, sender);
+    fn add_input(&self, stream: StreamId) -> Inbox {
+        let (feed, input) = inbox::inbox(inbox::LIMIT);
+        self.inputs().insert(stream, Arc::new(feed));
         input
     }
 
@@ -138,6 +163,17 @@ impl Shared {
 
     fn last_traffic(&self) -> Instant {
         *self.last_traffic.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Resolves when nothing was sent or received for `limit`.
+    async fn idle(&self, limit: Duration) {
+        loop {
+            let left = limit.saturating_sub(self.last_traffic().elapsed());
+            if left.is_zero() {
+                return;
+            }
+            tokio::time::sleep(left).await;
+        }
     }
 
     async fn write(&self, bytes: BytesMut) -> bool {
@@ -165,6 +201,8 @@ impl StreamOutput {
     pub async fn reset(&self) {
         let mut bytes = BytesMut::new();
         self.shared.session().reset(self.stream, &mut bytes);
+        // The other side may never speak of this stream again.
+        self.shared.inputs().remove(&self.stream);
         self.shared.write(bytes).await;
     }
 }
@@ -197,35 +235,44 @@ struct Reader {
 }
 
 impl Reader {
-    async fn run<R>(mut self, mut io: ReadHalf<R>, idle: Duration)
+    async fn run<R>(mut self, io: ReadHalf<R>, terms: Terms)
     where
         R: AsyncRead + AsyncWrite + Send + 'static,
     {
         let gone = self.gone.clone();
         let _ends_with_us = gone.clone().drop_guard();
-        gone.run_until_cancelled(async {
-            let mut buffer = BytesMut::with_capacity(16 * 1024);
-            loop {
-                buffer.clear();
-                buffer.reserve(16 * 1024);
-                let deadline = self.shared.last_traffic() + idle;
-                match tokio::time::timeout_at(deadline.into(), io.read_buf(&mut buffer)).await {
-                    Err(_) if self.shared.last_traffic() + idle > Instant::now() => {}
-                    Err(_) => return debug!("SPDY connection was idle for too long"),
-                    Ok(Ok(0)) => return,
-                    Ok(Ok(_)) if self.received(&buffer).await => {}
-                    Ok(Ok(_)) => return,
-                    Ok(Err(error)) => return debug!(%error, "SPDY connection broke"),
-                }
+        let shared = self.shared.clone();
+        let work = async {
+            // Beside the reader, so that it is seen while the reader waits for a stream's reader or for the socket.
+            tokio::select! {
+                () = self.read(io, &terms.peer) => {}
+                () = shared.idle(terms.idle) => debug!("SPDY connection was idle for too long"),
             }
-        })
-        .await;
+        };
+        gone.run_until_cancelled(work).await;
         // Whoever reads a stream sees its end.
-        self.shared.inputs().clear();
+        shared.inputs().clear();
+    }
+
+    async fn read<R>(&mut self, mut io: ReadHalf<R>, peer: &Peer)
+    where
+        R: AsyncRead + AsyncWrite + Send + 'static,
+    {
+        let mut buffer = BytesMut::with_capacity(READ_SIZE);
+        loop {
+            buffer.clear();
+            buffer.reserve(READ_SIZE);
+            match io.read_buf(&mut buffer).await {
+                Ok(0) => return,
+                Ok(_) if self.received(&buffer, peer).await => {}
+                Ok(_) => return,
+                Err(error) => return debug!(%error, "SPDY connection broke"),
+            }
+        }
     }
 
     /// Passes on what came in; `false` when the connection is of no use any more.
-    async fn received(&mut self, bytes: &[u8]) -> bool {
+    async fn received(&mut self, bytes: &[u8], peer: &Peer) -> bool {
         let mut answer = BytesMut::new();
         let events = self.shared.session().receive(bytes, &mut answer);
         let events = match events {
@@ -242,26 +289,39 @@ impl Reader {
         }
         self.shared.touch();
         for event in events {
-            self.dispatch(event).await;
+            if !self.dispatch(event, peer).await {
+                return false;
+            }
         }
         true
     }
 
-    async fn dispatch(&mut self, event: Event) {
+    async fn dispatch(&mut self, event: Event, peer: &Peer) -> bool {
         match event {
             Event::Opened { stream, headers } => {
                 let output = StreamOutput { stream, shared: self.shared.clone() };
-                let Some(opened) = &self.opened else { return output.reset().await };
                 let input = self.shared.add_input(stream);
-                drop(opened.send(Stream { headers, input, output }).await);
+                let opened = Stream { headers, input, output: output.clone() };
+                let taken = match &self.opened {
+                    Some(to) => to.send(opened).await.is_ok(),
+                    None => false,
+                };
+                if !taken {
+                    output.reset().await;
+                }
             }
             Event::Data { stream, data } => {
-                // A reader that went away is no reason to stop reading for the others.
                 let input = self.shared.inputs().get(&stream).cloned();
-                if let Some(input) = input
-                    && input.send(data).await.is_err()
-                {
-                    self.shared.inputs().remove(&stream);
+                let Some(input) = input else { return true };
+                tokio::select! {
+                    // A stream's reader that went away is no reason to stop reading for the others.
+                    wanted = input.push(data) => if !wanted {
+                        self.shared.inputs().remove(&stream);
+                    },
+                    () = peer.gave_up() => {
+                        debug!("SPDY client left behind what its stream's reader does not take");
+                        return false;
+                    }
                 }
             }
             Event::Finished { stream } | Event::Reset { stream } => {
@@ -269,5 +329,6 @@ impl Reader {
             }
             Event::GoAway => self.opened = None,
         }
+        true
     }
 }

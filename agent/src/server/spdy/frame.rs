@@ -8,7 +8,7 @@ use super::headers::{Packer, Unpacker};
 /// The version bits of every control frame.
 const VERSION: u16 = 3;
 /// Control frames carry header blocks of a few hundred bytes here.
-const MAX_CONTROL: usize = 64 * 1024;
+const MAX_CONTROL: usize = 16 * 1024;
 
 const FLAG_FIN: u8 = 1;
 const FLAG_UNIDIRECTIONAL: u8 = 2;
@@ -77,8 +77,6 @@ pub enum FrameError {
     Headers(&'static str),
     #[error("SPDY stream {0} opened twice")]
     StreamTwice(StreamId),
-    #[error("more than {0} SPDY streams on one connection")]
-    TooManyStreams(usize),
 }
 
 /// Bytes to frames.
@@ -115,24 +113,25 @@ impl Decoder {
         if let Some(rest) = self.data.take() {
             return Ok(self.next_data(rest));
         }
-        let Some(head) = self.buffer.first_chunk::<8>() else { return Ok(None) };
-        let word = u32::from_be_bytes([head[0], head[1], head[2], head[3]]);
-        let flags = head[4];
-        let length = u32::from_be_bytes([0, head[5], head[6], head[7]]);
+        let Some(&[a, b, c, d, flags, high, middle, low]) = self.buffer.first_chunk::<8>() else {
+            return Ok(None);
+        };
+        let word = u32::from_be_bytes([a, b, c, d]);
+        let length = u32::from_be_bytes([0, high, middle, low]);
         let length = usize::try_from(length).map_err(|_| FrameError::TooLarge(usize::MAX))?;
         if word >> 31 == 0 {
             self.buffer.advance(8);
             let rest = DataRest { stream: word, fin: flags & FLAG_FIN != 0, missing: length };
             return Ok(self.next_data(rest));
         }
-        let version = u16::from_be_bytes([head[0] & 0x7f, head[1]]);
+        let version = u16::from_be_bytes([a & 0x7f, b]);
         if version != VERSION {
             return Err(FrameError::Version(version));
         }
         if length > MAX_CONTROL {
             return Err(FrameError::TooLarge(length));
         }
-        let kind = u16::from_be_bytes([head[2], head[3]]);
+        let kind = u16::from_be_bytes([c, d]);
         if self.buffer.len() < 8 + length {
             return Ok(None);
         }
@@ -390,10 +389,13 @@ mod tests {
 
     #[test]
     fn a_header_block_cannot_grow_without_bound() {
-        let huge = vec![("x".to_owned(), "y".repeat(400_000))];
-        let (mut encoder, mut bytes) = (Encoder::default(), BytesMut::new());
-        encoder.put(&Frame::SynReply { stream: 1, fin: false, headers: huge }, &mut bytes);
-        assert_eq!(decode_all(&bytes, 512), Err(FrameError::Headers("larger than allowed")));
+        let long = vec![("x".to_owned(), "y".repeat(400_000))];
+        let many = vec![("x".to_owned(), String::new()); 65];
+        for (headers, want) in [(long, "larger than allowed"), (many, "more pairs than allowed")] {
+            let (mut encoder, mut bytes) = (Encoder::default(), BytesMut::new());
+            encoder.put(&Frame::SynReply { stream: 1, fin: false, headers }, &mut bytes);
+            assert_eq!(decode_all(&bytes, 512), Err(FrameError::Headers(want)));
+        }
     }
 
     #[test]

@@ -5,8 +5,10 @@ use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress, 
 
 use super::frame::FrameError;
 
-/// What a header block may become when unpacked; anything larger is an attack.
-const MAX_UNPACKED: usize = 256 * 1024;
+/// What a header block may become when unpacked; anything larger is an attack. The ones of Kubernetes' clients have
+/// three pairs and some hundred bytes.
+const MAX_UNPACKED: usize = 16 * 1024;
+const MAX_PAIRS: usize = 64;
 
 pub(super) type Headers = Vec<(String, String)>;
 
@@ -110,8 +112,10 @@ fn put_length(out: &mut Vec<u8>, length: usize) {
 
 fn parse(mut block: &[u8]) -> Result<Headers, FrameError> {
     let count = take_length(&mut block)?;
-    // Every pair takes eight bytes at least, which bounds what a lie can reserve.
-    let mut headers = Vec::with_capacity(count.min(block.len() / 8));
+    if count > MAX_PAIRS {
+        return Err(FrameError::Headers("more pairs than allowed"));
+    }
+    let mut headers = Vec::with_capacity(count);
     for _ in 0..count {
         let name = take_text(&mut block)?.to_ascii_lowercase();
         let value = take_text(&mut block)?;

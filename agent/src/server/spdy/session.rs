@@ -6,12 +6,14 @@ use bytes::{Bytes, BytesMut};
 
 use super::frame::{Decoder, Encoder, Frame, FrameError, StreamId};
 
-/// kubectl opens five streams for an exec and two per connection that it forwards.
-const MAX_STREAMS: usize = 4096;
+/// The headers that streams are known by; no others are kept.
+const KEPT_HEADERS: [&str; 3] = ["streamtype", "port", "requestid"];
+const MAX_KEPT_HEADER: usize = 256;
 /// Longer data is cut into frames of this size, so that streams share the connection.
 const MAX_DATA: usize = 32 * 1024;
 
 const STATUS_INVALID_STREAM: u32 = 2;
+const STATUS_REFUSED: u32 = 3;
 const STATUS_CANCEL: u32 = 5;
 
 /// What the other side did.
@@ -57,17 +59,21 @@ pub struct Session {
     decoder: Decoder,
     encoder: Encoder,
     role: Role,
+    /// How many streams may be open at a time.
+    max_streams: usize,
     streams: HashMap<StreamId, Open>,
     newest_remote: StreamId,
     next_local: StreamId,
 }
 
 impl Session {
-    pub fn new(role: Role) -> Self {
+    /// A session in which the other side may have `max_streams` streams open at a time; more are refused.
+    pub fn new(role: Role, max_streams: usize) -> Self {
         Self {
             decoder: Decoder::default(),
             encoder: Encoder::default(),
             role,
+            max_streams,
             streams: HashMap::new(),
             newest_remote: 0,
             next_local: if role == Role::Client { 1 } else { 2 },
@@ -99,10 +105,12 @@ impl Session {
     ) -> Result<(), FrameError> {
         match frame {
             Frame::SynStream { stream, fin, one_way, headers } => {
-                self.accept(stream, fin, one_way, answer)?;
-                events.push(Event::Opened { stream, headers });
-                if fin {
-                    events.push(Event::Finished { stream });
+                let headers = kept(headers)?;
+                if self.accept(stream, fin, one_way, answer)? {
+                    events.push(Event::Opened { stream, headers });
+                    if fin {
+                        events.push(Event::Finished { stream });
+                    }
                 }
             }
             Frame::SynReply { stream, fin, .. } | Frame::Headers { stream, fin, .. } => {
@@ -128,26 +136,28 @@ impl Session {
         Ok(())
     }
 
+    /// Whether the stream was accepted.
     fn accept(
         &mut self,
         stream: StreamId,
         fin: bool,
         one_way: bool,
         answer: &mut BytesMut,
-    ) -> Result<(), FrameError> {
+    ) -> Result<bool, FrameError> {
         let remote_parity = if self.role == Role::Server { 1 } else { 0 };
         if stream % 2 != remote_parity || stream <= self.newest_remote {
             return Err(FrameError::StreamTwice(stream));
         }
-        if self.streams.len() >= MAX_STREAMS {
-            return Err(FrameError::TooManyStreams(MAX_STREAMS));
-        }
         self.newest_remote = stream;
+        if self.streams.len() >= self.max_streams {
+            self.encoder.put(&Frame::Reset { stream, status: STATUS_REFUSED }, answer);
+            return Ok(false);
+        }
         self.streams.insert(stream, Open { local: !one_way, remote: !fin });
         let reply = Frame::SynReply { stream, fin: false, headers: Vec::new() };
         self.encoder.put(&reply, answer);
         self.forget_if_closed(stream);
-        Ok(())
+        Ok(true)
     }
 
     fn on_data(
@@ -234,14 +244,38 @@ impl Session {
     }
 }
 
+/// The headers that are needed, each once.
+fn kept(headers: Vec<(String, String)>) -> Result<Vec<(String, String)>, FrameError> {
+    let mut kept: Vec<(String, String)> = Vec::new();
+    for (name, mut value) in headers {
+        if !KEPT_HEADERS.contains(&name.as_str()) || kept.iter().any(|(known, _)| *known == name) {
+            continue;
+        }
+        if value.len() > MAX_KEPT_HEADER {
+            return Err(FrameError::Headers("a value longer than allowed"));
+        }
+        value.shrink_to_fit();
+        kept.push((name, value));
+    }
+    Ok(kept)
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
 
+    fn new_client() -> Session {
+        Session::new(Role::Client, 8)
+    }
+
+    fn new_server() -> Session {
+        Session::new(Role::Server, 8)
+    }
+
     fn pair() -> (Session, Session) {
-        (Session::new(Role::Client), Session::new(Role::Server))
+        (new_client(), new_server())
     }
 
     fn headers(kind: &str) -> Vec<(String, String)> {
@@ -285,7 +319,7 @@ mod tests {
         let mut wire = BytesMut::new();
         client.open(headers("a"), &mut wire);
         pass(&mut server, &mut wire);
-        let mut again = Session::new(Role::Client);
+        let mut again = new_client();
         // A second session's compressor starts anew, so only its numbers clash.
         let stream = again.open(Vec::new(), &mut wire);
         let mut answer = BytesMut::new();
@@ -293,8 +327,41 @@ mod tests {
     }
 
     #[test]
+    fn streams_above_the_limit_are_refused_and_leave_nothing_behind() {
+        let (mut client, mut server) = (Session::new(Role::Client, 0), new_server());
+        let (mut wire, mut opened, mut answers) = (BytesMut::new(), 0, BytesMut::new());
+        for _ in 0..1000 {
+            client.open(headers("data"), &mut wire);
+            let (events, answer) = pass(&mut server, &mut wire);
+            opened += events.len();
+            answers.extend_from_slice(&answer);
+        }
+        assert_eq!((opened, server.streams.len()), (8, 8));
+        let resets = client.receive(&answers, &mut BytesMut::new()).unwrap();
+        assert_eq!(resets.len(), 992, "each of the others was told");
+        // A place is free again when a stream has ended.
+        server.reset(1, &mut BytesMut::new());
+        client.open(headers("data"), &mut wire);
+        assert_eq!(pass(&mut server, &mut wire).0.len(), 1);
+    }
+
+    #[test]
+    fn only_the_headers_that_are_needed_are_kept() {
+        let (mut client, mut server) = pair();
+        let mut wire = BytesMut::new();
+        let mut many: Vec<_> = (0..50).map(|i| (format!("x-{i}"), "y".repeat(200))).collect();
+        many.extend(headers("data"));
+        many.extend(headers("error"));
+        client.open(many, &mut wire);
+        let (events, _) = pass(&mut server, &mut wire);
+        assert_eq!(events, [Event::Opened { stream: 1, headers: headers("data") }]);
+        client.open(headers(&"z".repeat(300)), &mut wire);
+        assert!(server.receive(&wire, &mut BytesMut::new()).is_err());
+    }
+
+    #[test]
     fn pings_of_the_other_side_are_answered_and_own_ones_are_not() {
-        let mut server = Session::new(Role::Server);
+        let mut server = new_server();
         let mut wire = BytesMut::new();
         for id in [1, 2] {
             Encoder::default().put(&Frame::Ping { id }, &mut wire);
@@ -337,7 +404,7 @@ mod tests {
         #[test]
         fn garbage_never_panics(parts in prop::collection::vec(
             prop::collection::vec(any::<u8>(), 0..64), 0..8)) {
-            let mut server = Session::new(Role::Server);
+            let mut server = new_server();
             let mut answer = BytesMut::new();
             for part in parts {
                 if server.receive(&part, &mut answer).is_err() { break }
