@@ -6,28 +6,35 @@
 //! `system:masters` may do everything, as in every cluster, so that logs and exec work
 //! even while reviews cannot be asked for.
 
-use std::collections::HashMap;
-use std::hash::Hash;
-use std::sync::{Mutex, PoisonError};
+use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures_util::FutureExt;
 use http::{HeaderMap, Method, StatusCode, header};
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, UserInfo};
 use k8s_openapi::api::authorization::v1::{
     ResourceAttributes, SubjectAccessReview, SubjectAccessReviewSpec,
 };
-use kube::api::PostParams;
-use kube::{Api, Client};
+use kube::Client;
 use sha2::{Digest, Sha256};
-use tracing::warn;
 
 use super::find::Refusal;
+use super::query;
 use crate::config::{Authorization, ServerConfig};
+
+mod answers;
+mod rate;
+mod reviewer;
+
+use answers::{Answers, Flights, Known};
+use rate::Rate;
+use reviewer::Reviewer;
 
 /// Bad tokens are asked about again after this time: they may have been created meanwhile.
 const BAD_TOKEN_TTL: Duration = Duration::from_secs(10);
-/// Answers kept at a time; beyond it the oldest ones go.
-const CACHE_SIZE: usize = 4096;
+/// A user that is described at greater length is asked about each time.
+const MAX_KEPT_USER: usize = 16 * 1024;
 
 const ANONYMOUS: &str = "system:anonymous";
 
@@ -38,47 +45,63 @@ pub enum Identity {
     Anonymous,
 }
 
+/// Who asks, as far as the connection tells.
+#[derive(Debug, Clone, Copy)]
+pub struct Origin<'a> {
+    pub peer: IpAddr,
+    /// Verified, in DER.
+    pub certificate: Option<&'a [u8]>,
+}
+
 /// Decides about requests.
 pub struct Access {
     config: ServerConfig,
     node_name: String,
-    client: Option<Client>,
-    tokens: Cache<[u8; 32], Option<UserInfo>>,
-    decisions: Cache<Question, bool>,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-struct Question {
-    user: String,
-    groups: Vec<String>,
-    verb: &'static str,
-    subresource: &'static str,
+    reviewer: Option<Arc<Reviewer>>,
+    tokens: Answers<UserInfo>,
+    /// Apart from the good ones, so that a flood of bad ones makes none of them forgotten.
+    bad_tokens: Answers<()>,
+    token_flights: Flights<Option<Option<UserInfo>>>,
+    token_rate: Rate,
+    decisions: Answers<bool>,
+    decision_flights: Flights<Option<bool>>,
 }
 
 impl Access {
     /// Without a `client`, tokens are unknown and nobody but `system:masters` may do anything.
     pub fn new(config: ServerConfig, node_name: String, client: Option<Client>) -> Self {
-        Self { config, node_name, client, tokens: Cache::default(), decisions: Cache::default() }
+        Self {
+            config,
+            node_name,
+            reviewer: client.map(|client| Arc::new(Reviewer::new(client))),
+            tokens: Answers::default(),
+            bad_tokens: Answers::default(),
+            token_flights: Flights::default(),
+            token_rate: Rate::default(),
+            decisions: Answers::default(),
+            decision_flights: Flights::default(),
+        }
     }
 
     /// Lets a request pass or says why not.
     ///
     /// # Errors
-    /// 401 when the client is nobody, 403 when it may not, 500 when that cannot be found out.
+    /// 401 when the client is nobody, 403 when it may not, 429 when it must wait, 500 when that cannot be found out.
     pub async fn check(
         &self,
-        certificate: Option<&[u8]>,
+        origin: Origin<'_>,
         method: &Method,
         path: &str,
         headers: &HeaderMap,
     ) -> Result<Identity, Refusal> {
-        let user = self.authenticate(certificate, headers).await?;
+        let user = self.authenticate(origin, headers).await?;
         let anonymous = user.username.as_deref() == Some(ANONYMOUS);
         let identity = if anonymous { Identity::Anonymous } else { Identity::Named };
         if self.config.authorization == Authorization::AlwaysAllow || is_master(&user) {
             return Ok(identity);
         }
-        let (verb, subresources) = (verb(method), subresources(path));
+        let handler = query::segments(path).into_iter().next().unwrap_or_default();
+        let (verb, subresources) = (verb(method, &handler), subresources(&handler));
         for subresource in subresources {
             if self.may(&user, verb, subresource).await? {
                 return Ok(identity);
@@ -93,10 +116,10 @@ impl Access {
 
     async fn authenticate(
         &self,
-        certificate: Option<&[u8]>,
+        origin: Origin<'_>,
         headers: &HeaderMap,
     ) -> Result<UserInfo, Refusal> {
-        if let Some(user) = certificate.and_then(certificate_user) {
+        if let Some(user) = origin.certificate.and_then(certificate_user) {
             return Ok(user);
         }
         let unauthorized = || Refusal::new(StatusCode::UNAUTHORIZED, "Unauthorized");
@@ -104,7 +127,7 @@ impl Access {
             if !self.config.token_review {
                 return Err(unauthorized());
             }
-            return self.review_token(token).await?.ok_or_else(unauthorized);
+            return self.review_token(origin.peer, token).await?.ok_or_else(unauthorized);
         }
         if self.config.anonymous {
             return Ok(UserInfo {
@@ -116,24 +139,40 @@ impl Access {
         Err(unauthorized())
     }
 
-    async fn review_token(&self, token: &str) -> Result<Option<UserInfo>, Refusal> {
-        // Only a digest is kept: a memory dump must not hand out tokens.
-        let key: [u8; 32] = Sha256::digest(token.as_bytes()).into();
-        if let Some(user) = self.tokens.get(&key) {
-            return Ok(user);
+    async fn review_token(&self, peer: IpAddr, token: &str) -> Result<Option<UserInfo>, Refusal> {
+        let key = Sha256::digest(token.as_bytes()).into();
+        let known = self.tokens.get(&key);
+        if let Known::Holds(user) = known {
+            return Ok(Some(user));
         }
-        let Some(client) = &self.client else { return Ok(None) };
-        let spec = TokenReviewSpec { token: token.to_owned(), ..TokenReviewSpec::default() };
-        let review = TokenReview { spec, ..TokenReview::default() };
-        let api: Api<TokenReview> = Api::all(client.clone());
-        let answer = api.create(&PostParams::default(), &review).await.map_err(|error| {
-            warn!(%error, "Cannot ask the API server about a token");
-            Refusal::new(StatusCode::UNAUTHORIZED, "Unauthorized")
-        })?;
-        let status = answer.status.unwrap_or_default();
-        let user = status.user.filter(|_| status.authenticated == Some(true));
-        let ttl = if user.is_some() { self.config.token_review_ttl } else { BAD_TOKEN_TTL };
-        self.tokens.put(key, user.clone(), ttl);
+        let Some(reviewer) = &self.reviewer else { return Ok(None) };
+        if let Known::Holds(()) = self.bad_tokens.get(&key) {
+            return Ok(None);
+        }
+        let ask = || {
+            // A token that was good before does not wait behind a flood of others.
+            if known == Known::No && !self.token_rate.allows(peer, Instant::now()) {
+                let text = "too many tokens that are not known here; try again later";
+                return Err(Refusal::new(StatusCode::TOO_MANY_REQUESTS, text));
+            }
+            let spec = TokenReviewSpec { token: token.to_owned(), ..TokenReviewSpec::default() };
+            let review = TokenReview { spec, ..TokenReview::default() };
+            let reviewer = reviewer.clone();
+            Ok(async move {
+                let status = reviewer.ask(review).await?.status.unwrap_or_default();
+                Some(status.user.filter(|_| status.authenticated == Some(true)))
+            }
+            .boxed())
+        };
+        let answer = self.token_flights.join(key, ask).await?;
+        let user = answer.ok_or_else(|| Refusal::new(StatusCode::UNAUTHORIZED, "Unauthorized"))?;
+        match &user {
+            Some(user) if length(user) <= MAX_KEPT_USER => {
+                self.tokens.put(key, user.clone(), self.config.token_review_ttl);
+            }
+            Some(_) => {}
+            None => self.bad_tokens.put(key, (), BAD_TOKEN_TTL),
+        }
         Ok(user)
     }
 
@@ -143,48 +182,59 @@ impl Access {
         verb: &'static str,
         subresource: &'static str,
     ) -> Result<bool, Refusal> {
-        let question = Question {
-            user: user.username.clone().unwrap_or_default(),
-            groups: user.groups.clone().unwrap_or_default(),
-            verb,
-            subresource,
-        };
-        if let Some(allowed) = self.decisions.get(&question) {
+        let Some(reviewer) = &self.reviewer else { return Ok(false) };
+        let spec = self.question(user, verb, subresource);
+        // The whole question: whatever the API server may decide by is part of the key.
+        let key = Sha256::digest(serde_json::to_vec(&spec).unwrap_or_default()).into();
+        if let Known::Holds(allowed) = self.decisions.get(&key) {
             return Ok(allowed);
         }
-        let Some(client) = &self.client else { return Ok(false) };
-        let review = SubjectAccessReview {
-            spec: SubjectAccessReviewSpec {
-                user: user.username.clone(),
-                groups: user.groups.clone(),
-                uid: user.uid.clone(),
-                extra: user.extra.clone(),
-                resource_attributes: Some(ResourceAttributes {
-                    verb: Some(verb.to_owned()),
-                    version: Some("v1".to_owned()),
-                    resource: Some("nodes".to_owned()),
-                    subresource: Some(subresource.to_owned()),
-                    name: Some(self.node_name.clone()),
-                    ..ResourceAttributes::default()
-                }),
-                ..SubjectAccessReviewSpec::default()
-            },
-            ..SubjectAccessReview::default()
+        let ask = || {
+            let review = SubjectAccessReview { spec, ..SubjectAccessReview::default() };
+            let reviewer = reviewer.clone();
+            Ok(async move {
+                Some(reviewer.ask(review).await?.status.is_some_and(|status| status.allowed))
+            }
+            .boxed())
         };
-        let api: Api<SubjectAccessReview> = Api::all(client.clone());
-        let answer = api.create(&PostParams::default(), &review).await.map_err(|error| {
-            warn!(%error, "Cannot ask the API server about a permission");
+        let allowed = self.decision_flights.join(key, ask).await?.ok_or_else(|| {
             let text = format!(
                 "Authorization error (user={}, verb={verb}, resource=nodes, subresource={subresource})",
-                question.user
+                user.username.as_deref().unwrap_or_default()
             );
             Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, text)
         })?;
-        let allowed = answer.status.is_some_and(|status| status.allowed);
         let ttl = if allowed { self.config.authorized_ttl } else { self.config.unauthorized_ttl };
-        self.decisions.put(question, allowed, ttl);
+        self.decisions.put(key, allowed, ttl);
         Ok(allowed)
     }
+
+    fn question(
+        &self,
+        user: &UserInfo,
+        verb: &'static str,
+        subresource: &'static str,
+    ) -> SubjectAccessReviewSpec {
+        SubjectAccessReviewSpec {
+            user: user.username.clone(),
+            groups: user.groups.clone(),
+            uid: user.uid.clone(),
+            extra: user.extra.clone(),
+            resource_attributes: Some(ResourceAttributes {
+                verb: Some(verb.to_owned()),
+                version: Some("v1".to_owned()),
+                resource: Some("nodes".to_owned()),
+                subresource: Some(subresource.to_owned()),
+                name: Some(self.node_name.clone()),
+                ..ResourceAttributes::default()
+            }),
+            ..SubjectAccessReviewSpec::default()
+        }
+    }
+}
+
+fn length(user: &UserInfo) -> usize {
+    serde_json::to_vec(user).map_or(usize::MAX, |json| json.len())
 }
 
 fn is_master(user: &UserInfo) -> bool {
@@ -210,19 +260,22 @@ fn bearer_token(headers: &HeaderMap) -> Option<&str> {
 }
 
 /// The verb that RBAC knows a method by.
-fn verb(method: &Method) -> &'static str {
-    match method.as_str() {
-        "POST" => "create",
-        "PUT" => "update",
-        "PATCH" => "patch",
-        "DELETE" => "delete",
+///
+/// WebSocket clients open sessions by GET. The kubelet asks for `get` then, so that whoever may read `nodes/proxy` may
+/// run commands; here a session always needs `create`.
+fn verb(method: &Method, handler: &str) -> &'static str {
+    match (method.as_str(), handler) {
+        ("POST", _) | ("GET", "exec" | "attach" | "portForward") => "create",
+        ("PUT", _) => "update",
+        ("PATCH", _) => "patch",
+        ("DELETE", _) => "delete",
         _ => "get",
     }
 }
 
 /// The subresources of `nodes` of which one must be allowed, the finest first.
-fn subresources(path: &str) -> &'static [&'static str] {
-    match path.trim_start_matches('/').split('/').next().unwrap_or_default() {
+fn subresources(handler: &str) -> &'static [&'static str] {
+    match handler {
         "stats" => &["stats"],
         "metrics" => &["metrics"],
         "logs" => &["log"],
@@ -234,112 +287,5 @@ fn subresources(path: &str) -> &'static [&'static str] {
     }
 }
 
-/// Answers that hold for a while.
-struct Cache<K, V> {
-    entries: Mutex<HashMap<K, (V, Instant)>>,
-}
-
-impl<K, V> Default for Cache<K, V> {
-    fn default() -> Self {
-        Self { entries: Mutex::new(HashMap::new()) }
-    }
-}
-
-impl<K: Eq + Hash + Clone, V: Clone> Cache<K, V> {
-    fn get(&self, key: &K) -> Option<V> {
-        let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
-        let (value, until) = entries.get(key)?;
-        (*until > Instant::now()).then(|| value.clone())
-    }
-
-    fn put(&self, key: K, value: V, ttl: Duration) {
-        let now = Instant::now();
-        let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
-        if entries.len() >= CACHE_SIZE {
-            entries.retain(|_, (_, until)| *until > now);
-        }
-        if entries.len() >= CACHE_SIZE {
-            let oldest = entries.iter().min_by_key(|(_, (_, until))| *until);
-            if let Some(oldest) = oldest.map(|(key, _)| key.clone()) {
-                entries.remove(&oldest);
-            }
-        }
-        entries.insert(key, (value, now + ttl));
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use http::HeaderValue;
-
-    use super::*;
-
-    fn token(value: &'static str) -> HeaderMap {
-        HeaderMap::from_iter([(header::AUTHORIZATION, HeaderValue::from_static(value))])
-    }
-
-    fn certificate(name: &str, group: &str) -> Vec<u8> {
-        let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
-        params.distinguished_name = rcgen::DistinguishedName::new();
-        params.distinguished_name.push(rcgen::DnType::CommonName, name);
-        params.distinguished_name.push(rcgen::DnType::OrganizationName, group);
-        let key = rcgen::KeyPair::generate().unwrap();
-        params.self_signed(&key).unwrap().der().to_vec()
-    }
-
-    #[tokio::test]
-    async fn without_credentials_nobody_gets_in_unless_anonymous_may() {
-        let check = async |config: ServerConfig| {
-            let access = Access::new(config, "n1".to_owned(), None);
-            access.check(None, &Method::GET, "/pods", &HeaderMap::new()).await
-        };
-        let refusal = check(ServerConfig::default()).await.unwrap_err();
-        assert_eq!(refusal, Refusal::new(StatusCode::UNAUTHORIZED, "Unauthorized"));
-        let anonymous = ServerConfig { anonymous: true, ..ServerConfig::default() };
-        let refusal = check(anonymous.clone()).await.unwrap_err();
-        assert_eq!(
-            refusal.text,
-            "Forbidden (user=system:anonymous, verb=get, resource=nodes, \
-             subresource(s)=[\"pods\", \"proxy\"])"
-        );
-        let authorization = Authorization::AlwaysAllow;
-        assert_eq!(
-            check(ServerConfig { authorization, ..anonymous }).await,
-            Ok(Identity::Anonymous)
-        );
-    }
-
-    #[tokio::test]
-    async fn masters_may_and_others_are_asked_about() {
-        let access = Access::new(ServerConfig::default(), "n1".to_owned(), None);
-        let check = async |group: &str| {
-            let der = certificate("someone", group);
-            access.check(Some(&der), &Method::POST, "/exec/a/b/c", &HeaderMap::new()).await
-        };
-        assert_eq!(check("system:masters").await, Ok(Identity::Named));
-        let text = check("dev").await.unwrap_err().text;
-        assert!(text.starts_with("Forbidden (user=someone, verb=create"), "{text}");
-    }
-
-    #[test]
-    fn tokens_and_subresources() {
-        assert_eq!(bearer_token(&token("Bearer abc ")), Some("abc"));
-        assert_eq!(bearer_token(&token("Basic abc")), None);
-        assert_eq!(subresources("/metrics/resource"), ["metrics"]);
-        assert_eq!(subresources("/containerLogs/a/b/c"), ["proxy"]);
-        assert_eq!(subresources("//pods"), ["pods", "proxy"]);
-    }
-
-    #[test]
-    fn a_cache_forgets() {
-        let cache = Cache::default();
-        cache.put("a", 1, Duration::from_secs(100));
-        cache.put("b", 2, Duration::ZERO);
-        assert_eq!((cache.get(&"a"), cache.get(&"b")), (Some(1), None));
-        for i in 0..CACHE_SIZE {
-            cache.put(Box::leak(i.to_string().into_boxed_str()), 0, Duration::from_secs(200));
-        }
-        assert_eq!(cache.get(&"a"), None);
-        assert_eq!(cache.entries.lock().unwrap().len(), CACHE_SIZE);
-    }
-}
+mod tests;

@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
-use super::auth::{Access, Identity};
+use super::auth::{Access, Identity, Origin};
 use super::containers::{Containers, ExecRequest};
 use super::find::{self, Refusal};
 use super::metrics::Metrics;
@@ -96,9 +96,8 @@ impl Routes {
             Caller::Healthz => &Peer::none(),
             Caller::Remote { certificate, peer } => {
                 let (uri, headers) = (request.uri().path(), request.headers());
-                let certificate = certificate.as_deref();
-                let identity =
-                    self.access.check(certificate, request.method(), uri, headers).await?;
+                let origin = Origin { peer: peer.address, certificate: certificate.as_deref() };
+                let identity = self.access.check(origin, request.method(), uri, headers).await?;
                 // A caller without a name that may ask something still gives way to others.
                 if identity == Identity::Named {
                     peer.establish().map_err(full)?;

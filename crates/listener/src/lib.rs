@@ -11,4 +11,4 @@ mod accept;
 mod pool;
 
 pub use accept::{Connection, Listener};
-pub use pool::{Full, Limits, Slot};
+pub use pool::{Full, Limits, Slot, group};

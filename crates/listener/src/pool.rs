@@ -140,7 +140,8 @@ impl Drop for Place {
 }
 
 /// The addresses that one peer has at no cost count as one: a host is given a whole /64 of IPv6.
-fn group(peer: IpAddr) -> IpAddr {
+#[must_use]
+pub fn group(peer: IpAddr) -> IpAddr {
     match peer.to_canonical() {
         IpAddr::V6(address) => {
             IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() & !u128::from(u64::MAX)))
