@@ -16,7 +16,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use keelson_listener::{Connection, Limits, Listener};
 use keelson_supervise::caught;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -54,6 +54,9 @@ const MAX_HEAD: usize = 1 << 20;
 /// The same for callers that only say who they are in the request itself.
 const MAX_HEAD_OF_UNKNOWN: usize = 64 * 1024;
 
+/// Connections that wait to be accepted; the kernel takes it for less where `net.core.somaxconn` is lower.
+const BACKLOG: u32 = 4096;
+
 /// Connections of the HTTPS API.
 const LIMITS: Limits = Limits { pending: 1024, pending_of_peer: 256, established: 1024 };
 /// Connections of the health checks, all of which are of unknown callers.
@@ -64,17 +67,24 @@ const HEALTHZ_LIMITS: Limits = Limits { pending: 256, pending_of_peer: 64, estab
 /// # Errors
 /// When the address cannot be bound.
 pub async fn bind(address: IpAddr, port: u16) -> anyhow::Result<TcpListener> {
-    let result = TcpListener::bind(SocketAddr::new(address, port)).await;
-    let listener = match result {
+    let listener = match listen(SocketAddr::new(address, port)) {
         // A kernel without IPv6 has no "every address" of both families.
         Err(_) if address.is_unspecified() && address.is_ipv6() => {
-            TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).await
+            listen((Ipv4Addr::UNSPECIFIED, port).into())
         }
         other => other,
     };
     listener.with_context(|| {
         format!("cannot listen on {address} port {port}; hint: is another kubelet running here?")
     })
+}
+
+fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    // A caller that finds the queue full waits for a second: a crowd must not fill it at once.
+    socket.listen(BACKLOG)
 }
 
 /// Serves HTTPS on `listener` until `cancel`; connections that are open then are closed.
@@ -102,7 +112,8 @@ pub async fn serve(
             let certificate = certificate.map(|der| der.to_vec());
             let max_head = if certificate.is_some() { MAX_HEAD } else { MAX_HEAD_OF_UNKNOWN };
             let caller = Caller::Remote { certificate, peer };
-            serve_connection(socket, caller, max_head, routes).await;
+            // In a box: those that never get here, the silent ones, are small.
+            Box::pin(serve_connection(socket, caller, max_head, routes)).await;
         }
     })
     .await;
@@ -127,7 +138,8 @@ where
         loop {
             let Connection { stream, peer, slot } = listener.accept().await;
             let (peer, socket) = Peer::new(stream, peer.ip(), slot.clone());
-            let work = caught("connection", handle(socket, peer));
+            // In a box: what wraps a future holds it twice.
+            let work = caught("connection", Box::pin(handle(socket, peer)));
             let cancel = cancel.clone();
             connections.spawn(async move {
                 cancel.run_until_cancelled(slot.run(work)).await;

@@ -206,3 +206,35 @@ async fn garbage_instead_of_either_protocol_ends_its_session() {
     until("no session is left", || node.routes.sessions.is_empty()).await;
     assert_eq!(get(&node, "/healthz").await, (200, "ok".to_owned()));
 }
+
+#[tokio::test]
+async fn a_client_that_dribbles_its_handshake_or_its_request_is_ended() {
+    let node = Node::start(|_| ()).await;
+    let dribble = async |mut socket: Box<dyn Duplex>, first: &'static [u8], rest: u8| {
+        socket.write_all(first).await.unwrap();
+        loop {
+            tokio::select! {
+                read = socket.read_u8() => if read.is_err() { return },
+                () = tokio::time::sleep(Duration::from_secs(1)) => {
+                    if socket.write_all(&[rest]).await.is_err() || socket.flush().await.is_err() {
+                        return;
+                    }
+                }
+            }
+        }
+    };
+    let tcp = tokio::net::TcpStream::connect(node.address).await.unwrap();
+    let healthz = tokio::net::TcpStream::connect(node.healthz).await.unwrap();
+    let tls = proxy::connect(node.address).await.unwrap();
+    let all = async {
+        tokio::join!(
+            dribble(Box::new(tcp), &[0x16, 3, 1, 2, 0], 0),
+            dribble(Box::new(healthz), b"GET / HTTP/1.1\r\nX: ", b'x'),
+            dribble(Box::new(tls), b"GET / HTTP/1.1\r\nX: ", b'x'),
+        )
+    };
+    tokio::time::timeout(DEADLINE, all).await.expect("the node hangs up");
+}
+
+trait Duplex: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin {}
+impl<T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin> Duplex for T {}
