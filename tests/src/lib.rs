@@ -3,5 +3,6 @@
 pub mod apiserver;
 pub mod image;
 pub mod leak;
+pub mod netns;
 pub mod node;
 pub mod registry;

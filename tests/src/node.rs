@@ -263,6 +263,18 @@ impl Node {
         tail(&self.log_path())
     }
 
+    /// Everything that keelson logged.
+    pub fn whole_log(&self) -> String {
+        fs::read(self.log_path())
+            .map(|log| String::from_utf8_lossy(&log).into_owned())
+            .unwrap_or_default()
+    }
+
+    /// The port of the node's API, on this machine's loopback.
+    pub fn api_port(&self) -> u16 {
+        self.api_port
+    }
+
     fn log_path(&self) -> PathBuf {
         self.scratch.path().join("keelson.log")
     }
