@@ -1,45 +1,26 @@
 //! What an honest user runs on the node, and what it must not lose.
 
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::JoinHandle;
-use std::time::Duration;
-
-use anyhow::Result;
-use keelson_tests::netns;
 use keelson_tests::node::{BUSYBOX, Node};
+use keelson_tests::probe::Probe;
 
 use crate::yaml_text;
 
 /// A web server of two replicas behind a Service, a pod that asks it through its ClusterIP, and a caller outside that
 /// asks through its node port.
 pub(crate) struct Ordinary {
-    stop: Arc<AtomicBool>,
-    answered: Arc<AtomicU64>,
-    lost: Arc<AtomicU64>,
-    caller: JoinHandle<Result<()>>,
+    caller: Probe,
 }
 
 const NODE_PORT: &str = "198.18.0.2:30123";
-const LIMIT: Duration = Duration::from_secs(10);
 
 impl Ordinary {
     pub(crate) fn start(node: &Node) -> Ordinary {
         node.apply(&manifest()).unwrap();
         node.kubectl(&["rollout", "status", "deployment/web", "--timeout=90s"]).unwrap();
         node.wait_for("pod/client", "condition=Ready").unwrap();
-        let (stop, answered, lost) = (Arc::default(), Arc::default(), Arc::default());
-        let caller = {
-            let (stop, answered, lost) =
-                (Arc::clone(&stop), Arc::clone(&answered), Arc::clone(&lost));
-            netns::spawn_in(&format!("{}-outside", node.name()), move || {
-                ask_until(&stop, &answered, &lost);
-                Ok(())
-            })
-        };
-        Ordinary { stop, answered, lost, caller }
+        let outside = format!("{}-outside", node.name());
+        let address = NODE_PORT.parse().unwrap();
+        Ordinary { caller: Probe::of_new_connections(&outside, address, "ordinary") }
     }
 
     /// The node still does its work: a pod that comes now gets its turn.
@@ -50,12 +31,9 @@ impl Ordinary {
     }
 
     pub(crate) fn lost_nothing(self, node: &Node) {
-        self.stop.store(true, Ordering::Relaxed);
-        self.caller.join().unwrap().unwrap();
-        let (answered, lost) =
-            (self.answered.load(Ordering::Relaxed), self.lost.load(Ordering::Relaxed));
-        println!("node port, from outside: {answered} requests answered, {lost} lost");
-        assert!(answered > 100 && lost == 0, "{answered} answered, {lost} lost");
+        let seen = self.caller.end().unwrap();
+        println!("node port, from outside: {seen:?}");
+        assert!(seen.answered > 100 && seen.lost == 0, "{seen:?}");
         let counts = node.kubectl(&["exec", "client", "--", "cat", "/tmp/counts"]).unwrap();
         println!("ClusterIP, from a pod: {counts}");
         assert!(counts.trim_end().ends_with(" 0 lost"), "{counts}");
@@ -64,28 +42,6 @@ impl Ordinary {
             node.kubectl(&["get", "pods", "-l", "kind=ordinary", "-o", restarts]).unwrap();
         assert_eq!(restarts, "0 0 0 0");
     }
-}
-
-fn ask_until(stop: &AtomicBool, answered: &AtomicU64, lost: &AtomicU64) {
-    let address: SocketAddr = NODE_PORT.parse().unwrap();
-    while !stop.load(Ordering::Relaxed) {
-        let counter = if page(&address).is_ok_and(|page| page.contains("ordinary")) {
-            answered
-        } else {
-            lost
-        };
-        counter.fetch_add(1, Ordering::Relaxed);
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
-fn page(address: &SocketAddr) -> std::io::Result<String> {
-    let mut stream = TcpStream::connect_timeout(address, LIMIT)?;
-    stream.set_read_timeout(Some(LIMIT))?;
-    stream.write_all(b"GET / HTTP/1.0\r\n\r\n")?;
-    let mut page = String::new();
-    stream.read_to_string(&mut page)?;
-    Ok(page)
 }
 
 fn pod(name: &str, script: &str) -> String {

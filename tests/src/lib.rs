@@ -5,4 +5,5 @@ pub mod image;
 pub mod leak;
 pub mod netns;
 pub mod node;
+pub mod probe;
 pub mod registry;

@@ -1,5 +1,6 @@
 //! A whole keelson node for one test: its own network namespace, containerd, folders and cgroups; gone with the value.
 
+use std::ffi::OsString;
 use std::fs;
 use std::net::TcpListener;
 use std::os::unix::net::UnixDatagram;
@@ -25,13 +26,23 @@ pub const PATIENCE: Duration = Duration::from_secs(90);
 
 static COUNTER: AtomicU32 = AtomicU32::new(0);
 
+/// What is unusual about a node.
+#[derive(Debug, Clone, Default)]
+pub struct Setup {
+    /// Flags of `keelson up` beyond the usual ones.
+    pub flags: &'static [&'static str],
+    /// More environment for keelson's process.
+    pub env: Vec<(&'static str, OsString)>,
+    /// The node's state lives on a disk of this many bytes, which can be filled.
+    pub disk: Option<u64>,
+}
+
 /// A running node; dropping it removes it and everything that it made.
 pub struct Node {
     name: String,
     api_port: u16,
     child: Option<Child>,
-    /// Flags of `keelson up` beyond the usual ones.
-    flags: &'static [&'static str],
+    setup: Setup,
     stopped: bool,
     scratch: tempfile::TempDir,
 }
@@ -42,7 +53,7 @@ impl Node {
     /// # Errors
     /// When it does not come up; the error holds the end of its log.
     pub fn start() -> Result<Node> {
-        Node::start_with(unique_name("kt"), &[])
+        Node::start_with(unique_name("kt"), Setup::default())
     }
 
     /// Brings up a node without agent and proxy: somebody else runs them, in its network namespace. The names of
@@ -53,7 +64,7 @@ impl Node {
     pub fn start_control_plane(prefix: &str) -> Result<Node> {
         let name = unique_name(prefix);
         memory_run_dir(&name)?;
-        Node::start_with(name, &["--control-plane-only"])
+        Node::start_with(name, Setup { flags: &["--control-plane-only"], ..Setup::default() })
     }
 
     /// As [`Node::start`], with more flags for `keelson up`.
@@ -61,13 +72,26 @@ impl Node {
     /// # Errors
     /// As [`Node::start`].
     pub fn start_with_flags(flags: &'static [&'static str]) -> Result<Node> {
-        Node::start_with(unique_name("kt"), flags)
+        Node::start_with(unique_name("kt"), Setup { flags, ..Setup::default() })
     }
 
-    fn start_with(name: String, flags: &'static [&'static str]) -> Result<Node> {
+    /// As [`Node::start`], with what is unusual about the node.
+    ///
+    /// # Errors
+    /// As [`Node::start`].
+    pub fn start_with_setup(setup: Setup) -> Result<Node> {
+        let name = unique_name("kt");
+        if let Some(bytes) = setup.disk {
+            let folder = Path::new("/var/lib").join(&name);
+            memory_disk(&folder, &format!("mode=700,size={bytes}"))?;
+        }
+        Node::start_with(name, setup)
+    }
+
+    fn start_with(name: String, setup: Setup) -> Result<Node> {
         let api_port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         let scratch = tempfile::tempdir()?;
-        let mut node = Node { name, api_port, child: None, flags, stopped: false, scratch };
+        let mut node = Node { name, api_port, child: None, setup, stopped: false, scratch };
         node.launch()?;
         let archive = node.scratch.path().join("busybox.tar");
         write_busybox_archive(
@@ -98,7 +122,7 @@ impl Node {
             "--api-port",
             &self.api_port.to_string(),
         ]);
-        command.args(self.flags);
+        command.args(self.setup.flags).envs(self.setup.env.iter().cloned());
         command.env("NOTIFY_SOCKET", &socket).stdin(Stdio::null());
         command.stdout(log.try_clone()?).stderr(log).process_group(0);
         self.child = Some(command.spawn()?);
@@ -324,11 +348,16 @@ fn unique_name(prefix: &str) -> String {
 /// `keelson down` unmounts it with everything else there.
 fn memory_run_dir(name: &str) -> Result<()> {
     let folder = Path::new("/run").join(name);
-    fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
     if statfs("/run")?.filesystem_type() == TMPFS_MAGIC {
-        return Ok(());
+        return Ok(fs::create_dir_all(&folder)?);
     }
-    mount(Some("tmpfs"), &folder, Some("tmpfs"), MsFlags::empty(), Some("mode=755"))
+    memory_disk(&folder, "mode=755")
+}
+
+/// Mounts a file system in memory, which `keelson down` unmounts with everything else of the node.
+fn memory_disk(folder: &Path, options: &str) -> Result<()> {
+    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    mount(Some("tmpfs"), folder, Some("tmpfs"), MsFlags::empty(), Some(options))
         .with_context(|| format!("cannot mount a tmpfs on {}", folder.display()))
 }
 

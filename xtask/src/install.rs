@@ -42,6 +42,9 @@ const TEST: &[Need] = &[
     need("/usr/lib/cni/loopback", "containernetworking-plugins"),
 ];
 
+/// For a clock that steps.
+const SOAK: &[Need] = &[need("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1", "libfaketime")];
+
 /// For the machine that is emulated.
 const VM: &[Need] = &[
     need("qemu-system-x86_64", "qemu-system-x86"),
@@ -67,6 +70,11 @@ pub(crate) fn for_up() -> Result<()> {
 /// What `cargo xtask test` calls.
 pub(crate) fn for_test() -> Result<()> {
     install(&[BUILD, NODE, TEST].concat())
+}
+
+/// What `cargo xtask soak` calls.
+pub(crate) fn for_soak() -> Result<()> {
+    install(&[BUILD, NODE, TEST, SOAK].concat())
 }
 
 /// What the lane in a virtual machine needs. Without it that lane is skipped, and nothing else.

@@ -6,6 +6,7 @@ mod down;
 mod ebpf;
 mod install;
 mod shell;
+mod soak;
 mod test;
 mod up;
 mod vm;
@@ -30,6 +31,8 @@ enum Task {
     Test(test::TestArgs),
     /// Measure keelson, and its peers beside it in the same run
     Bench(bench::BenchArgs),
+    /// Kill a node's processes, fill its disk and step its clock, round after round, and print what was lost
+    Soak(soak::SoakArgs),
     /// Build the BPF programs again, whose objects are part of the repository
     Ebpf(ebpf::EbpfArgs),
 }
@@ -40,6 +43,7 @@ fn main() -> anyhow::Result<()> {
         Task::Down(args) => down::run(&args),
         Task::Test(args) => test::run(&args),
         Task::Bench(args) => bench::run(&args),
+        Task::Soak(args) => soak::run(&args),
         Task::Ebpf(args) => ebpf::run(&args),
     }
 }

@@ -32,6 +32,8 @@ enum Lane {
     Ebpf,
     /// Real containerd, runc, kernel, nftables, registry and kubectl: needs root
     Node,
+    /// Hostile pods, registries and callers against a node, alone: they are part of lane node, too
+    Hostile,
     /// Agent and proxy against kube-apiserver and etcd: needs root and `KUBEBUILDER_ASSETS`
     Apiserver,
     /// The proxy's behaviour suite under a kernel of Debian's in an emulated machine: needs qemu
@@ -54,8 +56,8 @@ enum Outcome {
 
 pub(crate) fn run(args: &TestArgs) -> Result<()> {
     install::for_test()?;
-    let all = Lane::value_variants();
-    let chosen: Vec<Lane> = if args.lane.is_empty() { all.to_vec() } else { args.lane.clone() };
+    let all = Lane::value_variants().iter().copied().filter(|lane| *lane != Lane::Hostile);
+    let chosen: Vec<Lane> = if args.lane.is_empty() { all.collect() } else { args.lane.clone() };
     let mut outcomes = Vec::new();
     for lane in chosen {
         println!("\n==> lane {lane:?}");
@@ -64,6 +66,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
             Lane::Unit => unit(),
             Lane::Ebpf => objects(),
             Lane::Node => node(),
+            Lane::Hostile => hostile(),
             Lane::Apiserver => apiserver(),
             Lane::Vm => in_machine(args.kernel, |kernel| vm::run(kernel, &args.suite)),
             Lane::VmPrograms => {
@@ -150,6 +153,16 @@ fn node() -> Outcome {
     tests.env_remove(ASSETS);
     tests.args(["--workspace", "--test", "*"]).args(TWO_AT_A_TIME);
     all_of(&mut [tests])
+}
+
+fn hostile() -> Outcome {
+    match tests_of_nodes() {
+        Ok(mut tests) => {
+            tests.args(["-p", "keelson-tests", "--test", "hostile", "--", "--nocapture"]);
+            all_of(&mut [tests])
+        }
+        Err(outcome) => outcome,
+    }
 }
 
 fn apiserver() -> Outcome {

@@ -8,8 +8,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{Container, Pod, PodStatus, Probe};
+use k8s_openapi::api::core::v1::{Container, ContainerStatus, Pod, PodStatus, Probe};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -29,7 +28,6 @@ pub(super) struct Prober {
     bell: Arc<Bell>,
     /// Containers that have a startup, liveness or readiness probe, by id.
     running: HashMap<String, Watched>,
-    agent_started: Timestamp,
 }
 
 struct Watched {
@@ -45,7 +43,7 @@ impl Drop for Watched {
 
 impl Prober {
     pub(super) fn new(node: Arc<Node>, bell: Arc<Bell>) -> Self {
-        Self { node, bell, running: HashMap::new(), agent_started: Timestamp::now() }
+        Self { node, bell, running: HashMap::new() }
     }
 
     /// Starts tasks for containers that run and ends those of containers that do not. `keep_ready_only`: the pod is
@@ -73,8 +71,8 @@ impl Prober {
                 || container.liveness_probe.is_some()
                 || container.readiness_probe.is_some();
             if has_probe {
-                let initial = self.initial(container, seen, previous);
-                let watched = self.watch(pod, container, kind, seen, ip, initial);
+                let known = known(&seen.id, previous);
+                let watched = self.watch(pod, container, kind, seen, ip, known);
                 self.running.insert(seen.id.clone(), watched);
             }
         }
@@ -85,30 +83,6 @@ impl Prober {
         self.running.iter().map(|(id, watched)| (id.clone(), read(watched))).collect()
     }
 
-    /// A container that ran before this agent keeps what was last said of it, so that a restart of the agent does not take
-    /// pods out of service.
-    fn initial(
-        &self,
-        container: &Container,
-        seen: &ObservedContainer,
-        previous: &PodStatus,
-    ) -> Probed {
-        let known = previous
-            .container_statuses
-            .iter()
-            .chain(&previous.init_container_statuses)
-            .flatten()
-            .find(|s| s.container_id.as_deref() == Some(&format!("containerd://{}", seen.id)));
-        let adopted = seen.created_at < self.agent_started;
-        let known = known.filter(|_| adopted);
-        Probed {
-            started: container.startup_probe.is_none()
-                || known.is_some_and(|k| k.started == Some(true)),
-            ready: container.readiness_probe.is_none() || known.is_some_and(|k| k.ready),
-            failed: None,
-        }
-    }
-
     fn watch(
         &self,
         pod: &Arc<Pod>,
@@ -116,8 +90,9 @@ impl Prober {
         kind: ContainerKind,
         seen: &ObservedContainer,
         ip: Option<IpAddr>,
-        initial: Probed,
+        known: Option<&ContainerStatus>,
     ) -> Watched {
+        let initial = initial(container, known);
         let (result, cancel) = (Arc::new(Mutex::new(initial)), CancellationToken::new());
         let (startup_done, started) = watch::channel(initial.started);
         let startup_done = Arc::new(startup_done);
@@ -143,12 +118,30 @@ impl Prober {
                 probe: probe.clone(),
                 result: result.clone(),
                 startup_done: startup_done.clone(),
-                adopted: seen.created_at < self.agent_started,
+                adopted: known.is_some(),
             };
             let (cancel, started) = (cancel.clone(), started.clone());
             tokio::spawn(async move { cancel.run_until_cancelled(job.run(started)).await });
         }
         Watched { result, cancel }
+    }
+}
+
+/// What the pod's status last gave for this very container. Only one that ran before this agent has it when its probes
+/// begin. Its id decides and no time: the clock may have stepped since the container was made.
+fn known<'a>(id: &str, previous: &'a PodStatus) -> Option<&'a ContainerStatus> {
+    let statuses = previous.container_statuses.iter().chain(&previous.init_container_statuses);
+    let id = format!("containerd://{id}");
+    statuses.flatten().find(|status| status.container_id.as_deref() == Some(&id))
+}
+
+/// A restart of the agent does not take pods out of service: what was last known holds until a probe says otherwise.
+fn initial(container: &Container, known: Option<&ContainerStatus>) -> Probed {
+    Probed {
+        started: container.startup_probe.is_none()
+            || known.is_some_and(|k| k.started == Some(true)),
+        ready: container.readiness_probe.is_none() || known.is_some_and(|k| k.ready),
+        failed: None,
     }
 }
 
@@ -319,4 +312,25 @@ impl Job {
 fn spread(id: &str, period: Duration) -> Duration {
     let share = spec::fnv1a(&[id.as_bytes()]) % 1000;
     period.mul_f64(f64::from(u32::try_from(share).unwrap_or(0)) / 1000.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_container_that_the_status_calls_ready_stays_ready_after_a_restart_whatever_the_clock_says()
+    {
+        let status: PodStatus = serde_json::from_value(json!({"containerStatuses": [{
+            "name": "web", "containerID": "containerd://c1", "ready": true, "started": true,
+            "image": "", "imageID": "", "restartCount": 0,
+        }]}))
+        .unwrap();
+        let probed: Container =
+            serde_json::from_value(json!({"name": "web", "readinessProbe": {}})).unwrap();
+        assert!(initial(&probed, known("c1", &status)).ready);
+        assert!(!initial(&probed, known("c2", &status)).ready, "another container starts unready");
+    }
 }
