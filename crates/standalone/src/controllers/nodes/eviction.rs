@@ -3,18 +3,21 @@
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Pod, Taint};
-use k8s_openapi::jiff::Timestamp;
 
 use super::health::{NOT_READY, UNREACHABLE};
-use crate::controllers::pods::{is_deleting, since_then};
+use crate::controllers::pods::is_deleting;
 use crate::scheduler::tolerates;
 
 /// How long a pod without a word about it stays on a node that is not ready or cannot be reached (the API server's
 /// DefaultTolerationSeconds).
 const DEFAULT_PATIENCE: Duration = Duration::from_secs(300);
 
+/// A taint, and for how long this control plane has seen it. The taint's own `timeAdded` decides nothing, as in
+/// kube-controller-manager: a clock that steps forward must not evict every pod of a node.
+pub(crate) type Held<'a> = (&'a Taint, Duration);
+
 /// How much longer the pod may stay: zero to go now, `None` for good.
-pub(crate) fn stays_for(pod: &Pod, taints: &[Taint], now: Timestamp) -> Option<Duration> {
+pub(crate) fn stays_for(pod: &Pod, taints: &[Held<'_>]) -> Option<Duration> {
     let annotations = pod.metadata.annotations.as_ref();
     // A mirror pod comes from a file on the node: deleting it would not end it.
     let is_mirror = annotations.is_some_and(|all| all.contains_key("kubernetes.io/config.mirror"));
@@ -23,12 +26,8 @@ pub(crate) fn stays_for(pod: &Pod, taints: &[Taint], now: Timestamp) -> Option<D
     }
     taints
         .iter()
-        .filter(|taint| taint.effect == "NoExecute")
-        .filter_map(|taint| {
-            let patience = patience(pod, taint)?;
-            let since = taint.time_added.as_ref().map_or(now, |time| time.0);
-            Some(patience.saturating_sub(since_then(since, now)))
-        })
+        .filter(|(taint, _)| taint.effect == "NoExecute")
+        .filter_map(|(taint, held)| Some(patience(pod, taint)?.saturating_sub(*held)))
         .min()
 }
 
@@ -52,17 +51,18 @@ mod tests {
 
     #[test]
     fn a_pod_leaves_when_its_toleration_ends() {
-        let now: Timestamp = "2026-01-01T00:01:00Z".parse().unwrap();
+        let minute = Duration::from_secs(60);
         let taint = |key: &str, effect: &str| -> Taint {
             serde_json::from_value(
-                json!({"key": key, "effect": effect, "timeAdded": "2026-01-01T00:00:00Z"}),
+                // A clock that stepped has made the taint seem old.
+                json!({"key": key, "effect": effect, "timeAdded": "1970-01-01T00:00:00Z"}),
             )
             .unwrap()
         };
         let check = |tolerations: Value, taint: &Taint| {
             let pod = json!({"spec": {"containers": [], "tolerations": tolerations}});
             let pod = serde_json::from_value(pod).unwrap();
-            stays_for(&pod, std::slice::from_ref(taint), now).map(|left| left.as_secs())
+            stays_for(&pod, &[(taint, minute)]).map(|left| left.as_secs())
         };
         let (mine, lost) = (taint("mine", "NoExecute"), taint(UNREACHABLE, "NoExecute"));
         assert_eq!(check(json!([]), &mine), Some(0));

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use k8s_openapi::api::core::v1::{Node, Pod};
+use k8s_openapi::api::core::v1::{Node, Pod, Taint};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 use serde_json::json;
@@ -30,6 +30,8 @@ pub(crate) struct NodeLifecycle {
     pods: Api<Pod>,
     recorder: Recorder,
     signs: Mutex<HashMap<String, Sign>>,
+    /// When each node's NoExecute taints were first seen.
+    tainted: Mutex<HashMap<String, Vec<(Taint, Instant)>>>,
 }
 
 /// A node's last sign of life, and when *we* saw it: a clock that jumps, or a control plane that was down itself, must
@@ -51,7 +53,8 @@ impl NodeLifecycle {
             nodes: registry.api()?,
             pods: registry.api()?,
             recorder,
-            signs: Mutex::new(HashMap::new()),
+            signs: Mutex::default(),
+            tainted: Mutex::default(),
         })
     }
 
@@ -70,6 +73,26 @@ impl NodeLifecycle {
 
     fn forget(&self, node: &str) {
         self.signs.lock().unwrap_or_else(PoisonError::into_inner).remove(node);
+        self.tainted.lock().unwrap_or_else(PoisonError::into_inner).remove(node);
+    }
+
+    /// The node's NoExecute taints, and when this process saw each of them first.
+    fn evicting_taints(&self, node: &Node, name: &str) -> Vec<(Taint, Instant)> {
+        let taints = node.spec.iter().flat_map(|spec| spec.taints.iter().flatten());
+        let evicting: Vec<&Taint> = taints.filter(|taint| taint.effect == "NoExecute").collect();
+        let mut tainted = self.tainted.lock().unwrap_or_else(PoisonError::into_inner);
+        if evicting.is_empty() {
+            tainted.remove(name);
+            return Vec::new();
+        }
+        let known = tainted.entry(name.to_owned()).or_default();
+        known.retain(|(taint, _)| evicting.contains(&taint));
+        for taint in evicting {
+            if !known.iter().any(|(seen, _)| seen == taint) {
+                known.push((taint.clone(), Instant::now()));
+            }
+        }
+        known.clone()
     }
 
     async fn report_silence(&self, node: &Node, silent_for: Duration) -> Result<bool, ApiError> {
@@ -122,13 +145,14 @@ impl NodeLifecycle {
 
     /// Deletes the pods that may not stay. Returns when the next one may not.
     async fn evict(&self, node: &Node, name: &str) -> Result<Option<Duration>, ApiError> {
-        let taints = node.spec.as_ref().and_then(|spec| spec.taints.as_deref()).unwrap_or_default();
-        if !taints.iter().any(|taint| taint.effect == "NoExecute") {
+        let seen = self.evicting_taints(node, name);
+        let taints: Vec<_> = seen.iter().map(|(taint, since)| (taint, since.elapsed())).collect();
+        if taints.is_empty() {
             return Ok(None);
         }
         let mut next: Option<Duration> = None;
         for pod in pods_on(&self.cluster, name) {
-            match stays_for(&pod, taints, Timestamp::now()) {
+            match stays_for(&pod, &taints) {
                 None => {}
                 Some(Duration::ZERO) => self.delete(&pod).await?,
                 Some(left) => next = Some(next.map_or(left, |soonest| soonest.min(left))),
