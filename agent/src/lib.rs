@@ -7,6 +7,8 @@ pub mod config;
 pub mod dns;
 pub mod env;
 pub mod events;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod image;
 pub mod logd;
 pub mod memory;

@@ -14,8 +14,8 @@
 
 mod attached;
 mod client;
-mod format;
-mod frame;
+pub(crate) mod format;
+pub(crate) mod frame;
 mod log_file;
 mod server;
 

@@ -20,7 +20,7 @@ mod pause;
 mod record;
 mod sandbox;
 mod spec;
-mod termination;
+pub(crate) mod termination;
 pub mod types;
 mod user;
 

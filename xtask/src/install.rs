@@ -52,6 +52,9 @@ const VM: &[Need] = &[
     need("xz", "xz-utils"),
 ];
 
+/// For the fuzzer, which is written in C++.
+const FUZZ: &[Need] = &[need("g++", "g++")];
+
 /// For the BPF programs: a compiler with the library for their target, and what bpf-linker is made of.
 const EBPF: &[Need] = &[
     need("/usr/bin/rustc", "rustc-web"),
@@ -80,6 +83,11 @@ pub(crate) fn for_soak() -> Result<()> {
 /// What the lane in a virtual machine needs. Without it that lane is skipped, and nothing else.
 pub(crate) fn for_vm() -> Result<()> {
     install(VM)
+}
+
+/// What `cargo xtask fuzz` calls.
+pub(crate) fn for_fuzz() -> Result<()> {
+    install(&[BUILD, FUZZ].concat())
 }
 
 /// What `cargo xtask ebpf` calls.

@@ -4,6 +4,7 @@ mod bench;
 mod build;
 mod down;
 mod ebpf;
+mod fuzz;
 mod install;
 mod shell;
 mod soak;
@@ -33,6 +34,8 @@ enum Task {
     Bench(bench::BenchArgs),
     /// Kill a node's processes, fill its disk and step its clock, round after round, and print what was lost
     Soak(soak::SoakArgs),
+    /// Feed every parser of foreign bytes with what libFuzzer thinks of
+    Fuzz(fuzz::FuzzArgs),
     /// Build the BPF programs again, whose objects are part of the repository
     Ebpf(ebpf::EbpfArgs),
 }
@@ -44,6 +47,7 @@ fn main() -> anyhow::Result<()> {
         Task::Test(args) => test::run(&args),
         Task::Bench(args) => bench::run(&args),
         Task::Soak(args) => soak::run(&args),
+        Task::Fuzz(args) => fuzz::run(&args),
         Task::Ebpf(args) => ebpf::run(&args),
     }
 }

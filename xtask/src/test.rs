@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use clap::ValueEnum;
 
 use crate::build::{self, Profile};
-use crate::{ebpf, install, shell, vm};
+use crate::{ebpf, fuzz, install, shell, vm};
 
 #[derive(clap::Args)]
 pub(crate) struct TestArgs {
@@ -28,6 +28,8 @@ enum Lane {
     Lint,
     /// Pure functions, tables and properties: needs nothing
     Unit,
+    /// Every parser of foreign bytes under libFuzzer, for a minute: needs a C++ compiler
+    Fuzz,
     /// The BPF objects of the repository are what their source gives: needs Debian's compiler for BPF
     Ebpf,
     /// Real containerd, runc, kernel, nftables, registry and kubectl: needs root
@@ -64,6 +66,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
         let outcome = match lane {
             Lane::Lint => lint(),
             Lane::Unit => unit(),
+            Lane::Fuzz => fuzz(),
             Lane::Ebpf => objects(),
             Lane::Node => node(),
             Lane::Hostile => hostile(),
@@ -125,6 +128,16 @@ fn unit() -> Outcome {
     let mut tests = build::cargo("test", Profile::Dev);
     tests.args(["--workspace", "--lib", "--bins", "--no-fail-fast"]);
     all_of(&mut [tests])
+}
+
+fn fuzz() -> Outcome {
+    if let Err(error) = install::for_fuzz() {
+        return Outcome::Skipped(format!("{error:#}"));
+    }
+    match fuzz::run(&fuzz::FuzzArgs::default()) {
+        Ok(()) => Outcome::Passed,
+        Err(error) => Outcome::Failed(format!("{error:#}")),
+    }
 }
 
 /// Without the compiler nobody can say whether they are right.

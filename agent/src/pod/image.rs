@@ -236,7 +236,7 @@ impl std::fmt::Debug for DockerAuth {
 
 /// One registry login.
 #[derive(PartialEq, Eq)]
-struct Login {
+pub(crate) struct Login {
     registry: String,
     username: String,
     password: String,
@@ -249,7 +249,7 @@ impl Login {
     }
 }
 
-fn parse_secret(keys: &Keys) -> Vec<Login> {
+pub(crate) fn parse_secret(keys: &Keys) -> Vec<Login> {
     let auths = if let Some(json) = keys.get(".dockerconfigjson") {
         serde_json::from_slice::<DockerConfig>(json).map(|config| config.auths)
     } else if let Some(json) = keys.get(".dockercfg") {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use k8s_openapi::api::core::v1::Pod;
 
 pub(super) mod api;
-pub(super) mod manifests;
+pub(crate) mod manifests;
 
 /// Which source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -59,7 +59,7 @@ fn tail(path: &Path, bytes: u64) -> io::Result<Vec<u8>> {
 }
 
 /// The text at the end of a log in the CRI's format.
-fn last_lines(log: &[u8]) -> String {
+pub(crate) fn last_lines(log: &[u8]) -> String {
     let log = String::from_utf8_lossy(log);
     // The first line may have lost its beginning, and has no third space then or another text behind it: it is one of many.
     let lines: Vec<&str> = log.lines().filter(|line| line.splitn(4, ' ').count() == 4).collect();

@@ -166,7 +166,7 @@ pub(super) async fn pump_sizes(from: Option<Inbox>, to: Option<mpsc::Sender<Term
 }
 
 /// The sizes in a message: JSON objects one after the other.
-fn terminal_sizes(data: &[u8]) -> Vec<TerminalSize> {
+pub(crate) fn terminal_sizes(data: &[u8]) -> Vec<TerminalSize> {
     serde_json::Deserializer::from_slice(data)
         .into_iter::<Value>()
         .map_while(Result::ok)

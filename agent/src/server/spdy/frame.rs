@@ -100,6 +100,11 @@ impl Default for Decoder {
 }
 
 impl Decoder {
+    /// Bytes that wait for the rest of their frame.
+    pub(crate) fn held(&self) -> usize {
+        self.buffer.len()
+    }
+
     /// Adds what was received.
     pub fn feed(&mut self, bytes: &[u8]) {
         self.buffer.extend_from_slice(bytes);
@@ -247,6 +252,15 @@ impl Encoder {
             }
             Frame::Ignored => {}
         }
+    }
+
+    /// Appends the frame that opens a stream, with a header block that need not make sense.
+    pub(crate) fn put_plain_block(&mut self, stream: StreamId, plain: &[u8], out: &mut BytesMut) {
+        let block = self.packer.pack_plain(plain);
+        put_control(out, SYN_STREAM, 0, 10 + block.len());
+        out.put_u32(stream);
+        out.put_bytes(0, 6);
+        out.put_slice(&block);
     }
 
     fn put_block(

@@ -90,8 +90,13 @@ impl Packer {
                 plain.extend_from_slice(text);
             }
         }
+        self.pack_plain(&plain)
+    }
+
+    /// Compresses a block as it is, also one that makes no sense.
+    pub(super) fn pack_plain(&mut self, plain: &[u8]) -> Vec<u8> {
         let mut packed = Vec::with_capacity(plain.len() + 64);
-        let mut rest = plain.as_slice();
+        let mut rest = plain;
         loop {
             packed.reserve(256);
             let read = self.deflate.total_in();

@@ -80,6 +80,11 @@ impl Session {
         }
     }
 
+    /// Bytes that wait for the rest of their frame, and streams that are open.
+    pub(crate) fn held(&self) -> (usize, usize) {
+        (self.decoder.held(), self.streams.len())
+    }
+
     /// Takes what was received; appends the answers that the protocol demands to `answer`.
     ///
     /// # Errors

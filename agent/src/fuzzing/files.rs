@@ -1,0 +1,34 @@
+//! Files that operators write: configuration, manifests; and the words of flags.
+
+use std::path::Path;
+
+use super::text;
+use crate::config::{AgentConfig, duration, kubelet, labels, quantity};
+use crate::pod::source::manifests;
+
+/// `KubeletConfiguration`.
+pub fn kubelet_config(input: &[u8]) {
+    drop(kubelet::apply_text(
+        &mut AgentConfig::default(),
+        &text(input),
+        Path::new("/etc/k/config.yaml"),
+    ));
+}
+
+/// Static pods.
+pub fn static_pod(input: &[u8]) {
+    drop(manifests::parse(&text(input), "/etc/k/manifests/pod.yaml", "node"));
+}
+
+/// Durations, labels, taints, quantities and thresholds.
+pub fn flag_values(input: &[u8]) {
+    let text = text(input);
+    let _duration = duration::parse(&text);
+    drop(labels::parse_labels("--node-labels", &text));
+    drop(labels::parse_taints("--register-with-taints", &text));
+    let _threshold = kubelet::parse_threshold(&text);
+    drop(kubelet::parse_reserved("--system-reserved", "memory", &text));
+    if let (Some(milli), Some(whole)) = (quantity::parse_milli(&text), quantity::parse(&text)) {
+        assert!(u128::from(whole) * 1000 >= milli, "a quantity was rounded down");
+    }
+}

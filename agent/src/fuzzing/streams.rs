@@ -1,0 +1,171 @@
+//! What clients of the kubelet's API send: queries, upgrades, SPDY, WebSocket.
+
+use std::collections::HashSet;
+
+use bytes::{Bytes, BytesMut};
+use http::{HeaderMap, HeaderName, HeaderValue};
+use jiff::Timestamp;
+
+use super::{Steps, text};
+use crate::server::exec::terminal_sizes;
+use crate::server::logs::options;
+use crate::server::spdy::frame::{Decoder, Encoder, Frame};
+use crate::server::spdy::session::{Event, Role, Session};
+use crate::server::websocket::channels::{Encoding, Incoming, Outgoing};
+use crate::server::{query, remote};
+
+/// A control frame is at most this long, and no frame is held back but those.
+const MAX_HELD: usize = (64 << 10) + 8;
+/// What the header blocks of one frame may cost.
+const MAX_HEADERS: usize = 256 << 10;
+
+/// A query, and the options of `kubectl logs` in it.
+pub fn queries(input: &[u8]) {
+    let text = text(input);
+    let pairs = query::pairs(&text);
+    let decoded: usize = pairs.iter().map(|(name, value)| name.len() + value.len()).sum();
+    // Bytes that are not UTF-8 become a character of three.
+    assert!(decoded <= 3 * text.len(), "a query grew while it was decoded");
+    drop(options::parse(&pairs, Timestamp::UNIX_EPOCH));
+    assert!(query::segments(&text).iter().all(|segment| !segment.is_empty()));
+}
+
+/// Header blocks, and what is behind their compression.
+pub fn spdy_headers(input: &[u8]) {
+    let (mut encoder, mut wire) = (Encoder::default(), BytesMut::new());
+    // Several blocks, since they share one decompressor.
+    for (stream, plain) in (1..).step_by(2).zip(input.split(|byte| *byte == b'|')) {
+        encoder.put_plain_block(stream, plain, &mut wire);
+    }
+    let mut decoder = Decoder::default();
+    decoder.feed(&wire);
+    while let Ok(Some(frame)) = decoder.next_frame() {
+        if let Frame::SynStream { headers, .. } = frame {
+            assert!(size(&headers) <= MAX_HEADERS, "a header block became too large");
+        }
+    }
+}
+
+fn size(headers: &[(String, String)]) -> usize {
+    headers.iter().map(|(name, value)| name.len() + value.len()).sum()
+}
+
+/// A connection in many steps: frames of a client, garbage in between, and what the server does meanwhile.
+pub fn spdy_session(input: &[u8]) {
+    let mut client = Encoder::default();
+    let mut server = Session::new(Role::Server);
+    let mut known = Streams::default();
+    for (step, data) in Steps(input) {
+        let (mut wire, mut answer) = (BytesMut::new(), BytesMut::new());
+        let stream = u32::from(data.first().copied().unwrap_or_default());
+        let fin = step & 0x10 != 0;
+        match step & 0x0f {
+            0 => {
+                let headers = vec![("streamtype".to_owned(), text(data).into_owned())];
+                let one_way = step & 0x20 != 0;
+                client.put(&Frame::SynStream { stream, fin, one_way, headers }, &mut wire);
+            }
+            1 => {
+                let data = Bytes::copy_from_slice(data);
+                client.put(&Frame::Data { stream, fin, data }, &mut wire);
+            }
+            2 => client.put(&Frame::Reset { stream, status: 5 }, &mut wire),
+            3 => client.put(&Frame::Headers { stream, fin, headers: Vec::new() }, &mut wire),
+            4 => client.put(&Frame::SynReply { stream, fin, headers: Vec::new() }, &mut wire),
+            5 => client.put(&Frame::Ping { id: stream }, &mut wire),
+            6 => client.put(&Frame::GoAway { last_stream: stream, status: 0 }, &mut wire),
+            7 => client.put_plain_block(stream, data, &mut wire),
+            8 => drop(server.send(stream, &Bytes::copy_from_slice(data), &mut answer)),
+            9 => server.finish(stream, &mut answer),
+            10 => {
+                server.reset(stream, &mut answer);
+                known.ended.insert(stream);
+            }
+            11 => drop(known.own.insert(server.open(Vec::new(), &mut answer))),
+            _ => wire.extend_from_slice(data),
+        }
+        let Ok(events) = server.receive(&wire, &mut answer) else { return };
+        known.check(events);
+        let (bytes, open) = server.held();
+        assert!(bytes <= MAX_HELD, "{bytes} bytes wait for the rest of their frame");
+        assert!(open <= known.opened.len() + known.own.len(), "a stream that nobody opened");
+    }
+}
+
+/// What the server has been told of its streams.
+#[derive(Default)]
+struct Streams {
+    opened: HashSet<u32>,
+    own: HashSet<u32>,
+    ended: HashSet<u32>,
+}
+
+impl Streams {
+    fn check(&mut self, events: Vec<Event>) {
+        for event in events {
+            match event {
+                Event::Opened { stream, headers } => {
+                    assert!(self.opened.insert(stream), "stream {stream} was opened twice");
+                    assert!(size(&headers) <= MAX_HEADERS, "headers of stream {stream}");
+                }
+                Event::Data { stream, data } => {
+                    assert!(!self.ended.contains(&stream), "data behind the end of {stream}");
+                    assert!(self.is_known(stream) && !data.is_empty());
+                }
+                Event::Finished { stream } | Event::Reset { stream } => {
+                    assert!(
+                        self.is_known(stream),
+                        "the end of stream {stream} without its beginning"
+                    );
+                    self.ended.insert(stream);
+                }
+                Event::GoAway => {}
+            }
+        }
+    }
+
+    fn is_known(&self, stream: u32) -> bool {
+        self.opened.contains(&stream) || self.own.contains(&stream)
+    }
+}
+
+/// The headers that ask for an upgrade.
+pub fn negotiate(input: &[u8]) {
+    let mut headers = HeaderMap::new();
+    for line in input.split(|byte| *byte == b'\n') {
+        let mut parts = line.splitn(2, |byte| *byte == b':');
+        let name = parts.next().and_then(|name| HeaderName::from_bytes(name).ok());
+        let value = parts.next().and_then(|value| HeaderValue::from_bytes(value).ok());
+        if let (Some(name), Some(value)) = (name, value) {
+            headers.append(name, value);
+        }
+    }
+    if let Ok(agreed) = remote::negotiate_command(&headers) {
+        assert!(agreed.answer.contains_key("upgrade"), "an agreement without an upgrade");
+    }
+}
+
+/// Messages of a WebSocket, in each encoding.
+pub fn websocket_channels(input: &[u8]) {
+    let encodings = [
+        Encoding::Binary { close_signals: false },
+        Encoding::Binary { close_signals: true },
+        Encoding::Base64,
+    ];
+    for encoding in encodings {
+        let Ok(Incoming::Data { channel, data }) = encoding.decode(Bytes::copy_from_slice(input))
+        else {
+            continue;
+        };
+        let again = match encoding.encode(channel, &data) {
+            Outgoing::Binary(bytes) => bytes,
+            Outgoing::Text(text) => Bytes::from(text),
+        };
+        assert_eq!(encoding.decode(again), Ok(Incoming::Data { channel, data }));
+    }
+}
+
+/// Sizes of a terminal, as clients send them.
+pub fn terminal(input: &[u8]) {
+    assert!(terminal_sizes(input).len() <= input.len());
+}

@@ -1,0 +1,78 @@
+//! Every parser of foreign bytes as a fuzz target. `cargo xtask fuzz` runs them under libFuzzer, with coverage of
+//! keelson's own crates; the unit tests run each over its seeds.
+//!
+//! What a target does stands in the module `fuzzing` of the crate that has the parser. To add one: write the function
+//! there, name it here, put an example of what it reads into `seeds/<name>/`.
+
+/// A parser and what must hold for it.
+#[derive(Clone, Copy)]
+pub struct Target {
+    /// What it is called, here and in `seeds/`.
+    pub name: &'static str,
+    /// Takes any bytes and panics when something does not hold.
+    pub run: fn(&[u8]),
+}
+
+/// The target of that name.
+#[must_use]
+pub fn target(name: &str) -> Option<Target> {
+    targets().find(|target| target.name == name)
+}
+
+/// All targets.
+pub fn targets() -> impl Iterator<Item = Target> {
+    TARGETS.iter().map(|(name, run)| Target { name, run: *run })
+}
+
+#[rustfmt::skip]
+const TARGETS: &[(&str, fn(&[u8]))] = &[
+    // Clients of the kubelet's API.
+    ("negotiate", keelson_agent::fuzzing::negotiate),
+    ("queries", keelson_agent::fuzzing::queries),
+    ("spdy-headers", keelson_agent::fuzzing::spdy_headers),
+    ("spdy-session", keelson_agent::fuzzing::spdy_session),
+    ("terminal", keelson_agent::fuzzing::terminal),
+    ("websocket-channels", keelson_agent::fuzzing::websocket_channels),
+    // Containers and their logs.
+    ("log-cutter", keelson_agent::fuzzing::log_cutter),
+    ("log-lines", keelson_agent::fuzzing::log_lines),
+    ("log-tail", keelson_agent::fuzzing::log_tail),
+    ("logd-frames", keelson_agent::fuzzing::logd_frames),
+    ("termination-message", keelson_agent::fuzzing::termination_message),
+    // Images and registries.
+    ("image-reference", keelson_agent::fuzzing::image_reference),
+    ("pull-secret", keelson_agent::fuzzing::pull_secret),
+    // Files of operators.
+    ("flag-values", keelson_agent::fuzzing::flag_values),
+    ("kubelet-config", keelson_agent::fuzzing::kubelet_config),
+    ("static-pod", keelson_agent::fuzzing::static_pod),
+];
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn every_seed_passes_and_every_target_has_one() {
+        let seeds = Path::new(env!("CARGO_MANIFEST_DIR")).join("seeds");
+        for target in targets() {
+            let folder = seeds.join(target.name);
+            let files: Vec<_> = std::fs::read_dir(&folder)
+                .unwrap_or_else(|error| panic!("{}: {error}", folder.display()))
+                .map(|entry| entry.unwrap().path())
+                .collect();
+            assert!(!files.is_empty(), "{} is empty", folder.display());
+            for file in files {
+                println!("{}", file.display());
+                (target.run)(&std::fs::read(file).unwrap());
+            }
+            (target.run)(&[]);
+        }
+        for folder in std::fs::read_dir(seeds).unwrap() {
+            let name = folder.unwrap().file_name().into_string().unwrap();
+            assert!(target(&name).is_some(), "seeds of no target: {name}");
+        }
+    }
+}
