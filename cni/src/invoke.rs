@@ -392,7 +392,7 @@ fn conf_for(
     conf
 }
 
-fn parse_result(list: &Conflist, raw: &Value) -> Result<AddResult, InvokeError> {
+pub(crate) fn parse_result(list: &Conflist, raw: &Value) -> Result<AddResult, InvokeError> {
     serde_json::from_value(raw.clone()).map_err(|e| InvokeError::Garbled {
         plugin: list.plugins.last().map(|plugin| plugin.kind.clone()).unwrap_or_default(),
         verb: "ADD",

@@ -148,7 +148,7 @@ fn open_file(path: &Path) -> io::Result<File> {
 }
 
 /// Adds up the good lines; answers also where the last finished line ends.
-fn read(text: &[u8]) -> (Ledger, u64) {
+pub(crate) fn read(text: &[u8]) -> (Ledger, u64) {
     let mut ledger = Ledger::default();
     let end = text.iter().rposition(|byte| *byte == b'\n').map_or(0, |position| position + 1);
     for line in text[..end].split(|byte| *byte == b'\n') {
@@ -165,7 +165,7 @@ fn parse(line: &[u8]) -> Option<Entry> {
     (sum == fnv1a(json)).then(|| serde_json::from_slice(json).ok()).flatten()
 }
 
-fn lines(entries: &[Entry]) -> io::Result<Vec<u8>> {
+pub(crate) fn lines(entries: &[Entry]) -> io::Result<Vec<u8>> {
     let mut text = Vec::new();
     for entry in entries {
         let json = serde_json::to_vec(entry)?;

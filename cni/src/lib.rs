@@ -11,6 +11,8 @@ pub mod config;
 pub mod conflist;
 pub mod error;
 pub mod firewall;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod hostport;
 pub mod invoke;
 pub mod journal;

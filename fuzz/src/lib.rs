@@ -42,6 +42,31 @@ const TARGETS: &[(&str, fn(&[u8]))] = &[
     // Images and registries.
     ("image-reference", keelson_agent::fuzzing::image_reference),
     ("pull-secret", keelson_agent::fuzzing::pull_secret),
+    // Clients of the embedded control plane.
+    ("api-bodies", keelson_standalone::fuzzing::bodies),
+    ("api-objects", keelson_standalone::fuzzing::objects),
+    ("api-patches", keelson_standalone::fuzzing::patches),
+    ("api-quantities", keelson_standalone::fuzzing::quantities),
+    ("api-routes", keelson_standalone::fuzzing::routes),
+    ("api-selectors", keelson_standalone::fuzzing::selectors),
+    ("api-tokens", keelson_standalone::fuzzing::tokens),
+    // The pod network: runtimes, other plugins, a journal after a bad day.
+    ("cni-conflist", keelson_cni::fuzzing::conflist),
+    ("cni-journal", keelson_cni::fuzzing::journal),
+    ("cni-netconf", keelson_cni::fuzzing::netconf),
+    ("cni-result", keelson_cni::fuzzing::plugin_result),
+    // Services, and other users of the kernel's tables.
+    ("bpf-events", keelson_proxy::fuzzing::events),
+    ("iptables-save", keelson_proxy::fuzzing::iptables_save),
+    ("last-known", keelson_proxy::fuzzing::last_known),
+    ("proxy-config", keelson_proxy::fuzzing::proxy_config),
+    ("services", keelson_proxy::fuzzing::services),
+    // Answers of the kernel, with what is in them from traffic.
+    ("netlink-conntrack", keelson_netlink::fuzzing::conntrack),
+    ("netlink-ipvs", keelson_netlink::fuzzing::virtual_servers),
+    ("netlink-nftables", keelson_netlink::fuzzing::nftables),
+    ("netlink-routes", keelson_netlink::fuzzing::routes),
+    ("netlink-sockets", keelson_netlink::fuzzing::sockets),
     // Files of operators.
     ("flag-values", keelson_agent::fuzzing::flag_values),
     ("kubelet-config", keelson_agent::fuzzing::kubelet_config),

@@ -2,7 +2,7 @@
 
 mod conntrack;
 mod ebpf;
-mod file;
+pub(crate) mod file;
 mod ipvs;
 #[cfg(test)]
 mod tests;

@@ -27,8 +27,8 @@ mod names;
 mod program;
 mod restore;
 mod rules;
-mod ruleset;
-mod saved;
+pub(crate) mod ruleset;
+pub(crate) mod saved;
 mod sizes;
 #[cfg(test)]
 mod tests;

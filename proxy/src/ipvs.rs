@@ -29,7 +29,7 @@ mod error;
 mod leave;
 mod observe;
 mod routing;
-mod servers;
+pub(crate) mod servers;
 mod settings;
 mod steps;
 #[cfg(test)]

@@ -4,7 +4,7 @@
 //! appended, so that it costs as much as the change; a line counts more than those before it, and one without
 //! a plan says that the Service is gone. When half of the lines are outdated the file is written anew.
 
-mod file;
+pub(crate) mod file;
 
 use std::collections::HashMap;
 use std::path::PathBuf;

@@ -16,6 +16,8 @@ mod events;
 pub mod explain;
 mod fill;
 pub mod flags;
+#[doc(hidden)]
+pub mod fuzzing;
 mod health_checks;
 pub mod iptables;
 pub mod ipvs;

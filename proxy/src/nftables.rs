@@ -32,8 +32,8 @@
 mod adopt;
 mod commit;
 mod error;
-mod item;
-mod layout;
+pub(crate) mod item;
+pub(crate) mod layout;
 mod ranges;
 mod transaction;
 

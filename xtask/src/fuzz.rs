@@ -87,13 +87,13 @@ fn build() -> Result<PathBuf> {
     let mut cargo = build::cargo("test", Profile::Dev);
     cargo
         .env("RUSTC_WORKSPACE_WRAPPER", shell::root().join("fuzz/rustc-with-coverage"))
-        .args(["--workspace", "--test", "fuzz", "--features", "keelson-fuzz/libfuzzer"])
+        .args(["--workspace", "--bin", "keelson-fuzz", "--features", "keelson-fuzz/libfuzzer"])
         .args(["--no-run", "--message-format", "json-render-diagnostics"])
         .stderr(Stdio::inherit());
     let messages = shell::read(&mut cargo)?;
     let program = messages.lines().find_map(|line| {
         let message: serde_json::Value = serde_json::from_str(line).ok()?;
-        let ours = message.pointer("/target/name")? == "fuzz";
+        let ours = message.pointer("/target/name")? == "keelson-fuzz";
         let program = message.get("executable")?.as_str()?;
         ours.then(|| PathBuf::from(program))
     });

@@ -16,6 +16,8 @@ use crate::server::{query, remote};
 
 /// A control frame is at most this long, and no frame is held back but those.
 const MAX_HELD: usize = (64 << 10) + 8;
+/// Streams that one connection may have.
+const MAX_STREAMS: usize = 16;
 /// What the header blocks of one frame may cost.
 const MAX_HEADERS: usize = 256 << 10;
 
@@ -53,7 +55,7 @@ fn size(headers: &[(String, String)]) -> usize {
 /// A connection in many steps: frames of a client, garbage in between, and what the server does meanwhile.
 pub fn spdy_session(input: &[u8]) {
     let mut client = Encoder::default();
-    let mut server = Session::new(Role::Server);
+    let mut server = Session::new(Role::Server, MAX_STREAMS);
     let mut known = Streams::default();
     for (step, data) in Steps(input) {
         let (mut wire, mut answer) = (BytesMut::new(), BytesMut::new());
@@ -88,7 +90,7 @@ pub fn spdy_session(input: &[u8]) {
         known.check(events);
         let (bytes, open) = server.held();
         assert!(bytes <= MAX_HELD, "{bytes} bytes wait for the rest of their frame");
-        assert!(open <= known.opened.len() + known.own.len(), "a stream that nobody opened");
+        assert!(open <= MAX_STREAMS + known.own.len(), "{open} streams are open");
     }
 }
 

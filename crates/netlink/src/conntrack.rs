@@ -213,7 +213,7 @@ fn refusal(message: &[u8], action: &'static str) -> Result<(), ConntrackError> {
     }
 }
 
-fn read_flow(message: &[u8]) -> Option<Flow> {
+pub(crate) fn read_flow(message: &[u8]) -> Option<Flow> {
     let (family, body) = (*message.get(16)?, message.get(HEADER_LEN..)?);
     let original = Reader::find(body, TUPLE_ORIGINAL)?;
     let (protocol, source, destination) = read_tuple(original)?;

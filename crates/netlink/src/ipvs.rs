@@ -4,7 +4,7 @@
 //! that means nothing and that the kernel gives back, so a caller can mark its own (see [`Virtual::mark`]).
 
 mod error;
-mod wire;
+pub(crate) mod wire;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};

@@ -5,6 +5,8 @@
 #![warn(missing_docs)]
 
 pub mod conntrack;
+#[doc(hidden)]
+pub mod fuzzing;
 mod genl;
 pub mod ipvs;
 pub mod message;

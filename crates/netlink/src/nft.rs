@@ -28,7 +28,7 @@
 
 pub(crate) mod attribute;
 pub(crate) mod batch;
-mod dump;
+pub(crate) mod dump;
 mod error;
 mod expression;
 mod monitor;
@@ -42,6 +42,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 
 use attribute::{Reader, Writer, read_text};
 use batch::{REQUEST, SUBSYSTEM, describe, element_at, finish_header, messages, push_header};
+pub(crate) use expression::find_user_data;
 
 pub use batch::{Base, Batch, ChainKind, Family, Hook, PRIORITY_DNAT, PRIORITY_SNAT, Table};
 pub use dump::{ChainFound, ElementFound, RuleFound, SetFound, TableFound};
@@ -290,7 +291,7 @@ fn refused(sent: &[u8], sequence: u32, errno: i32, message: &[u8]) -> NftError {
 }
 
 /// The kernel's remark and the offset of the attribute that it complains about.
-fn extended_acknowledgement(message: &[u8]) -> (Option<String>, Option<usize>) {
+pub(crate) fn extended_acknowledgement(message: &[u8]) -> (Option<String>, Option<usize>) {
     const NLM_F_CAPPED: u16 = 0x100;
     const NLM_F_ACK_TLVS: u16 = 0x200;
     let flags = u16::from_ne_bytes([message[6], message[7]]);

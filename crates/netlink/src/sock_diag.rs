@@ -94,7 +94,7 @@ fn request(kind: u16, family: u8, id: &[u8; ID_LEN]) -> Message {
 
 impl UdpSocket {
     /// From `struct inet_diag_msg`.
-    fn parse(reply: &Reply<'_>) -> Option<Self> {
+    pub(crate) fn parse(reply: &Reply<'_>) -> Option<Self> {
         let family = *reply.payload.first()?;
         let id = <[u8; ID_LEN]>::try_from(reply.payload.get(4..4 + ID_LEN)?).ok()?;
         let port = |at: usize| u16::from_be_bytes([id[at], id[at + 1]]);

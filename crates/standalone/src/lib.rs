@@ -9,6 +9,8 @@ pub mod controllers;
 mod decode;
 mod defaults;
 mod error;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod kinds;
 mod object;
 mod quantity;

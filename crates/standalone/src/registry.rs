@@ -5,7 +5,7 @@
 mod create;
 mod delete;
 mod meta;
-mod patching;
+pub(crate) mod patching;
 mod pods;
 mod typed;
 mod update;

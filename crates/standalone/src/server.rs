@@ -1,15 +1,15 @@
 //! The network side: TLS, who asks, and a thin shell of HTTP over the registry.
 
-mod body;
+pub(crate) mod body;
 mod discovery;
 mod events;
 mod kubelet;
 mod openapi;
 mod protobuf;
-mod rest;
+pub(crate) mod rest;
 mod review;
-mod route;
-mod table;
+pub(crate) mod route;
+pub(crate) mod table;
 mod watching;
 
 use std::convert::Infallible;

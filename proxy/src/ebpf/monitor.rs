@@ -5,7 +5,7 @@
 //!          ◄─ watched        └─ names: asked of the running proxy
 //! ```
 
-mod decision;
+pub(crate) mod decision;
 mod filter;
 mod names;
 mod rate;

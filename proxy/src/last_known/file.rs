@@ -16,9 +16,9 @@ const VERSION: u32 = 2;
 
 /// Who wrote it, and when.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Owner {
-    pub(super) boot: String,
-    pub(super) node: String,
+pub(crate) struct Owner {
+    pub(crate) boot: String,
+    pub(crate) node: String,
 }
 
 #[derive(Serialize)]
@@ -93,11 +93,17 @@ fn push_line(
 
 /// What an earlier boot of the same node wrote.
 pub(super) fn read(path: &Path, reader: &Owner) -> io::Result<Option<(Plans, BackendConfig)>> {
-    let mut lines = match std::fs::File::open(path) {
-        Ok(file) => BufReader::new(file),
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error),
-    };
+    match std::fs::File::open(path) {
+        Ok(file) => read_from(BufReader::new(file), reader),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+pub(crate) fn read_from(
+    mut lines: impl BufRead,
+    reader: &Owner,
+) -> io::Result<Option<(Plans, BackendConfig)>> {
     let mut line = String::new();
     lines.read_line(&mut line)?;
     let header: HeaderFound = serde_json::from_str(&line)?;
@@ -108,8 +114,7 @@ pub(super) fn read(path: &Path, reader: &Owner) -> io::Result<Option<(Plans, Bac
         return Ok(None);
     }
     if owner.node != reader.node {
-        let (path, other) = (path.display(), owner.node);
-        tracing::warn!(%path, %other, "The last known state is that of another node");
+        tracing::warn!(other = owner.node, "The last known state is that of another node");
         return Ok(None);
     }
     let mut plans = Plans::new();

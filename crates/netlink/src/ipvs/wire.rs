@@ -203,7 +203,7 @@ fn port(attrs: &Attrs<'_>, kind: u16) -> Option<u16> {
 }
 
 /// `None` for one that is known by a packet mark.
-pub(super) fn read_virtual(reply: &Reply<'_>) -> Option<Virtual> {
+pub(crate) fn read_virtual(reply: &Reply<'_>) -> Option<Virtual> {
     let service = reply.attrs(genl::HEADER).nested(ATTR_SERVICE)?;
     let family = u16_at(service.find(SERVICE_AF)?, 0)?;
     let key = Key {
@@ -221,7 +221,7 @@ pub(super) fn read_virtual(reply: &Reply<'_>) -> Option<Virtual> {
     })
 }
 
-pub(super) fn read_real(reply: &Reply<'_>, of: Key) -> Option<RealFound> {
+pub(crate) fn read_real(reply: &Reply<'_>, of: Key) -> Option<RealFound> {
     let dest = reply.attrs(genl::HEADER).nested(ATTR_DEST)?;
     let family = dest.find(DEST_FAMILY).and_then(|bytes| u16_at(bytes, 0));
     let ip = address(dest.find(DEST_ADDRESS)?, family.unwrap_or_else(|| family_of(of.address)))?;

@@ -203,7 +203,7 @@ impl Nft {
     }
 }
 
-fn read_element(bytes: &[u8]) -> ElementFound<'_> {
+pub(crate) fn read_element(bytes: &[u8]) -> ElementFound<'_> {
     let mut found =
         ElementFound { key: &[], last: None, ends_range: false, value: &[], verdict: None };
     for (kind, value) in Reader::new(bytes) {

@@ -102,7 +102,7 @@ pub struct Announcement<'a> {
 
 impl<'a> Announcement<'a> {
     /// Nothing when it is about something else.
-    fn parse(kind: u16, message: &'a [u8]) -> Option<Self> {
+    pub(crate) fn parse(kind: u16, message: &'a [u8]) -> Option<Self> {
         const TABLE: u16 = 1;
         const RULE_CHAIN: u16 = 2;
         const CHAIN_NAME: u16 = 3;

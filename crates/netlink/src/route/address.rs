@@ -51,7 +51,7 @@ pub fn address_message(link: u32, network: IpNetwork) -> Message {
 }
 
 impl Address {
-    pub(super) fn parse(reply: &Reply<'_>) -> Option<Self> {
+    pub(crate) fn parse(reply: &Reply<'_>) -> Option<Self> {
         let attrs = reply.attrs(HEADER);
         // On point-to-point links IFA_ADDRESS is the other side; IFA_LOCAL is ours. IPv6 has only IFA_ADDRESS.
         let bytes = attrs.find(IFA_LOCAL).or_else(|| attrs.find(IFA_ADDRESS))?;

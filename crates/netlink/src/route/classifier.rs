@@ -75,7 +75,7 @@ fn filter_header(link: u32, direction: Direction) -> [u8; HEADER] {
 }
 
 impl Classifier {
-    fn parse(reply: &Reply<'_>) -> Option<Self> {
+    pub(crate) fn parse(reply: &Reply<'_>) -> Option<Self> {
         let attrs = reply.attrs(HEADER);
         let options = attrs.nested(TCA_OPTIONS)?;
         let (handle, info) = (u32_at(&reply.payload, 8)?, u32_at(&reply.payload, 16)?);

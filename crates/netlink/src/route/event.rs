@@ -43,7 +43,7 @@ pub enum Event {
 }
 
 impl Event {
-    fn parse(reply: &Reply<'_>) -> Option<Self> {
+    pub(crate) fn parse(reply: &Reply<'_>) -> Option<Self> {
         if let Some((link, present)) = Link::from_event(reply) {
             return Some(Self::Link { link, present });
         }

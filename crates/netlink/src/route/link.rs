@@ -86,7 +86,7 @@ pub struct Link {
 }
 
 impl Link {
-    fn parse(reply: &Reply<'_>) -> Option<Self> {
+    pub(crate) fn parse(reply: &Reply<'_>) -> Option<Self> {
         let index = u32_at(&reply.payload, 4)?;
         let flags = u32_at(&reply.payload, 8)?;
         let attrs = reply.attrs(HEADER);

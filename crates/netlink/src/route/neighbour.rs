@@ -50,7 +50,7 @@ pub fn neighbour_message(link: u32, address: IpAddr, mac: Mac) -> Message {
 }
 
 impl Neighbour {
-    pub(super) fn parse(reply: &Reply<'_>) -> Option<Self> {
+    pub(crate) fn parse(reply: &Reply<'_>) -> Option<Self> {
         let attrs = reply.attrs(HEADER);
         let state = u16_at(&reply.payload, 8)?;
         let flags = *reply.payload.get(10)?;

@@ -75,7 +75,7 @@ impl RoutingRule {
         message
     }
 
-    fn parse(reply: &Reply<'_>) -> Option<Self> {
+    pub(crate) fn parse(reply: &Reply<'_>) -> Option<Self> {
         let header = &reply.payload;
         let attrs = reply.attrs(HEADER);
         let ipv6 = match *header.first()? {

@@ -155,7 +155,7 @@ impl Route {
         Self { gateway: Some(gateway), link: Some(link), ..Self::to(any) }
     }
 
-    pub(super) fn parse(reply: &Reply<'_>) -> Option<Self> {
+    pub(crate) fn parse(reply: &Reply<'_>) -> Option<Self> {
         let header = &reply.payload;
         let attrs = reply.attrs(HEADER);
         let family = *header.first()?;

@@ -99,7 +99,7 @@ impl Tokens {
         Some((identity, audiences))
     }
 
-    fn body(&self, token: &str) -> Option<Value> {
+    pub(crate) fn body(&self, token: &str) -> Option<Value> {
         let (signed, signature) = token.rsplit_once('.')?;
         let (head, body) = signed.split_once('.')?;
         let head: Value = serde_json::from_slice(&URL_SAFE_NO_PAD.decode(head).ok()?).ok()?;

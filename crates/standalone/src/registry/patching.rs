@@ -78,7 +78,7 @@ impl Registry {
     }
 }
 
-fn change(
+pub(crate) fn change(
     current: &Object,
     how: PatchType,
     patch: &Value,
@@ -106,7 +106,7 @@ fn change(
     Ok(value)
 }
 
-fn check(kind: &Kind, value: &Value, strict: bool) -> Result<Vec<String>, ApiError> {
+pub(crate) fn check(kind: &Kind, value: &Value, strict: bool) -> Result<Vec<String>, ApiError> {
     let unknown: Vec<_> = decode::decode(kind, value)?
         .unknown
         .iter()

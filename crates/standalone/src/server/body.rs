@@ -38,7 +38,7 @@ pub(super) async fn read(body: Incoming) -> Result<Bytes, ApiError> {
 }
 
 /// Reads a body in JSON or YAML.
-pub(super) fn parse(media: &str, bytes: &[u8]) -> Result<Value, ApiError> {
+pub(crate) fn parse(media: &str, bytes: &[u8]) -> Result<Value, ApiError> {
     match media {
         "application/yaml" | "application/apply-patch+yaml" => {
             let text = std::str::from_utf8(bytes)

@@ -1,6 +1,6 @@
 //! The verbs on stored kinds.
 
-mod paging;
+pub(crate) mod paging;
 mod subresource;
 
 use std::sync::Arc;

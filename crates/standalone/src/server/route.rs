@@ -2,27 +2,27 @@
 
 /// A parsed path.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Route {
+pub(crate) enum Route {
     Resource(ResourcePath),
     Other(String),
 }
 
 /// `/api/v1/namespaces/{namespace}/{resource}/{name}/{subresource}/{rest}` and its shorter forms.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct ResourcePath {
-    pub(super) group: String,
-    pub(super) version: String,
-    pub(super) namespace: String,
-    pub(super) resource: String,
-    pub(super) name: String,
-    pub(super) subresource: String,
-    pub(super) rest: String,
+pub(crate) struct ResourcePath {
+    pub(crate) group: String,
+    pub(crate) version: String,
+    pub(crate) namespace: String,
+    pub(crate) resource: String,
+    pub(crate) name: String,
+    pub(crate) subresource: String,
+    pub(crate) rest: String,
 }
 
 /// Subresources of a namespace: anything else behind its name is a resource within it.
 const OF_NAMESPACE: &[&str] = &["status", "finalize"];
 
-pub(super) fn parse(path: &str) -> Route {
+pub(crate) fn parse(path: &str) -> Route {
     let other = || Route::Other(path.to_owned());
     let decoded: Vec<String> =
         path.split('/').filter(|s| !s.is_empty()).map(percent_decode).collect();
@@ -54,7 +54,7 @@ pub(super) fn parse(path: &str) -> Route {
     })
 }
 
-pub(super) fn percent_decode(text: &str) -> String {
+pub(crate) fn percent_decode(text: &str) -> String {
     let mut bytes = Vec::with_capacity(text.len());
     let mut left = text.bytes();
     while let Some(byte) = left.next() {
@@ -73,10 +73,10 @@ pub(super) fn percent_decode(text: &str) -> String {
 
 /// The query parameters of a URL.
 #[derive(Debug, Default)]
-pub(super) struct Query(Vec<(String, String)>);
+pub(crate) struct Query(Vec<(String, String)>);
 
 impl Query {
-    pub(super) fn parse(query: Option<&str>) -> Self {
+    pub(crate) fn parse(query: Option<&str>) -> Self {
         let decode = |text: &str| percent_decode(&text.replace('+', " "));
         let pairs = query.unwrap_or_default().split('&').filter(|p| !p.is_empty());
         Self(
@@ -87,15 +87,15 @@ impl Query {
         )
     }
 
-    pub(super) fn get(&self, key: &str) -> Option<&str> {
+    pub(crate) fn get(&self, key: &str) -> Option<&str> {
         self.0.iter().find(|(k, _)| k == key).map(|(_, v)| v.as_str())
     }
 
-    pub(super) fn text(&self, key: &str) -> &str {
+    pub(crate) fn text(&self, key: &str) -> &str {
         self.get(key).unwrap_or_default()
     }
 
-    pub(super) fn is_true(&self, key: &str) -> bool {
+    pub(crate) fn is_true(&self, key: &str) -> bool {
         matches!(self.get(key), Some("true" | "1"))
     }
 }

@@ -31,7 +31,7 @@ const fn wide(name: &'static str) -> Column {
 }
 
 /// Renders objects as `meta.k8s.io/v1 Table`.
-pub(super) fn render(kind: &Kind, objects: &[Arc<Object>], include: &str, columns: bool) -> Value {
+pub(crate) fn render(kind: &Kind, objects: &[Arc<Object>], include: &str, columns: bool) -> Value {
     let now = Timestamp::now();
     let layout = layout(kind);
     // An event's name says nothing; it is shown last, and only with `-o wide`.

@@ -17,7 +17,7 @@ use crate::ebpf::drops;
 
 /// An event, understood.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Decision {
+pub(crate) struct Decision {
     /// `EVENT_*`.
     pub(super) what: u32,
     pub(super) protocol: u8,
@@ -34,7 +34,7 @@ pub(super) struct Decision {
 
 /// Who speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum From {
+pub(crate) enum From {
     Address(SocketAddr),
     /// A socket of the node's own network namespace, which has no address yet.
     Node,
@@ -46,7 +46,7 @@ pub(super) enum From {
 
 impl From {
     /// Who sent a packet.
-    pub(super) fn address(event: &Event) -> From {
+    pub(crate) fn address(event: &Event) -> From {
         From::Address(end(event.tuple.source, event.tuple.source_port_be))
     }
 }
@@ -55,7 +55,7 @@ fn end(address: Address, port_be: u16) -> SocketAddr {
     SocketAddr::new(address.into(), u16::from_be(port_be))
 }
 
-pub(super) fn of(event: &Event, service: Option<String>, from: From) -> Decision {
+pub(crate) fn of(event: &Event, service: Option<String>, from: From) -> Decision {
     let (tuple, to) = (&event.tuple, &event.to);
     Decision {
         what: event.what,
@@ -76,7 +76,7 @@ pub(super) fn of(event: &Event, service: Option<String>, from: From) -> Decision
 
 impl Decision {
     /// Addresses that it is about; without a port where there is none yet.
-    pub(super) fn ends(&self) -> impl Iterator<Item = (IpAddr, Option<u16>)> {
+    pub(crate) fn ends(&self) -> impl Iterator<Item = (IpAddr, Option<u16>)> {
         let from = match self.from {
             From::Address(from) => Some((from.ip(), Some(from.port()))),
             From::Pod(from) => Some((from, None)),
@@ -115,7 +115,7 @@ impl Decision {
     }
 
     /// An object; what it does not have is left out.
-    pub(super) fn as_json(&self, time: &str) -> Value {
+    pub(crate) fn as_json(&self, time: &str) -> Value {
         let (event, changed) = match self.what {
             EVENT_CONNECTED => ("connected", "endpoint"),
             EVENT_MASQUERADED => ("masqueraded", "speaksFrom"),

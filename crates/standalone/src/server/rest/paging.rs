@@ -97,7 +97,7 @@ fn make_token(revision: u64, key: &str) -> String {
     URL_SAFE_NO_PAD.encode(json!({"v": "keelson", "rv": revision, "start": key}).to_string())
 }
 
-fn read_token(token: &str) -> Option<(u64, String)> {
+pub(crate) fn read_token(token: &str) -> Option<(u64, String)> {
     let bytes = URL_SAFE_NO_PAD.decode(token).ok()?;
     let value: Value = serde_json::from_slice(&bytes).ok()?;
     Some((value["rv"].as_u64()?, value["start"].as_str()?.to_owned()))
