@@ -4,13 +4,15 @@
 //! What a target does stands in the module `fuzzing` of the crate that has the parser. To add one: write the function
 //! there, name it here, put an example of what it reads into `seeds/<name>/`.
 
+type Run = fn(&[u8]);
+
 /// A parser and what must hold for it.
 #[derive(Clone, Copy)]
 pub struct Target {
     /// What it is called, here and in `seeds/`.
     pub name: &'static str,
     /// Takes any bytes and panics when something does not hold.
-    pub run: fn(&[u8]),
+    pub run: Run,
 }
 
 /// The target of that name.
@@ -25,7 +27,7 @@ pub fn targets() -> impl Iterator<Item = Target> {
 }
 
 #[rustfmt::skip]
-const TARGETS: &[(&str, fn(&[u8]))] = &[
+const TARGETS: &[(&str, Run)] = &[
     // Clients of the kubelet's API.
     ("negotiate", keelson_agent::fuzzing::negotiate),
     ("queries", keelson_agent::fuzzing::queries),
