@@ -26,6 +26,7 @@ use crate::node::addresses::node_addresses;
 use crate::node::{self, NodeShared, RuntimeProbe};
 use crate::server::auth::Access;
 use crate::server::containers::Containers;
+use crate::server::logs::follow::Logs;
 use crate::server::metrics::Metrics;
 use crate::server::routes::{Routes, Settings};
 use crate::server::{self, tls};
@@ -203,6 +204,7 @@ fn routes(
     Routes {
         access: Access::new(config.server.clone(), config.node_name.clone(), client),
         containers: parts.containers.clone(),
+        logs: Logs::default(),
         settings: Settings {
             streaming_idle_timeout: config.server.streaming_idle_timeout,
             debugging_handlers: config.server.debugging_handlers,

@@ -4,23 +4,45 @@
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
+use tokio::sync::Semaphore;
 
 use super::containers::Containers;
 use super::stats;
 
+/// Collections at a time: they read files of cgroups, and a disk that hangs must not take many threads.
+const COLLECTIONS: usize = 2;
+
 /// Where the numbers come from.
 pub struct Metrics {
+    source: Arc<Source>,
+    places: Arc<Semaphore>,
+}
+
+struct Source {
     node_name: String,
     containers: Arc<dyn Containers>,
 }
 
 impl Metrics {
     pub fn new(node_name: String, containers: Arc<dyn Containers>) -> Self {
-        Self { node_name, containers }
+        let source = Arc::new(Source { node_name, containers });
+        Self { source, places: Arc::new(Semaphore::new(COLLECTIONS)) }
     }
 
     /// The text of `/metrics`, `/metrics/resource` or `/stats/summary`; `None` when there is nothing.
-    pub fn text(&self, path: &str) -> Option<String> {
+    pub async fn text(&self, path: &str) -> Option<String> {
+        let place = self.places.clone().acquire_owned().await.ok()?;
+        let (source, path) = (self.source.clone(), path.to_owned());
+        let work = move || {
+            let _place = place;
+            keelson_supervise::catch("metrics", || source.text(&path))
+        };
+        tokio::task::spawn_blocking(work).await.ok()?.ok()?
+    }
+}
+
+impl Source {
+    fn text(&self, path: &str) -> Option<String> {
         match path {
             "metrics" => Some(self.own()),
             "metrics/resource" => Some(stats::resource_metrics(self.containers.as_ref())),

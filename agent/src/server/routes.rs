@@ -1,6 +1,6 @@
 //! Which request goes where, and the short answers themselves.
 
-use std::convert::Infallible;
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -24,6 +24,7 @@ use tracing::{debug, warn};
 use super::auth::{Access, Identity, Origin};
 use super::containers::{Containers, ExecRequest};
 use super::find::{self, Refusal};
+use super::logs::follow::{Logs, OpenError};
 use super::metrics::Metrics;
 use super::peer::Peer;
 use super::remote::{self, Agreed, Transport};
@@ -32,10 +33,10 @@ use super::spdy::session::Role;
 use super::{attach, exec, logs, port_forward, query, websocket};
 
 /// An answer whose body may go on for as long as a container runs.
-pub type Answer = Response<BoxBody<Bytes, Infallible>>;
+pub type Answer = Response<BoxBody<Bytes, io::Error>>;
 
 /// Pieces of a log that wait for a slow client.
-const LOG_QUEUE: usize = 8;
+const LOG_QUEUE: usize = 2;
 /// How long a request waits for a pod of which an agent that has just started may not know yet.
 const START_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -51,6 +52,7 @@ pub enum Caller {
 pub struct Routes {
     pub access: Access,
     pub containers: Arc<dyn Containers>,
+    pub logs: Logs,
     pub settings: Settings,
     /// `None`, or why the agent does not work as it should.
     pub health: Box<dyn Fn() -> Option<String> + Send + Sync>,
@@ -110,8 +112,8 @@ impl Routes {
             _ if matches!(caller, Caller::Healthz) => return Err(not_found()),
             ["pods"] => return Ok(pod_list(&self.containers.pods())),
             ["runningpods"] => return Ok(pod_list(&running(self.containers.pods()))),
-            ["metrics", ..] => return self.metrics(&path.join("/")),
-            ["stats", "summary"] => return self.metrics(&path.join("/")),
+            ["metrics", ..] => return self.metrics(&path.join("/")).await,
+            ["stats", "summary"] => return self.metrics(&path.join("/")).await,
             ["configz"] => return Ok(json_answer(&self.settings.configz)),
             _ => {}
         }
@@ -158,8 +160,8 @@ impl Routes {
         }
     }
 
-    fn metrics(&self, path: &str) -> Result<Answer, Refusal> {
-        let body = self.metrics.text(path).ok_or_else(not_found)?;
+    async fn metrics(&self, path: &str) -> Result<Answer, Refusal> {
+        let body = self.metrics.text(path).await.ok_or_else(not_found)?;
         let kind = if path.starts_with("stats") {
             "application/json"
         } else {
@@ -198,22 +200,28 @@ impl Routes {
         let uid = pod.metadata.uid.clone().unwrap_or_default();
         let internal = |text| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, text);
         let path = self.containers.log_path(&uid, &id).await.map_err(internal)?;
-        if let Err(error) = std::fs::metadata(&path) {
-            return Err(internal(format!("cannot read the log {}: {error}", path.display())));
-        }
+        let session = self.logs.open(path, options).await.map_err(|error| {
+            let status = match error {
+                OpenError::TooMany(_) => StatusCode::TOO_MANY_REQUESTS,
+                OpenError::Unreadable { .. } => StatusCode::INTERNAL_SERVER_ERROR,
+            };
+            Refusal::new(status, error.to_string())
+        })?;
         start_session(peer)?;
         let ended = self.containers.ended(&uid, &id);
         let (to, pieces) = mpsc::channel(LOG_QUEUE);
         let cancel = self.cancel.clone();
         self.sessions.spawn(async move {
-            let sending = logs::follow::send(path.clone(), options, ended, to);
-            if let Some(Err(error)) = cancel.run_until_cancelled(sending).await {
-                warn!(path = %path.display(), %error, "Cannot read a container's log");
+            let sending = caught("log session", session.send(ended, &to));
+            if let Some(Ok(Err(error))) = cancel.run_until_cancelled(sending).await {
+                warn!(%error, "Cannot read a container's log");
+                // A client must not take what it has for the whole log.
+                drop(to.send(Err(error)).await);
             }
         });
         // The headers go out before there is anything to read, so that a client of a silent
         // container knows that it is connected.
-        let frames = ReceiverStream::new(pieces).map(|piece| Ok(Frame::data(piece)));
+        let frames = ReceiverStream::new(pieces).map(|piece| piece.map(Frame::data));
         let answer = Response::new(BodyExt::boxed(StreamBody::new(frames)));
         Ok(with_type(answer, "text/plain"))
     }
@@ -384,7 +392,8 @@ fn bad_upgrade(reason: String) -> Refusal {
 }
 
 fn text(status: StatusCode, text: String) -> Answer {
-    let mut answer = Response::new(Full::new(Bytes::from(text)).boxed());
+    let mut answer =
+        Response::new(Full::new(Bytes::from(text)).map_err(|never| match never {}).boxed());
     *answer.status_mut() = status;
     with_type(answer, "text/plain; charset=utf-8")
 }

@@ -15,6 +15,7 @@ use keelson_agent::server::auth::Access;
 use keelson_agent::server::containers::{
     Attached, Containers, ExecRequest, Process, Stream, TerminalSize,
 };
+use keelson_agent::server::logs::follow::Logs;
 use keelson_agent::server::metrics::Metrics;
 use keelson_agent::server::routes::{Routes, Settings};
 use keelson_agent::server::{self, tls};
@@ -71,6 +72,7 @@ impl Node {
         let routes = Arc::new(Routes {
             access: Access::new(config, "n1".to_owned(), None),
             containers: containers.clone(),
+            logs: Logs::default(),
             settings: Settings {
                 streaming_idle_timeout,
                 debugging_handlers: true,

@@ -1,233 +1,183 @@
 //! Reads a log and, where asked for, goes on as it grows.
 //!
 //! A rotated log keeps its open file, so the follower first reads the old file to its end and then
-//! goes on with the file that came after it, however many rotations happened meanwhile. Nothing is
-//! polled: the folder is watched with inotify, and the container's end is told by the runtime.
+//! goes on with the file that came after it, however many rotations happened meanwhile. The folder is
+//! watched, and the container's end is told by the runtime.
 
-use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
-use flate2::read::GzDecoder;
-use futures_util::StreamExt;
+use bytes::Bytes;
 use futures_util::future::BoxFuture;
-use inotify::{EventMask, Inotify, WatchMask};
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
-use super::line::Printer;
+use super::folder::Folder;
 use super::options::LogOptions;
-use super::tail;
+use super::reader::Log;
+use super::watch::{Changes, Folders};
 
-const READ_SIZE: usize = 64 * 1024;
 /// The container's end and its last lines come on two ways. When the log's writer has not closed
 /// the file by then, it never will.
 const LAST_LINES: Duration = Duration::from_secs(2);
+/// Logs that are sent at a time.
+const SESSIONS: usize = 512;
+/// Threads that read logs at a time: a disk that hangs takes no more with it.
+const READS: usize = 16;
 
-/// Sends the log at `path` piece by piece to `to` until it ends: at its end or, when following,
-/// when `ended` is done and the last lines are through. Stops as soon as nobody takes the pieces.
-///
-/// # Errors
-/// When the log cannot be read.
-pub async fn send(
-    path: PathBuf,
-    options: LogOptions,
-    ended: BoxFuture<'static, ()>,
-    to: mpsc::Sender<Bytes>,
-) -> io::Result<()> {
-    let follow = options.follow;
-    // Watched before the first look, so that no change falls between the two.
-    let changes = if follow { Some(watch(&path)?) } else { None };
-    let mut log = Log::open(path, options)?;
-    let Some(changes) = changes else {
-        while let Some(piece) = log.next_piece()? {
-            if to.send(piece).await.is_err() {
-                return Ok(());
-            }
+/// All logs that are being sent.
+pub struct Logs {
+    folders: Folders,
+    sessions: Arc<Semaphore>,
+    reads: Arc<Semaphore>,
+}
+
+/// Why a log cannot be sent.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    #[error("this node sends {0} logs at the moment, which is the limit; try again later")]
+    TooMany(usize),
+    #[error("cannot read the log {}: {error}", path.display())]
+    Unreadable { path: PathBuf, error: io::Error },
+}
+
+/// A log that is there and can be sent.
+pub struct Session {
+    log: Log,
+    /// `None` when it ends at the end of the file.
+    changes: Option<Changes>,
+    reads: Arc<Semaphore>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Default for Logs {
+    fn default() -> Self {
+        Self {
+            folders: Folders::default(),
+            sessions: Arc::new(Semaphore::new(SESSIONS)),
+            reads: Arc::new(Semaphore::new(READS)),
         }
-        return Ok(());
-    };
-    tokio::select! {
-        result = log.follow(changes, ended, &to) => result,
-        // The client left: nothing is written any more that could notice it.
-        () = to.closed() => Ok(()),
     }
 }
 
-fn watch(path: &Path) -> io::Result<inotify::EventStream<[u8; 4096]>> {
-    let folder = path.parent().unwrap_or(Path::new("/"));
-    let inotify = Inotify::init()?;
-    let mask = WatchMask::MODIFY | WatchMask::CREATE | WatchMask::MOVED_TO | WatchMask::CLOSE_WRITE;
-    inotify.watches().add(folder, mask)?;
-    inotify.into_event_stream([0; 4096])
-}
-
-struct Log {
-    path: PathBuf,
-    /// The file that is being read; a rotated one may be compressed.
-    source: Source,
-    printer: Printer,
-    /// The beginning of a line whose rest has not been read yet.
-    line: Vec<u8>,
-    /// Nothing more may be sent.
-    full: bool,
-}
-
-enum Source {
-    Plain(File),
-    Packed { reader: Box<GzDecoder<File>>, path: PathBuf },
-}
-
-impl Log {
-    fn open(path: PathBuf, options: LogOptions) -> io::Result<Self> {
-        let mut file = File::open(&path)?;
-        if let Some(lines) = options.tail_lines {
-            let start = tail::offset(&mut file, lines)?;
-            file.seek(SeekFrom::Start(start))?;
-        }
-        let (source, printer) = (Source::Plain(file), Printer::new(options));
-        Ok(Self { path, source, printer, line: Vec::new(), full: false })
+impl Logs {
+    /// Opens the log at `path`.
+    ///
+    /// # Errors
+    /// When there are too many already, or it cannot be read.
+    pub async fn open(&self, path: PathBuf, options: LogOptions) -> Result<Session, OpenError> {
+        let permit = self.sessions.clone().try_acquire_owned();
+        let permit = permit.map_err(|_| OpenError::TooMany(SESSIONS))?;
+        let (folders, log_path) = (self.folders.clone(), path.clone());
+        let open = move || {
+            let folder = Folder::of(&log_path)?;
+            // Watched before the first look, so that no change falls between the two.
+            let changes = options.follow.then(|| folders.changes(&folder.path()));
+            Ok((Log::open(folder, options)?, changes))
+        };
+        let opened = blocking(&self.reads, open).await;
+        let (log, changes) = opened.map_err(|error| OpenError::Unreadable { path, error })?;
+        Ok(Session { log, changes, reads: self.reads.clone(), _permit: permit })
     }
+}
 
-    async fn follow(
-        &mut self,
-        mut changes: inotify::EventStream<[u8; 4096]>,
-        mut ended: BoxFuture<'static, ()>,
-        to: &mpsc::Sender<Bytes>,
+impl Session {
+    /// Sends the log piece by piece to `to` until it ends: at its end or, when following, when `ended` is
+    /// done and the last lines are through. Stops as soon as nobody takes the pieces.
+    ///
+    /// # Errors
+    /// When the log cannot be read (any more).
+    pub async fn send(
+        self,
+        ended: BoxFuture<'static, ()>,
+        to: &mpsc::Sender<io::Result<Bytes>>,
     ) -> io::Result<()> {
-        let (mut over, mut closed) = (false, false);
-        loop {
-            while let Some(piece) = self.next_piece()? {
-                if to.send(piece).await.is_err() {
-                    return Ok(());
-                }
+        let Self { log, changes, reads, _permit } = self;
+        let work = async {
+            match changes {
+                None => rest(log, &reads, to).await.map(drop),
+                Some(changes) => follow(log, changes, &reads, ended, to).await,
             }
-            if self.full || (over && closed) {
-                return Ok(());
-            }
-            if self.open_next()? {
-                closed = false;
-                continue;
-            }
-            // Cancelling any of these loses nothing: the loop looks at the file again.
-            tokio::select! {
-                event = changes.next() => match event {
-                    Some(event) => {
-                        let event = event?;
-                        let own = event.name.as_deref() == self.path.file_name();
-                        closed |= own && event.mask.contains(EventMask::CLOSE_WRITE);
-                    }
-                    None => return Ok(()),
-                },
-                () = &mut ended, if !over => over = true,
-                () = tokio::time::sleep(LAST_LINES), if over => closed = true,
-            }
-        }
-    }
-
-    /// What can be sent of the next block of the file; `None` at its end. May be empty.
-    fn next_piece(&mut self) -> io::Result<Option<Bytes>> {
-        if self.full {
-            return Ok(None);
-        }
-        let mut block = vec![0; READ_SIZE];
-        loop {
-            let read = match &mut self.source {
-                Source::Plain(file) => file.read(&mut block)?,
-                Source::Packed { reader, .. } => reader.read(&mut block)?,
-            };
-            let mut out = BytesMut::new();
-            if read == 0 {
-                return Ok(None);
-            }
-            for part in block.get(..read).unwrap_or_default().split_inclusive(|byte| *byte == b'\n')
-            {
-                self.line.extend_from_slice(part);
-                if part.ends_with(b"\n") {
-                    self.full |= !self.printer.print(&self.line, &mut out);
-                    self.line.clear();
-                }
-                if self.full {
-                    break;
-                }
-            }
-            if !out.is_empty() || self.full {
-                return Ok(Some(out.freeze()));
-            }
-        }
-    }
-
-    /// Goes on with the file that came after the one that was read to its end, if there is one.
-    fn open_next(&mut self) -> io::Result<bool> {
-        let own = match &self.source {
-            Source::Plain(file) => {
-                let current = match std::fs::metadata(&self.path) {
-                    Ok(current) => current,
-                    // Between the two steps of a rotation.
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
-                    Err(error) => return Err(error),
-                };
-                let read = file.metadata()?;
-                if (read.dev(), read.ino()) == (current.dev(), current.ino()) {
-                    return Ok(false);
-                }
-                // The kernel knows what the file is called now.
-                std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?
-            }
-            Source::Packed { path, .. } => path.clone(),
         };
-        let next = successor(&own, &self.path, &rotated(&self.path)?);
-        let file = File::open(&next)?;
-        self.source = if next.extension().is_some_and(|extension| extension == "gz") {
-            Source::Packed { reader: Box::new(GzDecoder::new(file)), path: next }
-        } else {
-            Source::Plain(file)
-        };
-        Ok(true)
-    }
-}
-
-/// The rotated files of a log, oldest first: their names end in the time of their rotation.
-fn rotated(path: &Path) -> io::Result<Vec<PathBuf>> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned() + ".";
-    let folder = path.parent().unwrap_or(Path::new("/"));
-    let mut files: Vec<PathBuf> = Vec::new();
-    for entry in std::fs::read_dir(folder)? {
-        let entry = entry?;
-        let file = entry.file_name();
-        // A half-written compressed file has its plain twin still beside it.
-        if file.to_string_lossy().starts_with(&name) && !file.to_string_lossy().ends_with(".tmp") {
-            files.push(entry.path());
+        tokio::select! {
+            result = work => result,
+            // The client left: nothing is written any more that could notice it.
+            () = to.closed() => Ok(()),
         }
     }
-    files.sort();
-    Ok(files)
 }
 
-/// The file that was begun after `own`: the next rotated one, or the log itself.
-fn successor(own: &Path, log: &Path, rotated: &[PathBuf]) -> PathBuf {
-    let own = stem(own);
-    // Replaced without a rotation: what came after it is whatever is there now.
-    if own == stem(log) {
-        return log.to_owned();
+async fn follow(
+    mut log: Log,
+    mut changes: Changes,
+    reads: &Arc<Semaphore>,
+    mut ended: BoxFuture<'static, ()>,
+    to: &mpsc::Sender<io::Result<Bytes>>,
+) -> io::Result<()> {
+    let own = log.name();
+    let (mut over, mut closed) = (false, false);
+    loop {
+        log = rest(log, reads, to).await?;
+        if log.full || (over && closed) {
+            return Ok(());
+        }
+        let next;
+        (log, next) = with(log, reads, Log::open_next).await?;
+        if next {
+            closed = false;
+            continue;
+        }
+        // Cancelling any of these loses nothing: the loop looks at the file again.
+        tokio::select! {
+            own_closed = changes.next(&own) => closed |= own_closed,
+            () = &mut ended, if !over => over = true,
+            () = tokio::time::sleep(LAST_LINES), if over => closed = true,
+        }
     }
-    let next = rotated.iter().find(|file| stem(file) > own);
-    next.cloned().unwrap_or_else(|| log.to_owned())
 }
 
-/// The name without what compression or removal put at its end.
-fn stem(path: &Path) -> String {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let name = name.strip_suffix(" (deleted)").unwrap_or(&name);
-    name.strip_suffix(".gz").unwrap_or(name).to_owned()
+/// Sends what there is of the file; ends also when the client is gone.
+async fn rest(
+    mut log: Log,
+    reads: &Arc<Semaphore>,
+    to: &mpsc::Sender<io::Result<Bytes>>,
+) -> io::Result<Log> {
+    loop {
+        let piece;
+        (log, piece) = with(log, reads, Log::next_piece).await?;
+        let Some(piece) = piece else { return Ok(log) };
+        if !piece.is_empty() && to.send(Ok(piece)).await.is_err() {
+            return Ok(log);
+        }
+    }
+}
+
+async fn with<T: Send + 'static>(
+    mut log: Log,
+    reads: &Arc<Semaphore>,
+    work: impl FnOnce(&mut Log) -> io::Result<T> + Send + 'static,
+) -> io::Result<(Log, T)> {
+    blocking(reads, move || work(&mut log).map(|result| (log, result))).await
+}
+
+/// Runs what waits for the disk on a thread that may; the place is held until it is done, also when
+/// the client does not wait for it.
+async fn blocking<T: Send + 'static>(
+    reads: &Arc<Semaphore>,
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    let permit = reads.clone().acquire_owned().await.map_err(io::Error::other)?;
+    let work = tokio::task::spawn_blocking(move || {
+        let _permit = permit;
+        keelson_supervise::catch("log reader", work)
+    });
+    work.await.map_err(io::Error::other)?.map_err(io::Error::other)?
 }
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use std::fs::{self, File};
     use std::io::Write;
 
     use tokio::sync::oneshot;
@@ -240,13 +190,13 @@ mod tests {
 
     struct Follower {
         dir: tempfile::TempDir,
-        pieces: mpsc::Receiver<Bytes>,
+        pieces: mpsc::Receiver<io::Result<Bytes>>,
         end: Option<oneshot::Sender<()>>,
         writer: File,
     }
 
     impl Follower {
-        fn start(first: &str) -> Self {
+        async fn start(first: &str) -> Self {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("0.log");
             let mut writer = File::create(&path).unwrap();
@@ -255,7 +205,8 @@ mod tests {
             let (end, ended) = oneshot::channel::<()>();
             let options = LogOptions { follow: true, ..LogOptions::default() };
             let ended = Box::pin(async move { drop(ended.await) });
-            tokio::spawn(async move { send(path, options, ended, to).await.unwrap() });
+            let session = Logs::default().open(path, options).await.unwrap();
+            tokio::spawn(async move { session.send(ended, &to).await.unwrap() });
             Self { dir, pieces, end: Some(end), writer }
         }
 
@@ -275,7 +226,7 @@ mod tests {
             while got.len() < want.len() {
                 let piece = tokio::time::timeout(deadline, self.pieces.recv()).await;
                 let piece = piece.unwrap_or_else(|_| panic!("only {got:?} of {want:?}"));
-                got += std::str::from_utf8(&piece.expect("ended early")).unwrap();
+                got += std::str::from_utf8(&piece.expect("ended early").unwrap()).unwrap();
             }
             assert_eq!(got, want);
         }
@@ -283,7 +234,7 @@ mod tests {
 
     #[tokio::test]
     async fn new_lines_arrive_and_the_end_of_the_container_ends_it() {
-        let mut follower = Follower::start(&line("a"));
+        let mut follower = Follower::start(&line("a")).await;
         follower.expect("a\n").await;
         follower.write("b");
         follower.expect("b\n").await;
@@ -291,12 +242,12 @@ mod tests {
         follower.write("last words");
         follower.writer = File::create(follower.dir.path().join("other")).unwrap();
         follower.expect("last words\n").await;
-        assert_eq!(follower.pieces.recv().await, None);
+        assert!(follower.pieces.recv().await.is_none());
     }
 
     #[tokio::test]
     async fn nothing_is_lost_over_several_rotations_at_once() {
-        let mut follower = Follower::start(&line("a"));
+        let mut follower = Follower::start(&line("a")).await;
         follower.expect("a\n").await;
         for i in 0..4 {
             follower.write(&format!("before {i}"));
@@ -308,21 +259,55 @@ mod tests {
 
     #[tokio::test]
     async fn a_line_in_two_writes_is_sent_once_and_whole() {
-        let mut follower = Follower::start("");
+        let mut follower = Follower::start("").await;
         follower.writer.write_all(b"2026-01-02T15:04:05Z stdout F ha").unwrap();
         follower.writer.write_all(b"lf\n").unwrap();
         follower.expect("half\n").await;
     }
 
-    #[test]
-    fn a_compressed_file_follows_its_elder() {
-        let files = ["l.20260101", "l.20260102.gz", "l.20260103"].map(PathBuf::from);
-        let next = |own: &str| successor(Path::new(own), Path::new("l"), &files);
-        assert_eq!(next("l.20260101"), files[1]);
-        assert_eq!(next("l.20260102.gz"), files[2]);
-        assert_eq!(next("l.20260101 (deleted)"), files[1]);
-        assert_eq!(next("l.20260103"), Path::new("l"));
-        assert_eq!(next("l (deleted)"), Path::new("l"));
+    #[tokio::test]
+    async fn a_log_that_is_rotated_and_compressed_all_the_time_is_followed_without_a_gap() {
+        let mut follower = Follower::start("").await;
+        let dir = follower.dir.path().to_owned();
+        let writing = std::thread::spawn(move || {
+            let path = dir.join("0.log");
+            for round in 0..200 {
+                let mut file = File::options().append(true).create(true).open(&path).unwrap();
+                file.write_all(line(&format!("{round:03}")).as_bytes()).unwrap();
+                let rotated = dir.join(format!("0.log.20260101-{round:06}"));
+                fs::rename(&path, &rotated).unwrap();
+                let packed = File::create(rotated.with_extension("tmp")).unwrap();
+                let mut packer = flate2::write::GzEncoder::new(packed, flate2::Compression::fast());
+                packer.write_all(&fs::read(&rotated).unwrap()).unwrap();
+                packer.finish().unwrap();
+                let name = format!("0.log.20260101-{round:06}.gz");
+                fs::rename(rotated.with_extension("tmp"), dir.join(name)).unwrap();
+                fs::remove_file(&rotated).unwrap();
+            }
+            File::create(&path).unwrap();
+        });
+        let want: String = (0..200).map(|round| format!("{round:03}\n")).collect();
+        follower.expect(&want).await;
+        writing.join().unwrap();
+    }
+
+    #[tokio::test]
+    async fn more_logs_than_the_limit_are_refused_before_anything_is_sent() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("0.log");
+        fs::write(&path, "").unwrap();
+        let logs = Logs::default();
+        let options = LogOptions { follow: true, ..LogOptions::default() };
+        let mut open = Vec::new();
+        for _ in 0..SESSIONS {
+            open.push(logs.open(path.clone(), options.clone()).await.unwrap());
+        }
+        let refused = logs.open(path.clone(), options.clone()).await;
+        assert!(matches!(refused, Err(OpenError::TooMany(SESSIONS))));
+        open.pop();
+        logs.open(path, options.clone()).await.unwrap();
+        let missing = logs.open(dir.path().join("1.log"), options).await;
+        assert!(matches!(missing, Err(OpenError::Unreadable { .. })));
     }
 
     #[tokio::test]
@@ -332,8 +317,10 @@ mod tests {
         fs::write(&path, (0..5000).map(|i| line(&i.to_string())).collect::<String>()).unwrap();
         let (to, mut pieces) = mpsc::channel(64);
         let options = LogOptions { tail_lines: Some(2), ..LogOptions::default() };
-        send(path, options, Box::pin(std::future::pending()), to).await.unwrap();
-        assert_eq!(pieces.recv().await.unwrap(), "4998\n4999\n");
-        assert_eq!(pieces.recv().await, None);
+        let session = Logs::default().open(path, options).await.unwrap();
+        session.send(Box::pin(std::future::pending()), &to).await.unwrap();
+        drop(to);
+        assert_eq!(pieces.recv().await.unwrap().unwrap(), "4998\n4999\n");
+        assert!(pieces.recv().await.is_none());
     }
 }
