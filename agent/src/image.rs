@@ -3,13 +3,13 @@
 //! Works with containerd 1.6, which cannot pull by itself: blobs go into its content store, layers are unpacked by its
 //! diff service, all under a lease until an image name holds them.
 
-mod content;
+pub(crate) mod content;
 pub mod garbage;
-mod import;
-mod pull;
+pub(crate) mod import;
+pub(crate) mod pull;
 mod reference;
 mod remove;
-mod unpack;
+pub(crate) mod unpack;
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;

@@ -18,7 +18,7 @@ mod config;
 mod container;
 mod dispatcher;
 mod exec;
-mod grpc;
+pub(crate) mod grpc;
 mod hook;
 mod http;
 pub(crate) mod image;

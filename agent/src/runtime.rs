@@ -22,7 +22,7 @@ mod sandbox;
 mod spec;
 pub(crate) mod termination;
 pub mod types;
-mod user;
+pub(crate) mod user;
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};

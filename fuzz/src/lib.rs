@@ -29,8 +29,10 @@ pub fn targets() -> impl Iterator<Item = Target> {
 #[rustfmt::skip]
 const TARGETS: &[(&str, Run)] = &[
     // Clients of the kubelet's API.
+    ("grpc-answer", keelson_agent::fuzzing::grpc_answer),
     ("negotiate", keelson_agent::fuzzing::negotiate),
     ("queries", keelson_agent::fuzzing::queries),
+    ("remote-command", keelson_agent::fuzzing::remote_command),
     ("spdy-headers", keelson_agent::fuzzing::spdy_headers),
     ("spdy-session", keelson_agent::fuzzing::spdy_session),
     ("terminal", keelson_agent::fuzzing::terminal),
@@ -42,7 +44,10 @@ const TARGETS: &[(&str, Run)] = &[
     ("logd-frames", keelson_agent::fuzzing::logd_frames),
     ("termination-message", keelson_agent::fuzzing::termination_message),
     // Images and registries.
+    ("image-archive", keelson_agent::fuzzing::image_archive),
+    ("image-documents", keelson_agent::fuzzing::image_documents),
     ("image-reference", keelson_agent::fuzzing::image_reference),
+    ("image-users", keelson_agent::fuzzing::image_users),
     ("pull-secret", keelson_agent::fuzzing::pull_secret),
     // Clients of the embedded control plane.
     ("api-bodies", keelson_standalone::fuzzing::bodies),
@@ -70,6 +75,7 @@ const TARGETS: &[(&str, Run)] = &[
     ("netlink-routes", keelson_netlink::fuzzing::routes),
     ("netlink-sockets", keelson_netlink::fuzzing::sockets),
     // Files of operators.
+    ("cni-conf", keelson_agent::fuzzing::cni_conf),
     ("flag-values", keelson_agent::fuzzing::flag_values),
     ("kubelet-config", keelson_agent::fuzzing::kubelet_config),
     ("static-pod", keelson_agent::fuzzing::static_pod),

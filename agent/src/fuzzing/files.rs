@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::text;
 use crate::config::{AgentConfig, duration, kubelet, labels, quantity};
+use crate::node::cni_conf::plugin_types;
 use crate::pod::source::manifests;
 
 /// `KubeletConfiguration`.
@@ -13,6 +14,13 @@ pub fn kubelet_config(input: &[u8]) {
         &text(input),
         Path::new("/etc/k/config.yaml"),
     ));
+}
+
+/// A CNI configuration, as the node's readiness looks at it.
+pub fn cni_conf(input: &[u8]) {
+    if let Ok(types) = plugin_types(&text(input)) {
+        assert!(!types.is_empty());
+    }
 }
 
 /// Static pods.

@@ -1,14 +1,20 @@
 //! What clients of the kubelet's API send: queries, upgrades, SPDY, WebSocket.
 
 use std::collections::HashSet;
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use jiff::Timestamp;
+use tokio::io::AsyncWriteExt;
 
 use super::{Steps, text};
+use crate::pod::grpc;
+use crate::server::containers::ExecRequest;
 use crate::server::exec::terminal_sizes;
 use crate::server::logs::options;
+use crate::server::peer::Peer;
+use crate::server::remote::{Agreed, Transport, establish};
 use crate::server::spdy::frame::{Decoder, Encoder, Frame};
 use crate::server::spdy::session::{Event, Role, Session};
 use crate::server::websocket::channels::{Encoding, Incoming, Outgoing};
@@ -92,6 +98,73 @@ pub fn spdy_session(input: &[u8]) {
         assert!(bytes <= MAX_HELD, "{bytes} bytes wait for the rest of their frame");
         assert!(open <= MAX_STREAMS + known.own.len(), "{open} streams are open");
     }
+}
+
+/// An exec from its first byte to the client's end, over either transport: all streams end with the client.
+pub fn remote_command(input: &[u8]) {
+    let (flags, rest) = input.split_first().unwrap_or((&0, &[]));
+    let (transport, wire) = match flags & 1 {
+        0 => (Transport::Spdy, spdy_client(rest)),
+        _ => (Transport::WebSocket, rest.to_vec()),
+    };
+    let protocols = ["v5.channel.k8s.io", "v4.channel.k8s.io", "base64.channel.k8s.io", ""];
+    let protocol = protocols.get(usize::from(flags >> 1 & 3)).copied().unwrap_or_default();
+    let agreed = Agreed { transport, protocol: protocol.to_owned(), answer: HeaderMap::new() };
+    let tty = flags & 8 != 0;
+    let request = ExecRequest { command: Vec::new(), tty, stdin: true, stdout: true, stderr: !tty };
+    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_time().build() else {
+        return;
+    };
+    runtime.block_on(async {
+        let (near, mut far) = tokio::io::duplex(1 << 20);
+        drop(far.write_all(&wire).await);
+        drop(far.shutdown().await);
+        let hour = Duration::from_secs(3600);
+        let Ok(mut io) = establish(near, &agreed, &request, hour, Peer::none()).await else {
+            return;
+        };
+        let mut received = 0;
+        for mut inbox in [io.stdin.take(), io.resize.take()].into_iter().flatten() {
+            while let Some(data) = inbox.recv().await {
+                received += data.len();
+            }
+        }
+        assert!(received <= wire.len(), "more was received than was sent");
+        io.gone.cancelled().await;
+    });
+}
+
+/// The bytes of a client that speaks SPDY: the streams of an exec, then frames or garbage.
+fn spdy_client(script: &[u8]) -> Vec<u8> {
+    let (mut client, mut wire) = (Encoder::default(), BytesMut::new());
+    for (stream, kind) in (1..).step_by(2).zip(["error", "stdin", "stdout", "stderr"]) {
+        let headers = vec![("streamtype".to_owned(), kind.to_owned())];
+        client.put(&Frame::SynStream { stream, fin: false, one_way: false, headers }, &mut wire);
+    }
+    for (step, data) in Steps(script) {
+        let stream = u32::from(step >> 4);
+        let fin = step & 8 != 0;
+        match step & 7 {
+            0..=2 => {
+                let data = Bytes::copy_from_slice(data);
+                client.put(&Frame::Data { stream, fin, data }, &mut wire);
+            }
+            3 => client.put(&Frame::Reset { stream, status: 5 }, &mut wire),
+            4 => client.put(&Frame::GoAway { last_stream: stream, status: 0 }, &mut wire),
+            5 => client.put_plain_block(stream, data, &mut wire),
+            6 => client.put(&Frame::Ping { id: stream }, &mut wire),
+            _ => wire.extend_from_slice(data),
+        }
+    }
+    wire.to_vec()
+}
+
+/// Answers of gRPC probes.
+pub fn grpc_answer(input: &[u8]) {
+    let status = grpc::status(input);
+    assert!(status == 0 || input.contains(&status));
+    let request = grpc::message(&text(input));
+    assert!(request.len() <= 5 + 2 + 127);
 }
 
 /// What the server has been told of its streams.

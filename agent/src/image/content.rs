@@ -23,11 +23,11 @@ const MAX_DOCUMENT: usize = 8 << 20;
 /// A blob's place in a manifest.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct BlobRef {
+pub(crate) struct BlobRef {
     #[serde(default)]
     pub(super) media_type: String,
-    pub(super) digest: String,
-    pub(super) size: i64,
+    pub(crate) digest: String,
+    pub(crate) size: i64,
     #[serde(default)]
     pub(super) platform: Option<Platform>,
     #[serde(default)]
@@ -46,7 +46,7 @@ impl BlobRef {
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]
-pub(super) struct Platform {
+pub(crate) struct Platform {
     pub(super) architecture: String,
     pub(super) os: String,
     #[serde(default)]
@@ -56,16 +56,16 @@ pub(super) struct Platform {
 /// An image manifest (OCI or Docker) or an index of such.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct Manifest {
+pub(crate) struct Manifest {
     #[serde(default)]
-    pub(super) config: Option<BlobRef>,
+    pub(crate) config: Option<BlobRef>,
     #[serde(default)]
-    pub(super) layers: Vec<BlobRef>,
+    pub(crate) layers: Vec<BlobRef>,
     #[serde(default)]
-    pub(super) manifests: Vec<BlobRef>,
+    pub(crate) manifests: Vec<BlobRef>,
 }
 
-pub(super) fn parse<'a, T: Deserialize<'a>>(
+pub(crate) fn parse<'a, T: Deserialize<'a>>(
     what: &str,
     digest: &str,
     text: &'a [u8],

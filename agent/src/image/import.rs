@@ -17,10 +17,10 @@ use crate::runtime::{RuntimeError, lease};
 const MAX_DOCUMENT: u64 = 8 << 20;
 
 /// A file of the archive on its way into the content store.
-struct Blob {
-    digest: String,
+pub(crate) struct Blob {
+    pub(crate) digest: String,
     size: i64,
-    parts: mpsc::Receiver<Result<Vec<u8>, String>>,
+    pub(crate) parts: mpsc::Receiver<Result<Vec<u8>, String>>,
 }
 
 pub(super) async fn archive(store: &ImageStore, path: &Path) -> Result<Vec<String>, RuntimeError> {
@@ -84,7 +84,10 @@ async fn adopt(store: &ImageStore, entry: &BlobRef) -> Result<Vec<String>, Runti
 
 /// Sends every blob, and returns the text of `index.json`. Blocking.
 fn read_archive(path: &Path, blobs: &mpsc::Sender<Blob>) -> Result<Vec<u8>, String> {
-    let file = File::open(path).map_err(|e| e.to_string())?;
+    read_entries(File::open(path).map_err(|e| e.to_string())?, blobs)
+}
+
+pub(crate) fn read_entries(file: impl Read, blobs: &mpsc::Sender<Blob>) -> Result<Vec<u8>, String> {
     let mut index = None;
     let mut archive = tar::Archive::new(file);
     for entry in archive.entries().map_err(|e| e.to_string())? {

@@ -205,7 +205,7 @@ async fn fetch_blob(
 }
 
 /// The image for this machine out of an index.
-pub(super) fn select_platform<'a>(
+pub(crate) fn select_platform<'a>(
     manifests: &'a [BlobRef],
     name: &str,
 ) -> Result<&'a BlobRef, RuntimeError> {

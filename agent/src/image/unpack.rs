@@ -18,15 +18,15 @@ use crate::runtime::connection::Connection;
 use crate::runtime::container::SNAPSHOTTER;
 
 #[derive(Deserialize)]
-struct ConfigFile {
+pub(crate) struct ConfigFile {
     #[serde(default)]
     config: Option<ImageConfig>,
-    rootfs: RootFs,
+    pub(crate) rootfs: RootFs,
 }
 
 #[derive(Deserialize)]
-struct RootFs {
-    diff_ids: Vec<String>,
+pub(crate) struct RootFs {
+    pub(crate) diff_ids: Vec<String>,
 }
 
 /// Reads an image's manifest and configuration.
@@ -148,7 +148,7 @@ async fn unpack_layer(
 }
 
 /// `ChainID(n) = sha256(ChainID(n-1) + " " + DiffID(n))`, the OCI image specification's name for a stack of layers.
-fn chain_ids(diff_ids: &[String]) -> Vec<String> {
+pub(crate) fn chain_ids(diff_ids: &[String]) -> Vec<String> {
     let mut chain: Vec<String> = Vec::with_capacity(diff_ids.len());
     for diff_id in diff_ids {
         let next = match chain.last() {

@@ -77,7 +77,7 @@ fn lists(dir: &Path) -> std::io::Result<Vec<PathBuf>> {
 }
 
 /// The plugins that a configuration, or a list of them, calls.
-fn plugin_types(text: &str) -> Result<Vec<String>, String> {
+pub(crate) fn plugin_types(text: &str) -> Result<Vec<String>, String> {
     let value: Value =
         serde_json::from_str(text).map_err(|error| format!("is not JSON: {error}"))?;
     let plugin_type = |plugin: &Value| {

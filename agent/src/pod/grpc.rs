@@ -47,7 +47,7 @@ pub(super) async fn check(ip: IpAddr, port: u16, service: &str) -> Result<(), St
 }
 
 /// Length-prefixed `HealthCheckRequest { service }`.
-fn message(service: &str) -> Vec<u8> {
+pub(crate) fn message(service: &str) -> Vec<u8> {
     // Service names are far below 128 bytes; longer ones would need a two-byte length.
     let name = &service.as_bytes()[..service.len().min(127)];
     let mut proto = Vec::new();
@@ -63,7 +63,7 @@ fn message(service: &str) -> Vec<u8> {
 }
 
 /// The `status` field of a length-prefixed `HealthCheckResponse`; absent means 0, UNKNOWN.
-fn status(framed: &[u8]) -> u8 {
+pub(crate) fn status(framed: &[u8]) -> u8 {
     match framed.get(5..) {
         Some([0x08, status, ..]) => *status,
         _ => 0,

@@ -80,7 +80,7 @@ pub(crate) fn resolve(
     Ok(user)
 }
 
-fn from_files(
+pub(crate) fn from_files(
     image_user: &str,
     security: &ContainerSecurity,
     passwd: &str,

@@ -83,10 +83,11 @@ pub fn objects(input: &[u8]) {
     let Ok(decoded) = decode::decode(kind, &given) else { return };
     let mut value = decoded.value;
     defaults::apply(kind, &mut value);
-    drop(validation::create(kind, &value));
     drop(validation::update(kind, &value, &value));
-    let again = decode::decode(kind, &value);
-    assert!(again.is_ok_and(|again| again.unknown.is_empty()), "defaults made it another object");
+    if validation::create(kind, &value).is_empty() {
+        let again = decode::decode(kind, &value);
+        assert!(again.is_ok_and(|again| again.unknown.is_empty()), "defaults broke an object");
+    }
     table::render(kind, &[Arc::new(Object::new(kind, 1, &value))], "Object", true);
 }
 
