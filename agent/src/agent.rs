@@ -24,12 +24,13 @@ use tracing::{debug, info, warn};
 use crate::config::AgentConfig;
 use crate::node::addresses::node_addresses;
 use crate::node::{self, NodeShared, RuntimeProbe};
+use crate::server;
 use crate::server::auth::Access;
 use crate::server::containers::Containers;
 use crate::server::logs::follow::Logs;
 use crate::server::metrics::Metrics;
 use crate::server::routes::{Routes, Settings};
-use crate::server::{self, tls};
+use crate::server::tls::Certificates;
 
 mod bootstrap;
 mod containers;
@@ -169,15 +170,15 @@ pub async fn serve_node(
 ) -> anyhow::Result<()> {
     let tasks = TaskTracker::new();
     let addresses = node_addresses(&config.node_ips);
-    let tls =
-        tls::server_config(&config.server, &config.cert_dir(), &config.node_name, &addresses)?;
+    let (cert_dir, name) = (config.cert_dir(), &config.node_name);
+    let certificates = Certificates::load(&config.server, &cert_dir, name, &addresses)?;
     let listener = server::bind(config.server.address, config.server.port).await?;
     let routes = Arc::new(routes(&config, client.clone(), &parts, &tasks, &shutdown));
     if let Some(address) = config.healthz {
         let healthz = server::bind(address.ip(), address.port()).await?;
         tasks.spawn(server::serve_healthz(healthz, routes.clone(), shutdown.clone()));
     }
-    tasks.spawn(server::serve(listener, tls, routes, shutdown.clone()));
+    tasks.spawn(server::serve(listener, Arc::new(certificates), routes, shutdown.clone()));
     match client {
         Some(client) => {
             let NodeParts { probe, shared, .. } = parts;

@@ -14,7 +14,7 @@ use anyhow::Context;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use keelson_listener::{Connection, Limits, Listener};
-use keelson_supervise::caught;
+use keelson_supervise::{caught, restarting};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpSocket};
 use tokio_rustls::TlsAcceptor;
@@ -42,6 +42,7 @@ pub mod websocket;
 
 use peer::{Peer, Socket};
 use routes::{Caller, Routes};
+use tls::Certificates;
 
 /// A client that does not finish its TLS handshake holds a connection no longer than this.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
@@ -90,14 +91,15 @@ fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
 /// Serves HTTPS on `listener` until `cancel`; connections that are open then are closed.
 pub async fn serve(
     listener: TcpListener,
-    tls: rustls::ServerConfig,
+    certificates: Arc<Certificates>,
     routes: Arc<Routes>,
     cancel: CancellationToken,
 ) {
-    let acceptor = TlsAcceptor::from(Arc::new(tls));
     let listener = Listener::new("HTTPS API", listener, LIMITS);
-    accept_for_ever(listener, cancel, move |socket, peer| {
-        let (acceptor, routes) = (acceptor.clone(), routes.clone());
+    let reloading = restarting("certificates", || certificates.clone().keep_current());
+    let reloading = cancel.run_until_cancelled(reloading);
+    let serving = accept_for_ever(listener, cancel.clone(), |socket, peer| {
+        let (acceptor, routes) = (TlsAcceptor::from(certificates.current()), routes.clone());
         async move {
             let handshake = tokio::time::timeout(HANDSHAKE_LIMIT, acceptor.accept(socket)).await;
             let socket = match handshake {
@@ -115,8 +117,8 @@ pub async fn serve(
             // In a box: those that never get here, the silent ones, are small.
             Box::pin(serve_connection(socket, caller, max_head, routes)).await;
         }
-    })
-    .await;
+    });
+    tokio::join!(serving, reloading);
 }
 
 /// Serves `/healthz` without TLS on `listener` until `cancel`.

@@ -19,6 +19,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt};
 use keelson_agent::config::ServerConfig;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
@@ -153,4 +154,49 @@ async fn nobody_comes_in_without_credentials_except_to_the_health_check() {
     let mut answer = String::new();
     socket.read_to_string(&mut answer).await.unwrap();
     assert!(answer.starts_with("HTTP/1.1 404"), "{answer}");
+}
+
+/// A CA for clients, in PEM, and a client of it that may do everything.
+fn authority() -> (String, CertificateDer<'static>, Vec<u8>) {
+    let key = rcgen::KeyPair::generate().unwrap();
+    let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let ca = params.self_signed(&key).unwrap();
+    let issuer = rcgen::Issuer::new(params, key);
+    let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
+    params.distinguished_name.push(rcgen::DnType::CommonName, "admin");
+    params.distinguished_name.push(rcgen::DnType::OrganizationName, "system:masters");
+    params.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::ClientAuth];
+    let key = rcgen::KeyPair::generate().unwrap();
+    let client = params.signed_by(&key, &issuer).unwrap();
+    (ca.pem(), client.der().clone(), key.serialize_der())
+}
+
+#[tokio::test]
+async fn a_new_ca_of_clients_is_used_without_a_restart() {
+    let ((old_ca, old, old_key), (new_ca, new, new_key)) = (authority(), authority());
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("clients.crt");
+    std::fs::write(&file, old_ca).unwrap();
+    let ca = file.clone();
+    let node = Node::start(move |config| {
+        *config = ServerConfig { client_ca_file: Some(ca), ..ServerConfig::default() };
+    })
+    .await;
+    let status = async |certificate: &CertificateDer<'static>, key: &[u8]| {
+        let key = PrivateKeyDer::Pkcs8(key.to_vec().into());
+        let client = Some((certificate.clone(), key));
+        let mut socket = proxy::connect_as(node.address, client).await.ok()?;
+        let request = b"GET /pods HTTP/1.1\r\nHost: n1\r\nConnection: close\r\n\r\n";
+        socket.write_all(request).await.ok()?;
+        let mut answer = [0; 12];
+        socket.read_exact(&mut answer).await.ok()?;
+        Some(String::from_utf8_lossy(&answer[9..]).into_owned())
+    };
+    assert_eq!(status(&old, &old_key).await.as_deref(), Some("200"));
+    assert_eq!(status(&new, &new_key).await, None);
+    std::fs::write(&file, new_ca).unwrap();
+    node.certificates.refresh();
+    assert_eq!(status(&old, &old_key).await, None);
+    assert_eq!(status(&new, &new_key).await.as_deref(), Some("200"));
 }

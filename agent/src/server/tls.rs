@@ -1,59 +1,157 @@
-//! The certificate of the HTTPS API and the clients that it knows.
+//! The certificate of the HTTPS API and the clients that it knows. Both are read again when their files change, so that
+//! neither a renewed certificate nor a new CA needs a restart.
 
 use std::net::IpAddr;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use anyhow::Context;
 use rustls::RootCertStore;
 use rustls::server::WebPkiClientVerifier;
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::config::ServerConfig;
 
-/// What TLS needs to know: the given certificate or a self-signed one, and the clients' CA.
-///
-/// # Errors
-/// When a file cannot be read or is not what it should be; the file is named.
-pub fn server_config(
-    config: &ServerConfig,
-    cert_dir: &Path,
-    node_name: &str,
-    addresses: &[IpAddr],
-) -> anyhow::Result<rustls::ServerConfig> {
-    let (certificate, key) = match &config.tls {
-        Some(files) => files.clone(),
-        None => ensure_self_signed(cert_dir, node_name, addresses)?,
-    };
-    let chain = certificates(&certificate)?;
-    let private_key = PrivateKeyDer::from_pem_file(&key)
-        .with_context(|| format!("{}: is no private key in PEM", key.display()))?;
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let builder = rustls::ServerConfig::builder_with_provider(provider.clone())
-        .with_safe_default_protocol_versions()?;
-    let builder = match &config.client_ca_file {
-        None => builder.with_no_client_auth(),
-        Some(file) => {
-            let mut roots = RootCertStore::empty();
-            for ca in certificates(file)? {
-                roots.add(ca).with_context(|| format!("{}: is no CA", file.display()))?;
-            }
-            // Clients without a certificate may still have a token.
-            let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider)
-                .allow_unauthenticated()
-                .build()
-                .with_context(|| format!("{}: cannot be used as a CA", file.display()))?;
-            builder.with_client_cert_verifier(verifier)
+/// How often the files are looked at, as the kubelet does at the latest.
+const LOOK_EVERY: Duration = Duration::from_secs(10);
+
+/// The certificate of this server and the CA of its clients, as they are on the disk.
+pub struct Certificates {
+    files: Files,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct Files {
+    certificate: PathBuf,
+    key: PathBuf,
+    client_ca: Option<PathBuf>,
+}
+
+struct State {
+    current: Arc<rustls::ServerConfig>,
+    /// What the files were when they were read for it.
+    of: Stamp,
+    /// What they were when they could not be used.
+    bad: Option<Stamp>,
+}
+
+/// What changes when a file is written or replaced.
+type Stamp = Vec<Option<(u64, u64, u64, i64, i64)>>;
+
+impl Certificates {
+    /// Reads the given certificate, or makes a self-signed one, and the clients' CA.
+    ///
+    /// # Errors
+    /// When a file cannot be read or is not what it should be; the file is named.
+    pub fn load(
+        config: &ServerConfig,
+        cert_dir: &Path,
+        node_name: &str,
+        addresses: &[IpAddr],
+    ) -> anyhow::Result<Self> {
+        let (certificate, key) = match &config.tls {
+            Some(files) => files.clone(),
+            None => ensure_self_signed(cert_dir, node_name, addresses)?,
+        };
+        let files = Files { certificate, key, client_ca: config.client_ca_file.clone() };
+        let of = files.stamp();
+        let current = Arc::new(files.read()?);
+        Ok(Self { files, state: Mutex::new(State { current, of, bad: None }) })
+    }
+
+    /// What a new connection is served with.
+    pub fn current(&self) -> Arc<rustls::ServerConfig> {
+        self.state().current.clone()
+    }
+
+    /// Reads the files when they have changed. Those that cannot be used change nothing: they may be half written.
+    pub fn refresh(&self) {
+        // Taken before the reading, so that a change meanwhile is seen the next time.
+        let stamp = self.files.stamp();
+        if self.state().of == stamp {
+            return;
         }
-    };
-    let mut tls = builder.with_single_cert(chain, private_key).with_context(|| {
-        format!("{} and {} do not belong together", certificate.display(), key.display())
-    })?;
-    // Upgrades to SPDY and WebSocket exist only in HTTP/1.1.
-    tls.alpn_protocols = vec![b"http/1.1".to_vec()];
-    Ok(tls)
+        let read = self.files.read();
+        let mut state = self.state();
+        match read {
+            Ok(config) => {
+                *state = State { current: Arc::new(config), of: stamp, bad: None };
+                info!(certificate = %self.files.certificate.display(),
+                    "Certificates of the HTTPS API have changed and are in use");
+            }
+            Err(error) if state.bad.as_ref() != Some(&stamp) => {
+                state.bad = Some(stamp);
+                warn!(
+                    error = format!("{error:#}"),
+                    "Certificates of the HTTPS API have changed and cannot be used; the old ones stay"
+                );
+            }
+            Err(_) => {}
+        }
+    }
+
+    /// Looks at the files again and again.
+    pub async fn keep_current(self: Arc<Self>) {
+        loop {
+            tokio::time::sleep(LOOK_EVERY).await;
+            let certificates = self.clone();
+            if let Err(error) = tokio::task::spawn_blocking(move || certificates.refresh()).await {
+                warn!(%error, "Certificates of the HTTPS API were not looked at");
+            }
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Files {
+    fn stamp(&self) -> Stamp {
+        let files = [Some(&self.certificate), Some(&self.key), self.client_ca.as_ref()];
+        let stamp = |file: Option<&PathBuf>| {
+            let meta = std::fs::metadata(file?).ok()?;
+            Some((meta.dev(), meta.ino(), meta.size(), meta.mtime(), meta.mtime_nsec()))
+        };
+        files.map(stamp).to_vec()
+    }
+
+    fn read(&self) -> anyhow::Result<rustls::ServerConfig> {
+        let chain = certificates(&self.certificate)?;
+        let private_key = PrivateKeyDer::from_pem_file(&self.key)
+            .with_context(|| format!("{}: is no private key in PEM", self.key.display()))?;
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let builder = rustls::ServerConfig::builder_with_provider(provider.clone())
+            .with_safe_default_protocol_versions()?;
+        let builder = match &self.client_ca {
+            None => builder.with_no_client_auth(),
+            Some(file) => {
+                let mut roots = RootCertStore::empty();
+                for ca in certificates(file)? {
+                    roots.add(ca).with_context(|| format!("{}: is no CA", file.display()))?;
+                }
+                // Clients without a certificate may still have a token.
+                let roots = Arc::new(roots);
+                let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider)
+                    .allow_unauthenticated()
+                    .build()
+                    .with_context(|| format!("{}: cannot be used as a CA", file.display()))?;
+                builder.with_client_cert_verifier(verifier)
+            }
+        };
+        let mut tls = builder.with_single_cert(chain, private_key).with_context(|| {
+            let (certificate, key) = (self.certificate.display(), self.key.display());
+            format!("{certificate} and {key} do not belong together")
+        })?;
+        // Upgrades to SPDY and WebSocket exist only in HTTP/1.1.
+        tls.alpn_protocols = vec![b"http/1.1".to_vec()];
+        Ok(tls)
+    }
 }
 
 fn certificates(file: &Path) -> anyhow::Result<Vec<CertificateDer<'static>>> {
@@ -119,7 +217,7 @@ mod tests {
         let config = ServerConfig::default();
         let make = |ips: &[&str]| {
             let ips: Vec<IpAddr> = ips.iter().map(|ip| ip.parse().unwrap()).collect();
-            server_config(&config, dir.path(), "n1", &ips).unwrap();
+            Certificates::load(&config, dir.path(), "n1", &ips).unwrap();
             std::fs::read(dir.path().join("kubelet.crt")).unwrap()
         };
         let first = make(&["192.0.2.1"]);
@@ -133,7 +231,33 @@ mod tests {
         let file = dir.path().join("ca.crt");
         std::fs::write(&file, "nonsense").unwrap();
         let config = ServerConfig { client_ca_file: Some(file), ..ServerConfig::default() };
-        let error = server_config(&config, dir.path(), "n1", &[]).unwrap_err();
+        let error = Certificates::load(&config, dir.path(), "n1", &[]).err().unwrap();
         assert!(format!("{error:#}").contains("ca.crt: has no certificate"), "{error:#}");
+    }
+
+    #[test]
+    fn changed_files_are_used_and_bad_ones_leave_the_old_ones_in_use() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = (dir.path().join("tls.crt"), dir.path().join("tls.key"));
+        let write = || {
+            let made = rcgen::generate_simple_self_signed(vec!["n1".to_owned()]).unwrap();
+            std::fs::write(&files.1, made.signing_key.serialize_pem()).unwrap();
+            std::fs::write(&files.0, made.cert.pem()).unwrap();
+        };
+        write();
+        let config = ServerConfig { tls: Some(files.clone()), ..ServerConfig::default() };
+        let certificates = Certificates::load(&config, dir.path(), "n1", &[]).unwrap();
+        let refreshed = |before: &Arc<rustls::ServerConfig>| {
+            certificates.refresh();
+            !Arc::ptr_eq(before, &certificates.current())
+        };
+        let first = certificates.current();
+        assert!(!refreshed(&first), "nothing has changed");
+        std::fs::write(&files.0, "half of a certif").unwrap();
+        assert!(!refreshed(&first));
+        std::fs::remove_file(&files.0).unwrap();
+        assert!(!refreshed(&first));
+        write();
+        assert!(refreshed(&first));
     }
 }

@@ -11,6 +11,7 @@ use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, StreamExt};
 use k8s_openapi::api::core::v1::Pod;
 use keelson_agent::config::{Authorization, ServerConfig};
+use keelson_agent::server;
 use keelson_agent::server::auth::Access;
 use keelson_agent::server::containers::{
     Attached, Containers, ExecRequest, Process, Stream, TerminalSize,
@@ -18,7 +19,7 @@ use keelson_agent::server::containers::{
 use keelson_agent::server::logs::follow::Logs;
 use keelson_agent::server::metrics::Metrics;
 use keelson_agent::server::routes::{Routes, Settings};
-use keelson_agent::server::{self, tls};
+use keelson_agent::server::tls::Certificates;
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
@@ -37,6 +38,7 @@ pub struct Node {
     /// What runs in the container that clients attach to.
     pub attached: watch::Sender<&'static str>,
     pub routes: Arc<Routes>,
+    pub certificates: Arc<Certificates>,
     cancel: CancellationToken,
 }
 
@@ -58,7 +60,8 @@ impl Node {
         };
         change(&mut config);
         let streaming_idle_timeout = config.streaming_idle_timeout;
-        let tls = tls::server_config(&config, dir.path(), "n1", &[]).unwrap();
+        let certificates = Certificates::load(&config, dir.path(), "n1", &[]).unwrap();
+        let certificates = Arc::new(certificates);
         let running = watch::Sender::new(true);
         let cancel = CancellationToken::new();
         let known = watch::Sender::new(true);
@@ -87,9 +90,19 @@ impl Node {
         let address = listener.local_addr().unwrap();
         let healthz = server::bind(Ipv4Addr::LOCALHOST.into(), 0).await.unwrap();
         let healthz_address = healthz.local_addr().unwrap();
-        tokio::spawn(server::serve(listener, tls, routes.clone(), cancel.clone()));
+        tokio::spawn(server::serve(listener, certificates.clone(), routes.clone(), cancel.clone()));
         tokio::spawn(server::serve_healthz(healthz, routes.clone(), cancel.clone()));
-        Self { address, healthz: healthz_address, dir, running, known, attached, routes, cancel }
+        Self {
+            address,
+            healthz: healthz_address,
+            dir,
+            running,
+            known,
+            attached,
+            routes,
+            certificates,
+            cancel,
+        }
     }
 
     pub fn log(&self, line: &str) {

@@ -4,9 +4,11 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, copy_bidirectional};
 use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::client::TlsStream;
 
 pub async fn serve(listener: TcpListener, kubelet: SocketAddr) {
     while let Ok((socket, _)) = listener.accept().await {
@@ -126,16 +128,25 @@ fn object(path: &str) -> Option<Value> {
 }
 
 /// A TLS connection that trusts whatever certificate the node made for itself, as API servers do.
-pub async fn connect(
+pub async fn connect(kubelet: SocketAddr) -> std::io::Result<TlsStream<TcpStream>> {
+    connect_as(kubelet, None).await
+}
+
+/// The same with a client's certificate and its key.
+pub async fn connect_as(
     kubelet: SocketAddr,
-) -> std::io::Result<tokio_rustls::client::TlsStream<TcpStream>> {
+    client: Option<(CertificateDer<'static>, PrivateKeyDer<'static>)>,
+) -> std::io::Result<TlsStream<TcpStream>> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let config = rustls::ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .unwrap()
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(AnyCertificate))
-        .with_no_client_auth();
+        .with_custom_certificate_verifier(Arc::new(AnyCertificate));
+    let config = match client {
+        None => config.with_no_client_auth(),
+        Some((certificate, key)) => config.with_client_auth_cert(vec![certificate], key).unwrap(),
+    };
     let name = rustls_pki_types::ServerName::try_from("n1").unwrap();
     let socket = TcpStream::connect(kubelet).await?;
     tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, socket).await
