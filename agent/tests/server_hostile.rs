@@ -77,6 +77,23 @@ async fn a_client_that_leaves_is_noticed_though_the_container_does_not_read_its_
 }
 
 #[tokio::test]
+async fn a_client_that_leaves_ends_the_log_of_a_silent_container() {
+    let node = Node::start(|_| ()).await;
+    let mut followers = Vec::new();
+    for _ in 0..200 {
+        let mut socket = proxy::connect(node.address).await.unwrap();
+        let path = "/containerLogs/default/web/main?follow=true";
+        let (status, ..) =
+            ask(&mut socket, &format!("GET {path} HTTP/1.1\r\nHost: n1\r\n\r\n")).await;
+        assert_eq!(status, 200);
+        followers.push(socket);
+    }
+    until("all follow", || node.routes.sessions.len() == 200).await;
+    drop(followers);
+    until("no session is left", || node.routes.sessions.is_empty()).await;
+}
+
+#[tokio::test]
 async fn a_terminal_is_resized_though_its_process_does_not_read() {
     let node = Node::start(|_| ()).await;
     let script = "until+[+%22%24(stty+size)%22+=+'45+123'+];+do+:;+done;+echo+sized";

@@ -114,7 +114,8 @@ fn panics(text: &mut String) {
 
 /// The process itself, as every Prometheus client names it.
 fn process(text: &mut String) {
-    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let stat = std::fs::read("/proc/self/stat").unwrap_or_default();
+    let stat = String::from_utf8_lossy(&stat);
     let open_files = std::fs::read_dir("/proc/self/fd").map(Iterator::count).unwrap_or(0);
     let Some(usage) = parse_stat(&stat) else { return };
     let help = "Total user and system CPU time spent in seconds.";

@@ -34,7 +34,9 @@ pub struct Hierarchies {
 impl Hierarchies {
     /// Looks at what is mounted.
     pub fn detect() -> Self {
-        Self::from_mounts(&fs::read_to_string("/proc/self/mountinfo").unwrap_or_default())
+        // A pod can give a mount a name that is no UTF-8; those of cgroups are plain.
+        let mounts = fs::read("/proc/self/mountinfo").unwrap_or_default();
+        Self::from_mounts(&String::from_utf8_lossy(&mounts))
     }
 
     fn from_mounts(mountinfo: &str) -> Self {

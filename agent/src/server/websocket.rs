@@ -319,3 +319,50 @@ where
     });
     near
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::server::inbox;
+
+    const LONG: Duration = Duration::from_secs(24 * 3600);
+
+    async fn pair(
+        idle: Duration,
+        inputs: HashMap<u8, Feed>,
+    ) -> (Connection, WebSocketStream<DuplexStream>) {
+        let (near, far) = tokio::io::duplex(64 * 1024);
+        let client = WebSocketStream::from_raw_socket(near, Role::Client, None).await;
+        let encoding = Encoding::Binary { close_signals: true };
+        let server = accept(far).await;
+        (Connection::new(server, encoding, inputs, idle, Peer::none()), client)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_answers_no_ping_is_gone() {
+        let (server, _client) = pair(LONG, HashMap::new()).await;
+        let began = Instant::now();
+        server.gone.cancelled().await;
+        assert!(began.elapsed() >= SILENCE && began.elapsed() < SILENCE * 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_answers_pings_stays_until_the_idle_limit() {
+        let idle = Duration::from_secs(3600);
+        let (server, mut client) = pair(idle, HashMap::new()).await;
+        let began = Instant::now();
+        // Reading is what makes the library answer.
+        tokio::spawn(async move { while let Some(Ok(_)) = client.next().await {} });
+        server.gone.cancelled().await;
+        assert!(began.elapsed() >= idle && began.elapsed() < idle * 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_process_that_does_not_read_makes_its_client_no_silent_one() {
+        let (feed, _inbox) = inbox::inbox(4);
+        let (server, mut client) = pair(LONG, HashMap::from([(0, feed)])).await;
+        client.send(Message::Binary(Bytes::from_static(b"\0more than four"))).await.unwrap();
+        let waiting = tokio::time::timeout(SILENCE * 10, server.gone.cancelled()).await;
+        assert!(waiting.is_err());
+    }
+}
