@@ -32,9 +32,16 @@ pub enum EnvError {
     NotText { name: String, key: String, kind: &'static str, object: String },
     #[error("env {name}: {source}")]
     Field { name: String, source: fields::FieldError },
+    #[error("env {name} {source}")]
+    TooLong { name: String, source: expand::TooLong },
+    #[error("env {name}: all variables together are longer than {MAX_ALL} bytes")]
+    TooMuch { name: String },
     #[error("env {name}: fileKeyRef is not supported by this node")]
     Unsupported { name: String },
 }
+
+/// The kernel gives no program more than this in all (three quarters of 8 MiB, whatever its stack).
+pub(crate) const MAX_ALL: usize = 6 << 20;
 
 /// Everything that the environment is made from.
 #[derive(Debug, Clone, Copy)]
@@ -56,12 +63,16 @@ pub fn build(
 ) -> Result<Vec<(String, String)>, EnvError> {
     let mut known: BTreeMap<String, String> = context.services.clone();
     let from = env_from(container, context)?;
-    let mut result: Vec<(String, String)> = Vec::new();
+    let (mut result, mut total) = (Vec::<(String, String)>::new(), 0);
     for (name, value) in from {
         known.insert(name, value);
     }
     for var in container.env.iter().flatten() {
         let Some(value) = value_of(var, container, context, &known)? else { continue };
+        total += var.name.len() + value.len();
+        if total > MAX_ALL {
+            return Err(EnvError::TooMuch { name: var.name.clone() });
+        }
         // Expansion sees earlier variables of `env`, all of envFrom and the services.
         known.insert(var.name.clone(), value.clone());
         result.push((var.name.clone(), value));
@@ -112,7 +123,9 @@ fn value_of(
     known: &BTreeMap<String, String>,
 ) -> Result<Option<String>, EnvError> {
     if let Some(value) = var.value.as_deref().filter(|v| !v.is_empty()) {
-        return Ok(Some(expand::expand(value, |name| known.get(name).cloned())));
+        let expanded = expand::expand(value, |name| known.get(name).cloned());
+        let too_long = |source| EnvError::TooLong { name: var.name.clone(), source };
+        return expanded.map(Some).map_err(too_long);
     }
     match &var.value_from {
         None => Ok(Some(String::new())),

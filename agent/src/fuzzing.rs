@@ -6,11 +6,13 @@
 mod files;
 mod images;
 mod logs;
+mod pods;
 mod streams;
 
 pub use files::*;
 pub use images::*;
 pub use logs::*;
+pub use pods::*;
 pub use streams::*;
 
 /// Text of a file or a request, as its readers take it.

@@ -11,7 +11,7 @@
 //! nothing differs. It trusts nothing that it remembers except back-off; after a restart of the agent the same loop adopts
 //! what runs.
 
-mod admission;
+pub(crate) mod admission;
 pub mod backoff;
 mod bell;
 mod config;

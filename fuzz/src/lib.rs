@@ -43,6 +43,8 @@ const TARGETS: &[(&str, Run)] = &[
     ("log-tail", keelson_agent::fuzzing::log_tail),
     ("logd-frames", keelson_agent::fuzzing::logd_frames),
     ("termination-message", keelson_agent::fuzzing::termination_message),
+    // What tenants write.
+    ("pods", keelson_agent::fuzzing::pods),
     // Images and registries.
     ("image-archive", keelson_agent::fuzzing::image_archive),
     ("image-documents", keelson_agent::fuzzing::image_documents),
@@ -78,6 +80,7 @@ const TARGETS: &[(&str, Run)] = &[
     ("cni-conf", keelson_agent::fuzzing::cni_conf),
     ("flag-values", keelson_agent::fuzzing::flag_values),
     ("kubelet-config", keelson_agent::fuzzing::kubelet_config),
+    ("resolv-conf", keelson_agent::fuzzing::resolv_conf),
     ("static-pod", keelson_agent::fuzzing::static_pod),
 ];
 

@@ -127,6 +127,14 @@ fn fuzz_all(program: &Path, targets: &[String], seconds: u64) -> Result<Vec<Stri
     Ok(broken.into_inner().unwrap_or_else(PoisonError::into_inner))
 }
 
+/// What libFuzzer printed from the first complaint on, without the standard library's part of the backtrace.
+fn essence(log: &str) -> String {
+    let complaint = |line: &&str| line.contains("panicked at") || line.contains("ERROR: libFuzzer");
+    let from_there = log.lines().skip_while(|line| !complaint(line));
+    let ours = from_there.filter(|line| !line.contains("at /rustc/"));
+    ours.take(40).collect::<Vec<_>>().join("\n")
+}
+
 /// One target: first what is known, then what libFuzzer makes of it.
 fn fuzz(program: &Path, target: &str, seconds: u64) -> Result<()> {
     let corpus = folder("corpus").join(target);
@@ -143,8 +151,7 @@ fn fuzz(program: &Path, target: &str, seconds: u64) -> Result<()> {
         .with_context(|| format!("cannot run {}", program.display()))?;
     let log = String::from_utf8_lossy(&output.stderr);
     if !output.status.success() {
-        let tail: Vec<&str> = log.lines().rev().take(60).collect();
-        bail!("{}", tail.into_iter().rev().collect::<Vec<_>>().join("\n"));
+        bail!("{}", essence(&log));
     }
     let stat = |name: &str| {
         let value = log.lines().find_map(|line| line.strip_prefix(&format!("stat::{name}:")));

@@ -33,9 +33,13 @@ const MIN_SHARES: u64 = 2;
 const MAX_SHARES: u64 = 262_144;
 const MIN_QUOTA_US: i64 = 1000;
 
+/// The largest quantity in thousandths: Kubernetes' own limit, and small enough to be added up and multiplied.
+const MAX_MILLI: i128 = i64::MAX as i128 * 1000;
+
 /// A quantity in thousandths, rounded up; `None` when it is not a quantity.
 pub fn milli(quantity: &Quantity) -> Option<i128> {
-    quantity::parse_milli(quantity.0.trim()).and_then(|milli| i128::try_from(milli).ok())
+    let milli = quantity::parse_milli(quantity.0.trim())?;
+    Some(i128::try_from(milli).map_or(MAX_MILLI, |milli| milli.min(MAX_MILLI)))
 }
 
 /// The whole value, rounded up.
@@ -142,7 +146,7 @@ pub fn qos_class(pod: &Pod) -> QosClass {
 
 /// 1024 shares are one CPU; at least 2.
 pub fn shares(milli_cpu: i128) -> u64 {
-    u64::try_from(milli_cpu * 1024 / 1000).unwrap_or(0).clamp(MIN_SHARES, MAX_SHARES)
+    u64::try_from(milli_cpu * 1024 / 1000).unwrap_or(u64::MAX).clamp(MIN_SHARES, MAX_SHARES)
 }
 
 fn quota_us(milli_cpu: i128) -> i64 {
@@ -207,4 +211,26 @@ fn burstable_score(container: &Container, memory_capacity: i64) -> i32 {
     let request = request(container, "memory").and_then(whole).unwrap_or(0);
     let used = i128::from(request) * 1000 / i128::from(memory_capacity.max(1));
     i32::try_from(1000 - used).unwrap_or(3).clamp(3, 999)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn quantities_beyond_all_machines_are_the_largest_that_there_are() {
+        let resources = json!({ "requests": { "cpu": "9".repeat(35), "memory": "9".repeat(35) } });
+        let container = |name| json!({ "name": name, "resources": resources });
+        let pod: Pod = serde_json::from_value(json!({
+            "metadata": {},
+            "spec": { "containers": [container("a"), container("b")], "overhead": { "cpu": "9E" } },
+        }))
+        .unwrap();
+        assert_eq!(pod_resources(&pod, None).cpu_shares, Some(MAX_SHARES));
+        let first = &spec::main_containers(&pod)[0];
+        assert_eq!(container_resources(&pod, first, 1 << 30).cpu_shares, Some(MAX_SHARES));
+        assert_eq!(oom_score_adj(&pod, first, 1 << 30), 3);
+    }
 }

@@ -58,6 +58,23 @@ fn references_are_expanded_from_what_came_before() {
 }
 
 #[test]
+fn variables_that_double_each_other_do_not_take_all_memory() {
+    let mut env = vec![json!({ "name": "V0", "value": "0123456789" })];
+    env.extend((1..40).map(|n| {
+        let before = format!("$(V{0})$(V{0})", n - 1);
+        json!({ "name": format!("V{n}"), "value": before })
+    }));
+    let too_long =
+        "env V14 is longer than 131072 bytes, which is the most that a program can be given";
+    check(with_env(env.into()), Err(too_long));
+    // Each of them could be given, but not all together.
+    let mut env = vec![json!({ "name": "V", "value": "x".repeat(100_000) })];
+    env.extend((0..100).map(|n| json!({ "name": format!("W{n}"), "value": "$(V)" })));
+    let too_much = "env W61: all variables together are longer than 6291456 bytes";
+    check(with_env(env.into()), Err(too_much));
+}
+
+#[test]
 fn env_wins_over_env_from() {
     check(
         json!({

@@ -12,7 +12,7 @@ use crate::cgroup::resources;
 
 /// What the admitted pods of this node use.
 #[derive(Debug, Default)]
-pub(super) struct Ledger {
+pub(crate) struct Ledger {
     used: Mutex<HashMap<String, Use>>,
 }
 
@@ -26,7 +26,7 @@ type HostPortUse = (String, String, i32);
 
 impl Ledger {
     /// Books what the pod needs, or says why it cannot run here.
-    pub(super) fn admit(
+    pub(crate) fn admit(
         &self,
         pod: &Pod,
         node: &str,
@@ -45,7 +45,7 @@ impl Ledger {
     }
 
     /// Books a pod that runs already: it was admitted once and is not asked again.
-    pub(super) fn adopt(&self, pod: &Pod) {
+    pub(crate) fn adopt(&self, pod: &Pod) {
         let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
         used.insert(spec::uid(pod).to_owned(), wanted(pod));
     }
@@ -55,7 +55,7 @@ impl Ledger {
     }
 
     /// The CPU requests of all admitted burstable pods.
-    pub(super) fn cpu_requests_milli(&self) -> i128 {
+    pub(crate) fn cpu_requests_milli(&self) -> i128 {
         let used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
         used.values().filter_map(|u| u.milli.get("cpu")).sum()
     }

@@ -11,7 +11,7 @@ use k8s_openapi::api::core::v1::{
 
 use super::spec::{self, ContainerKind};
 use crate::cgroup::resources;
-use crate::env::expand;
+use crate::env::{self, expand};
 use crate::runtime::types::{
     ContainerConfig, ContainerSecurity, HostPort, ImageRef, Mount, ObservedPod, PodNetwork,
     Propagation, SandboxConfig,
@@ -42,8 +42,8 @@ pub(super) fn config(from: &Ingredients) -> Result<ContainerConfig, String> {
     let lookup = |name: &str| {
         from.env.iter().rev().find(|(key, _)| key == name).map(|(_, value)| value.clone())
     };
-    let expand_all = |list: Option<&Vec<String>>| {
-        list.into_iter().flatten().map(|text| expand::expand(text, lookup)).collect()
+    let expanded = |list: Option<&Vec<String>>| {
+        expand_all("command or args", list.into_iter().flatten(), lookup)
     };
     let file = format!("{}.log", from.attempt);
     let mut resources = resources::container_resources(from.pod, container, from.memory_capacity);
@@ -56,8 +56,8 @@ pub(super) fn config(from: &Ingredients) -> Result<ContainerConfig, String> {
         image_id: from.image.id.clone(),
         image_name: container.image.clone().unwrap_or_default(),
         spec_hash: spec::spec_hash(container),
-        command: expand_all(container.command.as_ref()),
-        args: expand_all(container.args.as_ref()),
+        command: expanded(container.command.as_ref())?,
+        args: expanded(container.args.as_ref())?,
         working_dir: container.working_dir.clone().filter(|dir| !dir.is_empty()),
         env: from.env.to_vec(),
         mounts: mounts(from, lookup)?,
@@ -131,6 +131,25 @@ fn absolute(path: &str) -> String {
     if path.starts_with('/') { path.to_owned() } else { format!("/{path}") }
 }
 
+/// Texts with their references replaced, together no longer than a program can be given.
+fn expand_all<'a>(
+    what: &str,
+    texts: impl Iterator<Item = &'a String>,
+    lookup: impl Fn(&str) -> Option<String>,
+) -> Result<Vec<String>, String> {
+    let (mut all, mut total) = (Vec::new(), 0);
+    for text in texts {
+        let text = expand::expand(text, &lookup)
+            .map_err(|error| format!("{what}: {text:.60?} {error}"))?;
+        total += text.len();
+        if total > env::MAX_ALL {
+            return Err(format!("{what}: longer than {} bytes in all", env::MAX_ALL));
+        }
+        all.push(text);
+    }
+    Ok(all)
+}
+
 fn sub_path(
     mount: &VolumeMount,
     lookup: impl Fn(&str) -> Option<String>,
@@ -141,7 +160,8 @@ fn sub_path(
         if let Some(name) = missing {
             return Err(format!("subPathExpr {text}: the variable {name} is not set or empty"));
         }
-        return Ok(Some(expand::expand(text, lookup)));
+        let path = expand::expand(text, lookup).map_err(|error| format!("subPathExpr {error}"))?;
+        return Ok(Some(path));
     }
     Ok(mount.sub_path.clone().filter(|path| !path.is_empty()))
 }
