@@ -7,6 +7,7 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tracing::debug;
@@ -21,6 +22,8 @@ pub const WEBSOCKET_PROTOCOL: &str = "SPDY/3.1+portforward.k8s.io";
 
 /// Streams that a client may have open at a time: 128 forwarded connections.
 pub const MAX_STREAMS: usize = 256;
+/// Connections that are forwarded at a time, for all clients together.
+static FORWARDS: Semaphore = Semaphore::const_new(2048);
 /// How long a stream waits for the other one of its pair, as with the kubelet.
 const PAIR_LIMIT: Duration = Duration::from_secs(30);
 
@@ -46,6 +49,13 @@ pub async fn run(mut connection: Connection, network: Option<PathBuf>, pod: Stri
             }
         };
         let Some(stream) = next else { break };
+        // The session counts open streams; one that its client has closed already waits here all the same, and a
+        // forward goes on until its connection has been made.
+        if waiting.0.len() + 2 * forwards.len() >= MAX_STREAMS {
+            debug!(pod, "Client opened more streams than it may");
+            stream.output.reset().await;
+            continue;
+        }
         if let Some((error, data)) = waiting.pair(stream).await {
             forwards.spawn(forward(error, data, network.clone(), pod.clone()));
         }
@@ -99,8 +109,10 @@ fn is_error(stream: &Stream) -> bool {
 }
 
 async fn forward(error: Stream, data: Stream, network: Option<PathBuf>, pod: String) {
+    let place = FORWARDS.try_acquire();
     let port = data.header("port").and_then(|port| port.parse::<u16>().ok()).filter(|p| *p != 0);
     let result = match port {
+        _ if place.is_err() => Err("the node forwards as many connections as it may".to_owned()),
         None => Err("the port header is missing or is not a port (1-65535)".to_owned()),
         Some(port) => dial::dial(network, port).await,
     };
@@ -148,6 +160,7 @@ mod tests {
     use super::*;
     use crate::server::peer::Peer;
     use crate::server::spdy::connection::Terms;
+    use crate::server::spdy::frame::{Decoder, Encoder, Frame};
     use crate::server::spdy::session::Role;
 
     const IDLE: Duration = Duration::from_secs(3600);
@@ -194,6 +207,55 @@ mod tests {
         let _data = open(&client, "data", 0, 1).await;
         let text = error.input.recv().await.unwrap();
         assert!(text.starts_with(b"error forwarding port 0 to pod web"), "{text:?}");
+    }
+
+    /// Such a stream is over as soon as it is opened, so that the session does not count it.
+    #[tokio::test(start_paused = true)]
+    async fn streams_that_are_closed_as_they_are_opened_count_until_they_are_given_up() {
+        let (mut near, far) = tokio::io::duplex(64 * 1024);
+        let terms = Terms { idle: IDLE, max_streams: MAX_STREAMS, peer: Peer::none() };
+        let server = Connection::new(far, Role::Server, terms);
+        tokio::spawn(run(server, None, "web".to_owned()));
+        let (mut encoder, mut decoder) = (Encoder::default(), Decoder::default());
+        let mut wire = BytesMut::new();
+        let mut syn = |stream: u32, kind: &str, request: u32, closed: bool| {
+            let header = |name: &str, value: String| (name.to_owned(), value);
+            let headers = vec![
+                header("streamtype", kind.to_owned()),
+                header("port", "0".to_owned()),
+                header("requestid", request.to_string()),
+            ];
+            let frame = Frame::SynStream { stream, fin: closed, one_way: closed, headers };
+            encoder.put(&frame, &mut wire);
+            wire.split()
+        };
+        let mut flood = Vec::new();
+        for n in 0..1000 {
+            flood.extend_from_slice(&syn(2 * n + 1, "data", n, true));
+        }
+        flood.extend_from_slice(&syn(2001, "error", 5000, false));
+        let late = [syn(2003, "error", 5001, false), syn(2005, "data", 5001, false)].concat();
+        let mut reset_or_data = async |near: &mut tokio::io::DuplexStream, wanted: u32| {
+            let mut buffer = BytesMut::new();
+            loop {
+                while let Some(frame) = decoder.next_frame().unwrap() {
+                    match frame {
+                        Frame::Reset { stream, .. } if stream == wanted => return true,
+                        Frame::Data { stream, .. } if stream == wanted => return false,
+                        _ => {}
+                    }
+                }
+                assert!(near.read_buf(&mut buffer).await.unwrap() > 0);
+                decoder.feed(&buffer.split());
+            }
+        };
+        let began = Instant::now();
+        near.write_all(&flood).await.unwrap();
+        assert!(reset_or_data(&mut near, 2001).await, "above the limit");
+        assert!(began.elapsed() < PAIR_LIMIT, "at once, not since its pair did not come");
+        tokio::time::sleep(PAIR_LIMIT * 2).await;
+        near.write_all(&late).await.unwrap();
+        assert!(!reset_or_data(&mut near, 2003).await, "there is place again");
     }
 
     #[tokio::test]
