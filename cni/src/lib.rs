@@ -3,7 +3,7 @@
 //! | module | what |
 //! |---|---|
 //! | [`conflist`], [`invoke`] | the runtime's side: read a configuration folder, run a list's plugins |
-//! | [`plugin`] | the plugin's verbs; `wire` makes links, `ledger` and `journal` keep addresses, `firewall` translates them |
+//! | [`plugin`] | the plugin's verbs; `wire` makes links, `ledger` and `journal` keep addresses, `firewall` translates them, `source_guard` keeps pods to them |
 //! | [`protocol`], [`version`], [`result`], [`error`] | the words that both sides speak |
 #![warn(missing_docs)]
 
@@ -21,6 +21,7 @@ pub mod names;
 pub mod plugin;
 pub mod protocol;
 pub mod result;
+pub mod source_guard;
 pub mod version;
 pub mod wire;
 

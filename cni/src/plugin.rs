@@ -26,6 +26,7 @@ use crate::ledger::{Entry, Key, Record};
 use crate::names::Names;
 use crate::protocol::{is_ifname, is_name};
 use crate::result::{AddResult, Interface, IpConfig, RouteConfig};
+use crate::source_guard;
 use crate::version::Version;
 use crate::wire::{self, Leads, Wire};
 
@@ -283,7 +284,13 @@ fn check(network: &Network, config: &Config) -> Result<(), CniError> {
     if let Some(what) = wire.damage(&mut node, &pod).map_err(kernel)? {
         return Err(damaged(what));
     }
-    if config.masquerade && !edge(network, config).is_current(&mut nft()?).map_err(packet_filter)? {
+    let mut nft = nft()?;
+    if !source_guard::is_current(&mut nft).map_err(packet_filter)? {
+        return Err(damaged(
+            "the table that keeps pods to their own addresses is missing".to_owned(),
+        ));
+    }
+    if config.masquerade && !edge(network, config).is_current(&mut nft).map_err(packet_filter)? {
         return Err(damaged(
             "the masquerade table is missing or of another configuration".to_owned(),
         ));
@@ -294,9 +301,7 @@ fn check(network: &Network, config: &Config) -> Result<(), CniError> {
 fn status(network: &Network, config: &Config) -> Result<(), CniError> {
     let unavailable = |error: CniError| CniError { code: code::NOT_AVAILABLE, ..error };
     rtnl().map_err(unavailable)?;
-    if config.masquerade {
-        nft().map_err(unavailable)?;
-    }
+    nft().map_err(unavailable)?;
     let journal = open_journal(network).map_err(unavailable)?;
     let mut node = rtnl().map_err(unavailable)?;
     let free = journal.ledger().choose(&config.pod_cidrs, &config.exclude, |ip| {

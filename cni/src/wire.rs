@@ -134,7 +134,8 @@ impl Wire<'_> {
         let prepare = LinkChange {
             up: Some(true),
             inet: &[
-                // The pod may send from its own addresses only; the routes above say which.
+                // The pod may send from its own addresses only. The source guard sees to it for both families and
+                // whatever net.ipv4.conf.all says; this holds if that table is deleted.
                 (InetSetting::RpFilter, 1),
                 (InetSetting::ProxyArp, 1),
                 // Packets that come back out of the same link (a pod calling its own Service) are no mistake.

@@ -106,7 +106,7 @@ fn configure(
 /// When the kernel refuses.
 pub(crate) fn remove_tables() -> Result<()> {
     let mut nft = Nft::open()?;
-    for name in ["keelson-proxy", "keelson-proxy-ebpf", "keelson-cni-keelson"] {
+    for name in ["keelson-proxy", "keelson-proxy-ebpf", "keelson-cni-keelson", "keelson-cni"] {
         let table = Table::inet(name);
         let mut batch = Batch::new();
         // Deleting what may not be there: make it first, in the same transaction.

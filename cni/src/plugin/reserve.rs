@@ -16,6 +16,7 @@ use crate::hostport::{HostPort, Transport};
 use crate::journal::Journal;
 use crate::ledger::{Entry, Key, Record};
 use crate::names::Names;
+use crate::source_guard;
 use crate::wire;
 
 /// Takes addresses and ports, brings that to the disk before anything is made, and opens the ports. Under the lock as a
@@ -112,19 +113,20 @@ fn is_gone(record: &Record, node: &mut Rtnl) -> Result<bool, CniError> {
     Ok(link.is_none())
 }
 
-/// Makes the network's table if it is not there, and opens the ports of `record`.
+/// Makes the guard of sources and the network's table if they are not there, and opens the ports of `record`.
 fn open_edge(
     network: &Network,
     config: &Config,
     journal: &Journal,
     record: &Record,
 ) -> Result<(), CniError> {
+    let mut nft = nft()?;
+    source_guard::ensure(&mut nft).map_err(packet_filter)?;
     let records = journal.ledger().records();
     let all: Vec<_> = records.flat_map(|r| firewall::forwards(&r.ports, &r.ips)).collect();
     if !config.masquerade && all.is_empty() {
         return Ok(());
     }
-    let mut nft = nft()?;
     // A table that had to be made has all ports in it, also ours.
     let made = edge(network, config).ensure(&mut nft, || all).map_err(packet_filter)?;
     let own = firewall::forwards(&record.ports, &record.ips);

@@ -7,5 +7,6 @@ mod addresses;
 mod crash;
 mod input;
 mod ports;
+mod spoofing;
 mod stage;
 mod verbs;

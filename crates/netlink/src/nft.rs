@@ -44,7 +44,9 @@ use attribute::{Reader, Writer, read_text};
 use batch::{REQUEST, SUBSYSTEM, describe, element_at, finish_header, messages, push_header};
 pub(crate) use expression::find_user_data;
 
-pub use batch::{Base, Batch, ChainKind, Family, Hook, PRIORITY_DNAT, PRIORITY_SNAT, Table};
+pub use batch::{
+    Base, Batch, ChainKind, Family, Hook, PRIORITY_DNAT, PRIORITY_RAW, PRIORITY_SNAT, Table,
+};
 pub use dump::{ChainFound, ElementFound, RuleFound, SetFound, TableFound};
 pub use error::{NftError, Refused};
 pub use expression::{

@@ -61,7 +61,7 @@ pub struct Table<'a> {
 impl<'a> Table<'a> {
     /// A table of the `inet` family.
     #[must_use]
-    pub fn inet(name: &'a str) -> Self {
+    pub const fn inet(name: &'a str) -> Self {
         Table { family: Family::Inet, name }
     }
 }
@@ -103,6 +103,8 @@ pub struct Base {
     pub priority: i32,
 }
 
+/// Priority of `raw`: before connections are tracked.
+pub const PRIORITY_RAW: i32 = -300;
 /// Priority of `dstnat`.
 pub const PRIORITY_DNAT: i32 = -100;
 /// Priority of `srcnat`.

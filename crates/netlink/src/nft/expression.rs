@@ -276,6 +276,20 @@ impl Rule {
         })
     }
 
+    /// Loads the index of the link that the packet came in by if answers to its source would leave there, else 0
+    /// (host byte order).
+    #[must_use]
+    pub fn fib_source_link(self, to: Register) -> Self {
+        const RESULT_LINK: u32 = 1;
+        const OF_SOURCE: u32 = 1;
+        const AT_INPUT_LINK: u32 = 1 << 3;
+        self.push("fib", |e| {
+            e.u32(1, to.number());
+            e.u32(2, RESULT_LINK);
+            e.u32(3, OF_SOURCE | AT_INPUT_LINK);
+        })
+    }
+
     /// Goes on only when the register compares so with the value.
     #[must_use]
     pub fn compare(self, from: Register, how: Compare, value: &[u8]) -> Self {
