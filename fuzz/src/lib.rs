@@ -40,12 +40,14 @@ const TARGETS: &[(&str, Run)] = &[
     // Containers and their logs.
     ("log-cutter", keelson_agent::fuzzing::log_cutter),
     ("log-lines", keelson_agent::fuzzing::log_lines),
+    ("log-rotation", keelson_agent::fuzzing::log_rotation),
     ("log-tail", keelson_agent::fuzzing::log_tail),
     ("logd-frames", keelson_agent::fuzzing::logd_frames),
     ("termination-message", keelson_agent::fuzzing::termination_message),
     // What tenants write.
     ("pods", keelson_agent::fuzzing::pods),
     // Images and registries.
+    ("hosts-toml", keelson_agent::fuzzing::hosts_toml),
     ("image-archive", keelson_agent::fuzzing::image_archive),
     ("image-documents", keelson_agent::fuzzing::image_documents),
     ("image-reference", keelson_agent::fuzzing::image_reference),
@@ -80,6 +82,7 @@ const TARGETS: &[(&str, Run)] = &[
     ("cni-conf", keelson_agent::fuzzing::cni_conf),
     ("flag-values", keelson_agent::fuzzing::flag_values),
     ("kubelet-config", keelson_agent::fuzzing::kubelet_config),
+    ("proc-files", keelson_agent::fuzzing::proc_files),
     ("resolv-conf", keelson_agent::fuzzing::resolv_conf),
     ("static-pod", keelson_agent::fuzzing::static_pod),
 ];

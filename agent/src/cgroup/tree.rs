@@ -37,7 +37,7 @@ pub struct CgroupTree {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Hierarchy {
+pub(crate) struct Hierarchy {
     mount: PathBuf,
     /// v1 controllers; empty for v2.
     controllers: Vec<String>,
@@ -333,7 +333,7 @@ fn kill_processes(dir: &Path) {
     }
 }
 
-fn parse_mounts(mountinfo: &str) -> Vec<Hierarchy> {
+pub(crate) fn parse_mounts(mountinfo: &str) -> Vec<Hierarchy> {
     let mut found: Vec<Hierarchy> = mountinfo.lines().filter_map(parse_mount).collect();
     if found.iter().any(|h| h.controllers.iter().any(|c| c == "memory" || c == "cpu")) {
         found.iter_mut().filter(|h| h.unified).for_each(|h| h.managed = false);

@@ -3,9 +3,12 @@
 use std::path::Path;
 
 use super::text;
+use crate::cgroup::tree::parse_mounts;
 use crate::config::{AgentConfig, duration, kubelet, labels, quantity};
 use crate::node::cni_conf::plugin_types;
 use crate::pod::source::manifests;
+use crate::server::stats::{Hierarchies, busy_nanos};
+use crate::volume::teardown::unescape;
 
 /// `KubeletConfiguration`.
 pub fn kubelet_config(input: &[u8]) {
@@ -39,4 +42,13 @@ pub fn flag_values(input: &[u8]) {
     if let (Some(milli), Some(whole)) = (quantity::parse_milli(&text), quantity::parse(&text)) {
         assert!(u128::from(whole) * 1000 >= milli, "a quantity was rounded down");
     }
+}
+
+/// mountinfo, whose paths are chosen by whoever mounts, and other files of /proc.
+pub fn proc_files(input: &[u8]) {
+    let text = text(input);
+    assert!(parse_mounts(&text).len() <= text.len());
+    let _hierarchies = Hierarchies::from_mounts(&text);
+    let _nanos = busy_nanos(&text);
+    assert!(unescape(&text).len() <= text.len());
 }

@@ -6,7 +6,7 @@ use super::text;
 use crate::image::Reference;
 use crate::image::content::{self, Manifest};
 use crate::image::import::{Blob, read_entries};
-use crate::image::pull::select_platform;
+use crate::image::pull::{names_plain, select_platform};
 use crate::image::unpack::{ConfigFile, chain_ids};
 use crate::pod::image::parse_secret;
 use crate::runtime::types::ContainerSecurity;
@@ -79,4 +79,11 @@ pub fn image_users(input: &[u8]) {
             assert!(!security.run_as_non_root || found.uid != 0, "root despite runAsNonRoot");
         }
     }
+}
+
+/// `hosts.toml` of a registry, after a line with the registry's name.
+pub fn hosts_toml(input: &[u8]) {
+    let text = text(input);
+    let (registry, file) = text.split_once('\n').unwrap_or(("", &text));
+    assert!(!names_plain(file, registry) || file.contains("http://"));
 }

@@ -87,7 +87,9 @@ pub fn spdy_session(input: &[u8]) {
             9 => server.finish(stream, &mut answer),
             10 => {
                 server.reset(stream, &mut answer);
-                known.ended.insert(stream);
+                if known.is_known(stream) {
+                    known.ended.insert(stream);
+                }
             }
             11 => drop(known.own.insert(server.open(Vec::new(), &mut answer))),
             _ => wire.extend_from_slice(data),

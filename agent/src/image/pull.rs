@@ -274,6 +274,10 @@ fn is_plain_by_config(certs_dir: &Path, registry: &str) -> bool {
     let Ok(text) = std::fs::read_to_string(certs_dir.join(registry).join("hosts.toml")) else {
         return false;
     };
+    names_plain(&text, registry)
+}
+
+pub(crate) fn names_plain(text: &str, registry: &str) -> bool {
     let lines = text.lines().map(str::trim);
     lines
         .filter(|line| line.starts_with("server") || line.starts_with("[host."))

@@ -4,10 +4,10 @@
 //! where the last lines begin. [`follow`] reads on across rotations until the container is gone: `reader` reads the
 //! files of a `folder`, `watch` says when there is more.
 
-mod folder;
+pub(crate) mod folder;
 pub mod follow;
 pub mod line;
 pub mod options;
-mod reader;
+pub(crate) mod reader;
 pub mod tail;
 mod watch;

@@ -39,7 +39,7 @@ impl Hierarchies {
         Self::from_mounts(&String::from_utf8_lossy(&mounts))
     }
 
-    fn from_mounts(mountinfo: &str) -> Self {
+    pub(crate) fn from_mounts(mountinfo: &str) -> Self {
         let mut found = Self::default();
         for line in mountinfo.lines() {
             let Some((left, right)) = line.split_once(" - ") else { continue };
@@ -126,7 +126,7 @@ fn node_usage() -> Usage {
 
 /// The first line of /proc/stat counts hundredths of a second: user, nice, system, idle, iowait, irq,
 /// softirq, steal.
-fn busy_nanos(stat: &str) -> u64 {
+pub(crate) fn busy_nanos(stat: &str) -> u64 {
     let line = stat.lines().next().unwrap_or_default();
     let ticks: Vec<u64> =
         line.split_whitespace().skip(1).map_while(|field| field.parse().ok()).collect();

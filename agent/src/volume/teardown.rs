@@ -56,7 +56,7 @@ fn mount_points() -> io::Result<Vec<PathBuf>> {
 }
 
 /// The kernel writes blanks, tabs, newlines and backslashes as octal.
-fn unescape(path: &str) -> String {
+pub(crate) fn unescape(path: &str) -> String {
     let escapes = [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")];
     escapes.iter().fold(path.to_owned(), |text, (from, to)| text.replace(from, to))
 }

@@ -15,7 +15,7 @@ const DEPTH: usize = 3;
 
 /// A container's log with the files that were rotated away.
 #[derive(Debug)]
-pub(super) struct Folder {
+pub(crate) struct Folder {
     fd: OwnedFd,
     /// The log's own name.
     log: OsString,
@@ -26,7 +26,7 @@ impl Folder {
     ///
     /// # Errors
     /// When it cannot be opened.
-    pub(super) fn of(path: &Path) -> io::Result<Self> {
+    pub(crate) fn of(path: &Path) -> io::Result<Self> {
         let missing = || io::Error::from(io::ErrorKind::NotFound);
         let log = path.file_name().ok_or_else(missing)?.to_owned();
         let parent = path.parent().ok_or_else(missing)?;

@@ -21,7 +21,7 @@ const MAX_LINE: usize = 1 << 20;
 /// Files come and go while a log is rotated; then the folder is looked at again.
 const ATTEMPTS: usize = 5;
 
-pub(super) struct Log {
+pub(crate) struct Log {
     folder: Folder,
     /// The file that is being read; a rotated one may be compressed.
     source: Source,
@@ -40,7 +40,7 @@ enum Source {
 }
 
 impl Log {
-    pub(super) fn open(folder: Folder, options: LogOptions) -> io::Result<Self> {
+    pub(crate) fn open(folder: Folder, options: LogOptions) -> io::Result<Self> {
         let mut file = folder.open(folder.log())?;
         if let Some(lines) = options.tail_lines {
             let start = tail::offset(&mut file, lines)?;
@@ -51,7 +51,7 @@ impl Log {
     }
 
     /// What can be sent of the next blocks of the file; `None` at its end. May be empty.
-    pub(super) fn next_piece(&mut self) -> io::Result<Option<Bytes>> {
+    pub(crate) fn next_piece(&mut self) -> io::Result<Option<Bytes>> {
         let mut block = vec![0; READ_SIZE];
         let mut out = BytesMut::new();
         for _ in 0..READS {
@@ -92,7 +92,7 @@ impl Log {
     }
 
     /// Goes on with the file that came after the one that was read to its end, if there is one.
-    pub(super) fn open_next(&mut self) -> io::Result<bool> {
+    pub(crate) fn open_next(&mut self) -> io::Result<bool> {
         for _ in 0..ATTEMPTS {
             match self.try_next() {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
