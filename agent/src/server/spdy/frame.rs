@@ -403,13 +403,11 @@ mod tests {
 
     #[test]
     fn a_header_block_cannot_grow_without_bound() {
-        let long = vec![("x".to_owned(), "y".repeat(400_000))];
-        let many = vec![("x".to_owned(), String::new()); 65];
-        for (headers, want) in [(long, "larger than allowed"), (many, "more pairs than allowed")] {
-            let (mut encoder, mut bytes) = (Encoder::default(), BytesMut::new());
-            encoder.put(&Frame::SynReply { stream: 1, fin: false, headers }, &mut bytes);
-            assert_eq!(decode_all(&bytes, 512), Err(FrameError::Headers(want)));
-        }
+        let headers = vec![("x".to_owned(), String::new()); 65];
+        let (mut encoder, mut bytes) = (Encoder::default(), BytesMut::new());
+        encoder.put(&Frame::SynReply { stream: 1, fin: false, headers }, &mut bytes);
+        let refused = FrameError::Headers("more pairs than allowed");
+        assert_eq!(decode_all(&bytes, 512), Err(refused));
     }
 
     #[test]

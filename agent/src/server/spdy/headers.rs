@@ -1,7 +1,7 @@
 //! Header blocks: name and value pairs, compressed with zlib and a dictionary that both sides know.
 //! One compressor and one decompressor serve a whole connection, so blocks must stay in order.
 
-use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress, Status};
+use flate2::{Decompress, FlushDecompress, Status};
 
 use super::frame::FrameError;
 
@@ -68,17 +68,22 @@ impl Unpacker {
     }
 }
 
+/// Header blocks as zlib that is not compressed: this side sends few headers, and a compressor holds a quarter of a
+/// megabyte per connection.
 pub(super) struct Packer {
-    deflate: Compress,
+    begun: bool,
 }
+
+/// The beginning of a zlib stream with the dictionary of SPDY/3, which its checksum names.
+const ZLIB_HEAD: [u8; 6] = [0x78, 0x20, 0xe3, 0xc6, 0xa7, 0xc2];
+/// A stored block that is not the last one.
+const STORED: u8 = 0;
+/// An empty stored block. Go's readers hand nothing on before it.
+const FLUSH: [u8; 5] = [0, 0, 0, 0xff, 0xff];
 
 impl Packer {
     pub(super) fn new() -> Self {
-        let mut deflate = Compress::new(Compression::fast(), true);
-        // Setting it can only fail on a compressor that was used already, and a stream without a
-        // dictionary is as valid as one with it.
-        drop(deflate.set_dictionary(DICTIONARY));
-        Self { deflate }
+        Self { begun: false }
     }
 
     pub(super) fn pack(&mut self, headers: &[(String, String)]) -> Vec<u8> {
@@ -93,21 +98,21 @@ impl Packer {
         self.pack_plain(&plain)
     }
 
-    /// Compresses a block as it is, also one that makes no sense.
+    /// Packs a block as it is, also one that makes no sense.
     pub(super) fn pack_plain(&mut self, plain: &[u8]) -> Vec<u8> {
-        let mut packed = Vec::with_capacity(plain.len() + 64);
-        let mut rest = plain;
-        loop {
-            packed.reserve(256);
-            let read = self.deflate.total_in();
-            let result = self.deflate.compress_vec(rest, &mut packed, FlushCompress::Sync);
-            let taken = usize::try_from(self.deflate.total_in() - read).unwrap_or(usize::MAX);
-            rest = rest.get(taken..).unwrap_or_default();
-            // A flush is complete when it left room in the output.
-            if result.is_err() || (rest.is_empty() && packed.len() < packed.capacity()) {
-                return packed;
-            }
+        let mut packed = Vec::with_capacity(plain.len() + 16);
+        if !std::mem::replace(&mut self.begun, true) {
+            packed.extend_from_slice(&ZLIB_HEAD);
         }
+        for part in plain.chunks(usize::from(u16::MAX)) {
+            let length = u16::try_from(part.len()).unwrap_or(u16::MAX);
+            packed.push(STORED);
+            packed.extend_from_slice(&length.to_le_bytes());
+            packed.extend_from_slice(&(!length).to_le_bytes());
+            packed.extend_from_slice(part);
+        }
+        packed.extend_from_slice(&FLUSH);
+        packed
     }
 }
 
@@ -146,3 +151,34 @@ fn take_text(block: &mut &[u8]) -> Result<String, FrameError> {
 
 /// Section 2.6.10.1 of the SPDY/3 draft.
 const DICTIONARY: &[u8] = include_bytes!("dictionary.bin");
+
+#[cfg(test)]
+mod tests {
+    use flate2::{Compress, Compression, FlushCompress};
+
+    use super::*;
+
+    /// As other implementations send them.
+    fn compressed(plain: &[u8]) -> Vec<u8> {
+        let mut deflate = Compress::new(Compression::best(), true);
+        assert_eq!(deflate.set_dictionary(DICTIONARY).unwrap().to_be_bytes(), ZLIB_HEAD[2..]);
+        let mut packed = Vec::with_capacity(plain.len() + 64);
+        deflate.compress_vec(plain, &mut packed, FlushCompress::Sync).unwrap();
+        packed
+    }
+
+    #[test]
+    fn blocks_that_were_compressed_are_read() {
+        let packed = compressed(&[&[0, 0, 0, 1, 0, 0, 0, 4][..], b"Port", &[0; 4]].concat());
+        let headers = Unpacker::new().unpack(&packed).unwrap();
+        assert_eq!(headers, [("port".to_owned(), String::new())]);
+    }
+
+    #[test]
+    fn a_small_block_that_becomes_large_is_refused() {
+        let packed = compressed(&[0; 4_000_000]);
+        assert!(packed.len() < 16 * 1024);
+        let result = Unpacker::new().unpack(&packed);
+        assert_eq!(result, Err(FrameError::Headers("larger than allowed")));
+    }
+}
