@@ -19,6 +19,9 @@ pub fn image_reference(input: &[u8]) {
     let whole = reference.to_string();
     let again = Reference::parse(&whole).map(|again| again.to_string());
     assert_eq!(again.ok(), Some(whole), "a whole name is not itself");
+    let repository = reference.repository();
+    assert!(repository.split('/').all(|part| !matches!(part, "" | "." | "..")), "{repository}");
+    assert!(!repository.contains(['?', '#', '@', '\\', '%']), "{repository}");
 }
 
 /// Secrets with logins of registries.

@@ -40,8 +40,11 @@ impl Reference {
             Some(_) => ("docker.io".to_owned(), name.to_owned()),
             None => ("docker.io".to_owned(), format!("library/{name}")),
         };
+        if !is_host_and_port(&registry) {
+            return Err(bad("a registry is a host name or an address, and perhaps a port"));
+        }
         let part = |part: &str| {
-            !part.is_empty()
+            !matches!(part, "" | "." | "..")
                 && part.chars().all(|c| matches!(c, 'a'..='z' | '0'..='9' | '.' | '_' | '-'))
         };
         if !path.split('/').all(part) {
@@ -85,6 +88,29 @@ impl fmt::Display for Reference {
     }
 }
 
+/// It becomes a part of URLs and of file names.
+fn is_host_and_port(text: &str) -> bool {
+    let (host, port) = match text.rsplit_once(':') {
+        Some((host, port)) if !port.ends_with(']') => (host, Some(port)),
+        _ => (text, None),
+    };
+    let is_port = |port: &str| {
+        port.bytes().all(|b| b.is_ascii_digit()) && port.parse::<u16>().is_ok_and(|n| n > 0)
+    };
+    let is_name = |host: &str| {
+        host.split('.').all(|label| {
+            !label.is_empty()
+                && label.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b))
+        })
+    };
+    let address = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+    let is_host = match address {
+        Some(address) => address.parse::<std::net::Ipv6Addr>().is_ok(),
+        None => is_name(host),
+    };
+    is_host && port.is_none_or(is_port)
+}
+
 fn is_digest(text: &str) -> bool {
     text.strip_prefix("sha256:")
         .is_some_and(|hex| hex.len() == 64 && hex.bytes().all(|b| b.is_ascii_hexdigit()))
@@ -115,6 +141,29 @@ mod tests {
             (&format!("quay.io/a/b:1@{digest}"), format!("quay.io/a/b@{digest}")),
         ] {
             assert_eq!(Reference::parse(text).unwrap().to_string(), want, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_name_leads_to_no_other_path_or_host() {
+        for text in [
+            "127.0.0.1:8080/../../x/y",
+            "a.b/./c",
+            "u:p.w@a.b/c",
+            "a.b?x/c",
+            "a.b#/c",
+            "a.b\\c/d",
+            "../x",
+            "..:80/x",
+            "a.b:0/c",
+            "a.b:99999/c",
+            "[::1/c",
+            "[1.2.3.4]:5/c",
+        ] {
+            assert!(Reference::parse(text).is_err(), "{text}");
+        }
+        for text in ["[::1]:5000/x/y:z", "[fd00::1]/x", "a_b.c:5000/x", "LOCAL.host/x", "a/b..c"] {
+            assert!(Reference::parse(text).is_ok(), "{text}");
         }
     }
 

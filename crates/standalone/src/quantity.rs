@@ -20,7 +20,8 @@ pub(crate) fn nano(text: &str) -> Option<i128> {
     let whole: i128 = if whole.is_empty() { 0 } else { whole.parse().ok()? };
     let mut nanos = whole.checked_mul(1_000_000_000)?;
     for (index, digit) in fraction.bytes().take(9).enumerate() {
-        nanos += i128::from(digit - b'0') * 10_i128.pow(8 - u32::try_from(index).ok()?);
+        let more = i128::from(digit - b'0') * 10_i128.pow(8 - u32::try_from(index).ok()?);
+        nanos = nanos.checked_add(more)?;
     }
     let (up, down) = scale(suffix)?;
     nanos.checked_mul(up).map(|n| sign * n / down)
@@ -86,6 +87,11 @@ mod tests {
             ("1E", one * 10_i128.pow(18)),
         ] {
             assert_eq!(nano(text), Some(want), "{text}");
+        }
+        // The second fits until its fraction is added.
+        let too_large = ["9".repeat(40), "170141183460469231731687303715.9".to_owned()];
+        for large in &too_large {
+            assert_eq!(nano(large), None, "{large}");
         }
         for bad in ["", "a", "1x", "1..2", "1 Gi", "."] {
             assert_eq!(nano(bad), None, "{bad}");
