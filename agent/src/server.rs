@@ -50,7 +50,7 @@ const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 const FIRST_REQUEST_LIMIT: Duration = Duration::from_secs(15);
 /// How long a connection may wait for its next request, and how long a request's headers may take.
 const KEEP_ALIVE: Duration = Duration::from_secs(90);
-/// What is read of a request before it is answered: a command to run is part of the address.
+/// What is read of a request before it is answered, give or take one read: a command to run is part of the address.
 const MAX_HEAD: usize = 1 << 20;
 /// The same for callers that only say who they are in the request itself.
 const MAX_HEAD_OF_UNKNOWN: usize = 64 * 1024;

@@ -209,6 +209,20 @@ async fn a_caller_that_is_not_let_in_has_no_second_request() {
 }
 
 #[tokio::test]
+async fn the_head_of_a_strangers_request_has_a_limit() {
+    let node = Node::start(|_| ()).await;
+    let mut socket = proxy::connect(node.address).await.unwrap();
+    let request = format!("GET /pods HTTP/1.1\r\nHost: n1\r\nX: {}\r\n\r\n", "x".repeat(300_000));
+    // The node may hang up before it has got everything.
+    drop(socket.write_all(request.as_bytes()).await);
+    drop(socket.flush().await);
+    let mut answer = Vec::new();
+    drop(tokio::time::timeout(DEADLINE, socket.read_to_end(&mut answer)).await.expect("ended"));
+    let answer = String::from_utf8_lossy(&answer);
+    assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 431"), "{answer}");
+}
+
+#[tokio::test]
 async fn garbage_instead_of_either_protocol_ends_its_session() {
     let node = Node::start(|_| ()).await;
     let path = "/exec/default/web/main?output=1&command=true";
