@@ -54,7 +54,7 @@ async fn gone(connection: &Connection) {
 async fn a_client_that_leaves_is_noticed_though_the_container_does_not_read_its_input() {
     for size in [100 << 10, 640 << 10] {
         let node = Node::start(|_| ()).await;
-        node.attached.send_replace("sleep 1000");
+        node.attached.send_replace("exec sleep 1000");
         let path = "/attach/default/web/main?input=1&output=1";
         let connection = spdy(&node, path, "v4.channel.k8s.io").await;
         let (_error, stdin, _stdout) = (
