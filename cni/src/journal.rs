@@ -11,7 +11,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::Duration;
@@ -68,7 +68,9 @@ impl Journal {
         let lock_path = folder.join("lock");
         let lock_file = match open_file(&lock_path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                fs::create_dir_all(folder).map_err(failed("make the folder", folder))?;
+                let mut builder = fs::DirBuilder::new();
+                let made = builder.recursive(true).mode(0o700).create(folder);
+                made.map_err(failed("make the folder", folder))?;
                 open_file(&lock_path)
             }
             other => other,
@@ -79,11 +81,14 @@ impl Journal {
         let mut file = open_file(&path).map_err(failed("open", &path))?;
         let mut text = Vec::new();
         file.read_to_end(&mut text).map_err(failed("read", &path))?;
-        let (ledger, length) = read(&text);
+        let Contents { ledger, end: length, damaged } = read(&text);
         if length < text.len() as u64 {
             file.set_len(length).map_err(failed("cut the unfinished end off", &path))?;
         }
         let mut journal = Self { file, path, ledger, length, _lock: lock };
+        if damaged > 0 {
+            journal.drop_damage(damaged)?;
+        }
         journal.shorten()?;
         Ok(journal)
     }
@@ -131,7 +136,23 @@ impl Journal {
         if (text.len() as u64) * 4 > self.length {
             return Ok(());
         }
-        keelson_durable::write(&self.path, &text, 0o600)
+        self.rewrite(&text)
+    }
+
+    /// Says once what was lost. Addresses whose line was lost are still not given to others while a route leads to them
+    /// (`wire::in_use`).
+    fn drop_damage(&mut self, lines_lost: usize) -> Result<(), JournalError> {
+        drop(writeln!(
+            io::stderr(),
+            "warning: {} had {lines_lost} damaged line(s), which are lost: is the disk in order?",
+            self.path.display()
+        ));
+        let text = lines(&self.ledger.entries()).map_err(failed("rewrite", &self.path))?;
+        self.rewrite(&text)
+    }
+
+    fn rewrite(&mut self, text: &[u8]) -> Result<(), JournalError> {
+        keelson_durable::write(&self.path, text, 0o600)
             .map_err(|e| failed("rewrite", &self.path)(io::Error::other(e)))?;
         self.file = open_file(&self.path).map_err(failed("open", &self.path))?;
         self.length = text.len() as u64;
@@ -147,21 +168,33 @@ fn open_file(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
 }
 
-/// Adds up the good lines; answers also where the last finished line ends.
-pub(crate) fn read(text: &[u8]) -> (Ledger, u64) {
-    let mut ledger = Ledger::default();
-    let end = text.iter().rposition(|byte| *byte == b'\n').map_or(0, |position| position + 1);
-    for line in text[..end].split(|byte| *byte == b'\n') {
-        if let Some(entry) = parse(line) {
-            ledger.apply(entry);
+/// What a journal's text says.
+pub(crate) struct Contents {
+    pub(crate) ledger: Ledger,
+    /// Where the last finished line ends.
+    pub(crate) end: u64,
+    /// So many finished lines cannot be read.
+    pub(crate) damaged: usize,
+}
+
+/// Adds up the good lines.
+pub(crate) fn read(text: &[u8]) -> Contents {
+    let mut found = Contents { ledger: Ledger::default(), end: 0, damaged: 0 };
+    for line in text.split_inclusive(|byte| *byte == b'\n') {
+        let Some(finished) = line.strip_suffix(b"\n") else { break };
+        found.end += line.len() as u64;
+        match parse(finished) {
+            Some(entry) => found.ledger.apply(entry),
+            None => found.damaged += 1,
         }
     }
-    (ledger, end as u64)
+    found
 }
 
 fn parse(line: &[u8]) -> Option<Entry> {
-    let (sum, json) = line.split_at_checked(17)?;
-    let sum = u64::from_str_radix(std::str::from_utf8(&sum[..16]).ok()?, 16).ok()?;
+    let (sum, rest) = line.split_at_checked(16)?;
+    let json = rest.strip_prefix(b" ")?;
+    let sum = u64::from_str_radix(std::str::from_utf8(sum).ok()?, 16).ok()?;
     (sum == fnv1a(json)).then(|| serde_json::from_slice(json).ok()).flatten()
 }
 

@@ -299,15 +299,13 @@ pub fn is_attached(node: &mut Rtnl, names: &Names) -> Result<bool, WireError> {
     Ok(link.is_some_and(|link| link.alias.as_deref() == Some(&names.alias)))
 }
 
-/// Whether a pod's host route to the address exists: somebody has it, whatever our records say.
+/// Whether a host route to the address exists, ours or another's: somebody has it, whatever our records say.
 ///
 /// # Errors
 /// When the kernel does not say.
 pub fn in_use(node: &mut Rtnl, ip: IpAddr) -> Result<bool, WireError> {
     let route = node.route_to(ip).map_err(refused("look at the node's routes"))?;
-    Ok(route.is_some_and(|route| {
-        route.destination == IpNetwork::from(ip) && route.protocol == ROUTE_PROTOCOL
-    }))
+    Ok(route.is_some_and(|route| route.destination == IpNetwork::from(ip)))
 }
 
 /// The packet size of the link that leads outside, 1500 if none does.

@@ -1,9 +1,11 @@
 //! What is kept about an attachment from ADD until DEL, one file each.
 
-use std::fs;
-use std::io;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -47,9 +49,13 @@ impl Memory<'_> {
         };
         let temp = path.with_extension("tmp");
         let fail = |source| InvokeError::State { step: "write", path: path.clone(), source };
-        fs::create_dir_all(self.folder).map_err(fail)?;
+        // Configurations may hold secrets of other plugins.
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(self.folder).map_err(fail)?;
         let text = serde_json::to_vec(&remembered).map_err(|e| fail(e.into()))?;
-        fs::write(&temp, text).map_err(fail)?;
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(true).mode(0o600);
+        options.custom_flags(OFlag::O_NOFOLLOW.bits());
+        options.open(&temp).and_then(|mut file| file.write_all(&text)).map_err(fail)?;
         fs::rename(&temp, &path).map_err(fail)
     }
 

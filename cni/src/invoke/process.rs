@@ -3,14 +3,23 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, killpg};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::Pid;
+
+/// More of a plugin's output is thrown away; an answer that is so long cannot be read, then.
+const MAX_OUTPUT: usize = 4 << 20;
+/// A pipe cannot be made larger (`/proc/sys/fs/pipe-max-size` as it comes).
+const LARGEST_PIPE: usize = 1 << 20;
+/// For a process that has none.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// What the child wrote.
 #[derive(Debug, Default)]
@@ -29,7 +38,7 @@ impl Output {
             let said = said.trim();
             if !said.is_empty() {
                 let from = said.char_indices().rev().nth(499).map_or(0, |(position, _)| position);
-                text.push_str(&format!(", {name}: {}", &said[from..]));
+                text.push_str(&format!(", {name}: {}", said.get(from..).unwrap_or_default()));
             }
         }
         text
@@ -47,7 +56,8 @@ pub(super) enum Ended {
     TimedOut,
 }
 
-/// Runs `path` with `input` on its standard input.
+/// Runs `path` with `input` on its standard input. Of our own environment it sees `PATH` only: the rest is no business of
+/// a plugin's, and may be secret. When its time is up its children are killed with it.
 pub(super) fn run(
     path: &Path,
     variables: &[(&str, String)],
@@ -56,6 +66,9 @@ pub(super) fn run(
 ) -> io::Result<Ended> {
     let deadline = Instant::now() + limit;
     let mut child = Command::new(path)
+        .env_clear()
+        .env("PATH", std::env::var_os("PATH").unwrap_or_else(|| DEFAULT_PATH.into()))
+        .process_group(0)
         .envs(variables.iter().map(|(name, value)| (*name, value.as_str())))
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -63,8 +76,9 @@ pub(super) fn run(
         .spawn()?;
     let result = talk(&mut child, input, deadline);
     if !matches!(result, Ok(Some(_))) {
-        // Not reaped yet, so the id is still the child's own.
-        child.kill()?;
+        // Not reaped yet, so the id is still that of the child and its group.
+        let group = Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?);
+        killpg(group, Signal::SIGKILL)?;
     }
     let status = child.wait()?;
     match result? {
@@ -129,7 +143,8 @@ impl Streams<'_> {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(errno) => return Err(errno.into()),
         }
-        Ok(polled[0].revents().is_some_and(|events| !events.is_empty()))
+        let has_ended = polled.first().and_then(PollFd::revents);
+        Ok(has_ended.is_some_and(|events| !events.is_empty()))
     }
 
     fn exchange(&mut self) -> io::Result<()> {
@@ -153,7 +168,7 @@ fn write_some(stdin: &mut Option<File>, input: &mut &[u8]) -> io::Result<()> {
             break;
         }
         match file.write(input) {
-            Ok(written) => *input = &input[written..],
+            Ok(written) => *input = input.get(written..).unwrap_or_default(),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
             Err(e) if e.kind() == io::ErrorKind::BrokenPipe => *stdin = None,
             Err(e) => return Err(e),
@@ -162,11 +177,20 @@ fn write_some(stdin: &mut Option<File>, input: &mut &[u8]) -> io::Result<()> {
     Ok(())
 }
 
+/// Reads what is there, but no more than a pipe can hold, so that a child that never stops writing cannot keep us from
+/// looking at the clock. What is too long is read and thrown away.
 fn read_some(stream: &mut Option<File>, into: &mut Vec<u8>) -> io::Result<()> {
-    if let Some(file) = stream {
-        match file.read_to_end(into) {
-            Ok(_) => *stream = None,
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+    let mut part = [0; 16 << 10];
+    for _ in 0..LARGEST_PIPE / part.len() {
+        let Some(file) = stream else { break };
+        match file.read(&mut part) {
+            Ok(0) => *stream = None,
+            Ok(length) => {
+                let room = MAX_OUTPUT.saturating_sub(into.len()).min(length);
+                into.extend(part.get(..room).unwrap_or_default());
+            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) => return Err(e),
         }
     }
@@ -220,5 +244,51 @@ mod tests {
         let Ended::Success(output) = script("sleep 5 & echo done", LONG).unwrap() else { panic!() };
         assert_eq!(output.stdout, b"done\n");
         assert!(start.elapsed() < Duration::from_secs(4));
+    }
+
+    #[test]
+    fn a_child_that_never_stops_writing_is_stopped_in_time_and_fills_no_memory() {
+        let ended = script("exec yes", Duration::from_millis(300)).unwrap();
+        assert!(matches!(ended, Ended::TimedOut), "{ended:?}");
+        let Ended::Success(output) = script("yes | head -c 20000000", LONG).unwrap() else {
+            panic!()
+        };
+        assert_eq!(output.stdout.len(), MAX_OUTPUT);
+    }
+
+    #[test]
+    fn a_grandchild_that_never_stops_writing_does_not_hold_us() {
+        let text = "yes & echo $! >&2";
+        let Ended::Success(output) = script(text, LONG).unwrap() else { panic!() };
+        let id = String::from_utf8(output.stderr).unwrap().trim().parse().unwrap();
+        // Its output is closed: it has ended, or is about to.
+        nix::sys::signal::kill(Pid::from_raw(id), Signal::SIGKILL).ok();
+    }
+
+    #[test]
+    fn the_children_of_a_child_that_hangs_are_stopped_with_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = dir.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let mut options = std::fs::OpenOptions::new();
+        std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, OFlag::O_NONBLOCK.bits());
+        let mut reader = options.read(true).open(&fifo).unwrap();
+        // The grandchild holds the pipe open as long as it lives.
+        let text = format!("sleep 1000 > {} & echo yes > {0}; wait", fifo.display());
+        let ended = script(&text, Duration::from_millis(300)).unwrap();
+        assert!(matches!(ended, Ended::TimedOut), "{ended:?}");
+        fcntl(&reader, FcntlArg::F_SETFL(OFlag::empty())).unwrap();
+        reader.read_to_end(&mut Vec::new()).unwrap();
+    }
+
+    #[test]
+    fn a_plugin_sees_nothing_of_our_environment_but_the_path() {
+        let Ended::Success(output) = script("exec env", LONG).unwrap() else { panic!() };
+        let text = String::from_utf8(output.stdout).unwrap();
+        let names = text.lines().filter_map(|line| Some(line.split_once('=')?.0));
+        let mut names: Vec<&str> =
+            names.filter(|n| !["PWD", "SHLVL", "_", "OLDPWD"].contains(n)).collect();
+        names.sort_unstable();
+        assert_eq!(names, ["PATH", "WORD"]);
     }
 }

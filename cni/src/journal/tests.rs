@@ -61,6 +61,10 @@ fn a_mangled_line_costs_only_itself() {
     text[30] ^= 1;
     text.extend([0; 50]);
     fs::write(dir.path().join("journal"), text).unwrap();
+    assert_eq!(read(&fs::read(dir.path().join("journal")).unwrap()).damaged, 1);
+    assert_eq!(held(dir.path()), ["c2"]);
+    // The damage is told of once.
+    assert_eq!(read(&fs::read(dir.path().join("journal")).unwrap()).damaged, 0);
     assert_eq!(held(dir.path()), ["c2"]);
 }
 

@@ -82,10 +82,18 @@ fn choose(
     node: &mut Rtnl,
 ) -> Result<Vec<IpAddr>, CniError> {
     let pick = |journal: &Journal, node: &mut Rtnl| {
-        let unusable = |ip| wire::in_use(node, ip).unwrap_or(false);
-        journal.ledger().choose(&config.pod_cidrs, &config.exclude, unusable)
+        let mut failed = None;
+        let unusable = |ip| {
+            wire::in_use(node, ip).unwrap_or_else(|error| {
+                failed = Some(error);
+                false
+            })
+        };
+        let found = journal.ledger().choose(&config.pod_cidrs, &config.exclude, unusable);
+        // An address that the kernel says nothing of is not given.
+        failed.map_or(Ok(found), |error| Err(kernel(error)))
     };
-    if let Ok(ips) = pick(journal, node) {
+    if let Ok(ips) = pick(journal, node)? {
         return Ok(ips);
     }
     let records: Vec<Record> = journal.ledger().records().cloned().collect();
@@ -95,7 +103,7 @@ fn choose(
             journal.append(vec![Entry::Free(record.key)]).map_err(journal_error)?;
         }
     }
-    pick(journal, node).map_err(|e| {
+    pick(journal, node)?.map_err(|e| {
         CniError::new(code::TRY_AGAIN, format!("network {}: {e}", network.name))
             .with_details("end pods on this node, or give it a larger range in podCIDRs")
     })

@@ -84,6 +84,28 @@ fn an_address_that_somebody_has_is_not_given_whatever_the_records_say() {
 }
 
 #[test]
+fn an_address_whose_line_in_the_journal_is_damaged_is_not_given_twice() {
+    if !is_root() {
+        return;
+    }
+    let node = Node::new(&["10.99.0.0/29"]);
+    let one = node.pod("one");
+    let path = node.data.path().join("test/journal");
+    let mut text = std::fs::read(&path).unwrap();
+    text[25] ^= 1;
+    std::fs::write(&path, text).unwrap();
+    // A whole round through the range.
+    for round in 0..6 {
+        let id = format!("c{round}");
+        let pod = node.pod(&id);
+        assert_ne!(pod.ips, one.ips);
+        node.del(&id, Some(&pod.namespace)).unwrap();
+    }
+    node.del("one", Some(&one.namespace)).unwrap();
+    node.is_clean();
+}
+
+#[test]
 fn excluded_addresses_are_never_given() {
     if !is_root() {
         return;
