@@ -11,6 +11,8 @@ use hyper::body::Bytes;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use keelson_listener::{Connection, Listener};
+use keelson_supervise::{Panicked, caught};
 use nix::sys::socket::{setsockopt, sockopt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::watch;
@@ -20,9 +22,14 @@ use crate::clock::Now;
 use crate::engine::Progress;
 use crate::events::{Notice, Notices};
 use crate::model::{HealthCheck, ServiceKey};
+use crate::server::{LIMITS, MAX_REQUEST};
 
 /// How long a port that is taken waits for the next attempt.
 const RETRY: Duration = Duration::from_secs(10);
+
+const NAME: &str = "healthCheckNodePort";
+/// Sockets are few, and other work needs them, too.
+const MOST_SERVERS: usize = 4096;
 
 /// What is to be answered.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -75,7 +82,7 @@ pub(crate) struct Context {
 }
 
 /// A server at one address.
-struct Server(JoinHandle<()>);
+struct Server(JoinHandle<Result<(), Panicked>>);
 
 impl Drop for Server {
     fn drop(&mut self) {
@@ -89,10 +96,17 @@ pub(crate) async fn serve(mut wanted: watch::Receiver<Wanted>, context: Context)
     loop {
         let places = places(&wanted.borrow_and_update());
         servers.retain(|place, _| places.contains(place));
+        if places.len() > MOST_SERVERS {
+            let count = places.len();
+            tracing::warn!(count, most = MOST_SERVERS, "Not every healthCheckNodePort is served");
+        }
         for (service, at) in places {
+            if servers.len() >= MOST_SERVERS {
+                break;
+            }
             servers.entry((service.clone(), at)).or_insert_with(|| {
                 let task = answer_at(at, service, wanted.clone(), context.clone());
-                Server(tokio::spawn(task))
+                Server(keelson_supervise::spawn(NAME, task))
             });
         }
         if wanted.changed().await.is_err() {
@@ -117,7 +131,7 @@ async fn answer_at(
     wanted: watch::Receiver<Wanted>,
     context: Context,
 ) {
-    let listener = loop {
+    let socket = loop {
         match bind(at) {
             Ok(listener) => break listener,
             // A kernel without IPv6.
@@ -130,24 +144,18 @@ async fn answer_at(
             }
         }
     };
+    let listener = Listener::new(NAME, socket, LIMITS);
     let mut connections = JoinSet::new();
     loop {
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                tracing::warn!(%service, %at, %error, "Cannot accept a health check");
-                tokio::time::sleep(RETRY).await;
-                continue;
-            }
-        };
+        let Connection { stream, slot, .. } = listener.accept().await;
         while connections.try_join_next().is_some() {}
         let (service, wanted, context) = (service.clone(), wanted.clone(), context.clone());
-        connections.spawn(async move {
-            let ended = converse(stream, &service, &wanted, &context).await;
-            if let Err(error) = ended {
+        connections.spawn(caught(NAME, async move {
+            let ended = slot.run(converse(stream, &service, &wanted, &context)).await;
+            if let Some(Err(error)) = ended {
                 tracing::debug!(%service, %error, "A health check ended early");
             }
-        });
+        }));
     }
 }
 
@@ -178,6 +186,7 @@ async fn converse(
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(Duration::from_secs(10))
+        .max_buf_size(MAX_REQUEST)
         .serve_connection(TokioIo::new(stream), respond);
     Ok(connection.await?)
 }

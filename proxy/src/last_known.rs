@@ -248,6 +248,31 @@ mod tests {
     }
 
     #[test]
+    fn a_damaged_line_costs_its_own_service_only() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("state");
+        let (config, plans) = (BackendConfig::default(), plans());
+        let plan = plans.values().next().unwrap();
+        let mut this = at(&path, "this", "n");
+        let mut write = |changes: &[Change]| {
+            this.note_changes(Now::read(), changes);
+            this.write_now(&plans, &config);
+        };
+        write(&[]);
+        write(&[change("lost", Some(plan))]);
+        write(&[change("last", Some(plan))]);
+        let mut text = std::fs::read(&path).unwrap();
+        let at_name = text.windows(7).position(|part| part == b"ns/lost").unwrap();
+        // As a bad sector leaves it, and no UTF-8 either.
+        text[at_name - 3..at_name + 4].fill(0xff);
+        std::fs::write(&path, text).unwrap();
+        let (found, _) = at(&path, "next", "n").read_after_reboot().unwrap();
+        let mut names: Vec<_> = found.keys().map(ToString::to_string).collect();
+        names.sort();
+        assert_eq!(names, ["ns/last", "ns/web"]);
+    }
+
+    #[test]
     fn outdated_lines_and_another_configuration_make_it_written_anew() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("state");

@@ -1,6 +1,6 @@
 //! From the configuration and the Node object to what model and backend must know about this node.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnetwork::IpNetwork;
 
@@ -23,6 +23,26 @@ fn addresses(config: &ProxyConfig, node: Option<&Node>) -> Vec<IpAddr> {
     let addresses = node.into_iter().flat_map(|node| node.status.addresses.iter().flatten());
     let ips = addresses.filter(|address| matches!(&*address.kind, "InternalIP" | "ExternalIP"));
     ips.filter_map(|address| parse_address(&address.address)).collect()
+}
+
+/// The node's first address of each family, as kube-proxy chooses it: an InternalIP before an ExternalIP. A family
+/// without one has loopback only, because no range at all would mean everywhere.
+fn primary(config: &ProxyConfig, node: Option<&Node>) -> Vec<IpAddr> {
+    let configured = config.node_addresses.iter().copied();
+    let of_kind = |kind: &'static str| {
+        let addresses = node.into_iter().flat_map(|node| node.status.addresses.iter().flatten());
+        let wanted = addresses.filter(move |address| *address.kind == *kind);
+        wanted.filter_map(|address| parse_address(&address.address))
+    };
+    let candidates: Vec<IpAddr> = match config.node_addresses.is_empty() {
+        false => configured.collect(),
+        true => of_kind("InternalIP").chain(of_kind("ExternalIP")).collect(),
+    };
+    let first = |loopback: IpAddr| {
+        let found = candidates.iter().copied().find(|ip| ip.is_ipv4() == loopback.is_ipv4());
+        found.unwrap_or(loopback)
+    };
+    vec![first(Ipv4Addr::LOCALHOST.into()), first(Ipv6Addr::LOCALHOST.into())]
 }
 
 fn zone(node: &Node) -> Option<String> {
@@ -65,7 +85,7 @@ pub(crate) fn backend_config(
         NodePortAddresses::All => Vec::new(),
         NodePortAddresses::Ranges(ranges) => ranges.clone(),
         NodePortAddresses::Primary => {
-            addresses(config, node).into_iter().map(IpNetwork::from).collect()
+            primary(config, node).into_iter().map(IpNetwork::from).collect()
         }
     };
     BackendConfig {
@@ -102,7 +122,22 @@ mod tests {
         assert!(found.knows_pods);
         let backend = backend_config(&config, Some(&node), Vec::new());
         assert_eq!(backend.pods.ranges().len(), 2);
-        assert_eq!(backend.node_port_ranges, ["192.0.2.7/32".parse().unwrap()]);
+        let ranges = ["192.0.2.7/32", "::1/128"].map(|range| range.parse().unwrap());
+        assert_eq!(backend.node_port_ranges, ranges);
+        // An address that the cluster knows the node by is not one where node ports are.
+        node.status.addresses = serde_json::from_value(json!([
+            {"type": "ExternalIP", "address": "2001:db8::9"}, {"type": "ExternalIP", "address": "203.0.113.7"},
+            {"type": "InternalIP", "address": "192.0.2.7"}, {"type": "InternalIP", "address": "192.168.50.5"},
+            {"type": "InternalIP", "address": "2001:db8::7"},
+        ]))
+        .unwrap();
+        assert_eq!(
+            backend_config(&config, Some(&node), Vec::new()).node_port_ranges,
+            ["192.0.2.7/32", "2001:db8::7/128"].map(|range| range.parse().unwrap())
+        );
+        assert_eq!(facts(&config, Some(&node)).addresses.len(), 5);
+        let unknown = backend_config(&config, None, Vec::new()).node_port_ranges;
+        assert_eq!(unknown, ["127.0.0.1/32", "::1/128"].map(|range| range.parse().unwrap()));
         // Without a Node nobody knows: then pods are not known rather than everybody being one.
         assert!(!facts(&config, None).knows_pods);
         assert!(!is_leaving(&node));

@@ -80,7 +80,10 @@ fn describe(port: &PortPlan, frontend: &Frontend, direct: bool) -> String {
     };
     if let Some(sources) = &frontend.sources {
         let ranges: Vec<String> = sources.iter().map(ToString::to_string).collect();
-        text += &format!("; only from {}", ranges.join(", "));
+        match ranges.join(", ") {
+            none if none.is_empty() => text += "; from nowhere: no source range can be read",
+            ranges => text += &format!("; only from {ranges}"),
+        }
     }
     text
 }

@@ -104,9 +104,9 @@ pub(crate) fn read_from(
     mut lines: impl BufRead,
     reader: &Owner,
 ) -> io::Result<Option<(Plans, BackendConfig)>> {
-    let mut line = String::new();
-    lines.read_line(&mut line)?;
-    let header: HeaderFound = serde_json::from_str(&line)?;
+    let mut line = Vec::new();
+    lines.read_until(b'\n', &mut line)?;
+    let header: HeaderFound = serde_json::from_slice(&line)?;
     let (VERSION, Some(owner), Some(config)) = (header.version, header.owner, header.config) else {
         return Ok(None);
     };
@@ -118,13 +118,18 @@ pub(crate) fn read_from(
         return Ok(None);
     }
     let mut plans = Plans::new();
+    let mut unreadable = 0_usize;
     loop {
         line.clear();
         // The last line may be a part of one, if the power went off while it was written.
-        if lines.read_line(&mut line)? == 0 || !line.ends_with('\n') {
-            return Ok(Some((plans, config)));
+        if lines.read_until(b'\n', &mut line)? == 0 || !line.ends_with(b"\n") {
+            break;
         }
-        let LineFound { service, plan } = serde_json::from_str(&line)?;
+        // A line that the disk has damaged costs its own Service only.
+        let Ok(LineFound { service, plan }) = serde_json::from_slice(&line) else {
+            unreadable += 1;
+            continue;
+        };
         let (namespace, name) = service.split_once('/').unwrap_or(("", &service));
         let service = ServiceKey::new(namespace, name);
         match plan {
@@ -132,4 +137,11 @@ pub(crate) fn read_from(
             None => plans.remove(&service),
         };
     }
+    if unreadable > 0 {
+        tracing::warn!(
+            lines = unreadable,
+            "The last known state is damaged; the rest of it is used"
+        );
+    }
+    Ok(Some((plans, config)))
 }

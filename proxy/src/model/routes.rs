@@ -11,7 +11,7 @@ use super::plan::{
     At, Endpoint, Family, Frontend, FrontendKey, Masquerade, PortPlan, Protocol, Route, Scope,
     ServicePlan, Target,
 };
-use super::service::{PortFacts, ServiceFacts};
+use super::service::{PortFacts, ServiceFacts, SourceRanges};
 use super::slice::{EndpointState, SliceFacts, endpoints_of};
 
 /// Every frontend that the Service asks for, whether or not another Service has it already.
@@ -48,8 +48,9 @@ fn asked_for(service: &ServiceFacts, port: &PortFacts, family: Family) -> Vec<(F
     let mut asked = Vec::new();
     // One address per family: a Service has no more.
     asked.extend(service.cluster_ip(family).and_then(|ip| at(&ip, Kind::ClusterIp)));
-    asked.extend(service.external_ips.iter().filter_map(|ip| at(ip, Kind::ExternalIp)));
+    // The first of equal keys counts: an address that is also in externalIPs keeps its source ranges.
     asked.extend(service.load_balancer_ips.iter().filter_map(|ip| at(ip, Kind::LoadBalancer)));
+    asked.extend(service.external_ips.iter().filter_map(|ip| at(ip, Kind::ExternalIp)));
     asked.extend(port.node_port.map(|number| {
         let at = At::NodePort(family);
         (FrontendKey { at, protocol: port.protocol, port: number }, Kind::NodePort)
@@ -197,9 +198,14 @@ fn allowed_sources(
     if kind != Kind::LoadBalancer {
         return None;
     }
-    let of_family = service.source_ranges.iter().filter(|r| r.is_ipv4() == address.is_ipv4());
+    let SourceRanges { readable, some_unreadable } = &service.source_ranges;
+    let of_family = readable.iter().filter(|range| range.is_ipv4() == address.is_ipv4());
     let mut ranges: Vec<IpNetwork> = of_family.copied().collect();
-    if ranges.is_empty() || ranges.iter().any(|range| range.prefix() == 0) {
+    if ranges.is_empty() {
+        // A filter was wanted. Without knowing which, everybody stays outside.
+        return some_unreadable.then(Box::default);
+    }
+    if ranges.iter().any(|range| range.prefix() == 0) {
         return None;
     }
     // The node's own connections to the address may carry the address itself as their source.

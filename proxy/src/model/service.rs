@@ -18,13 +18,20 @@ pub(crate) struct ServiceFacts {
     pub(crate) cluster_ips: Box<[IpAddr]>,
     pub(crate) external_ips: Box<[IpAddr]>,
     pub(crate) load_balancer_ips: Box<[IpAddr]>,
-    pub(crate) source_ranges: Box<[IpNetwork]>,
+    pub(crate) source_ranges: SourceRanges,
     pub(crate) ports: Box<[PortFacts]>,
     pub(crate) affinity_secs: Option<u32>,
     pub(crate) external_local: bool,
     pub(crate) internal_local: bool,
     /// Where load balancers ask whether endpoints are here.
     pub(crate) health_check_port: Option<u16>,
+}
+
+/// spec.loadBalancerSourceRanges. A range that cannot be read must not open the Service.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct SourceRanges {
+    pub(crate) readable: Box<[IpNetwork]>,
+    pub(crate) some_unreadable: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,7 +66,7 @@ pub(crate) fn read_service(service: &Service) -> (Option<ServiceFacts>, Vec<Stri
         cluster_ips: cluster_ips.into(),
         external_ips: external_ips.into(),
         load_balancer_ips: load_balancer_ips(service, &mut problems).into(),
-        source_ranges: source_ranges(service, &mut problems).into(),
+        source_ranges: source_ranges(service, &mut problems),
         ports: ports.filter_map(|(index, port)| read_port(index, port, &mut problems)).collect(),
         affinity_secs: affinity_secs(service),
         external_local: spec.external_traffic_policy.as_deref() == Some("Local"),
@@ -118,29 +125,35 @@ pub fn parse_address(text: &str) -> Option<IpAddr> {
     <[u8; 4]>::try_from(parts).ok().map(|octets| IpAddr::V4(Ipv4Addr::from(octets)))
 }
 
-/// An ingress with `ipMode: Proxy` or with only a host name leads to a real load balancer.
+/// An ingress with another `ipMode` than VIP or with only a host name leads to a real load balancer.
 fn load_balancer_ips(service: &Service, problems: &mut Vec<String>) -> Vec<IpAddr> {
     if service.spec.kind.as_deref() != Some("LoadBalancer") {
         return Vec::new();
     }
-    let virtual_ip = |ingress: &&LoadBalancerIngress| ingress.ip_mode.as_deref() != Some("Proxy");
+    let virtual_ip =
+        |ingress: &&LoadBalancerIngress| matches!(ingress.ip_mode.as_deref(), None | Some("VIP"));
     let ingress = service.status.load_balancer.ingress.iter().flatten();
     let texts: Vec<String> =
         ingress.filter(virtual_ip).filter_map(|ingress| ingress.ip.clone()).collect();
     addresses("status.loadBalancer.ingress", Some(&texts), problems)
 }
 
-fn source_ranges(service: &Service, problems: &mut Vec<String>) -> Vec<IpNetwork> {
-    let mut ranges = Vec::new();
+fn source_ranges(service: &Service, problems: &mut Vec<String>) -> SourceRanges {
+    let mut readable = Vec::new();
+    let mut some_unreadable = false;
     for (index, text) in service.spec.load_balancer_source_ranges.iter().flatten().enumerate() {
         match text.trim().parse::<IpNetwork>() {
-            Ok(range) => ranges.push(range),
-            Err(_) => problems.push(format!(
-                "spec.loadBalancerSourceRanges[{index}]: {text:?} is not a range such as 10.0.0.0/8"
-            )),
+            Ok(range) => readable.push(range),
+            Err(_) => {
+                some_unreadable = true;
+                problems.push(format!(
+                    "spec.loadBalancerSourceRanges[{index}]: {text:?} is not a range such as 10.0.0.0/8; \
+                     it admits nobody"
+                ));
+            }
         }
     }
-    ranges
+    SourceRanges { readable: readable.into(), some_unreadable }
 }
 
 /// Only externalTrafficPolicy Local makes nodes differ, and so only it has such a port.

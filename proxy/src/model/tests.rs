@@ -300,6 +300,10 @@ fn cases_28_and_31_to_33_load_balancers_and_their_ranges() {
     assert_eq!(balancer(json!([" 9.0.0.0/8 "])), Some(vec!["9.0.0.0/8".to_owned()]));
     assert_eq!(balancer(json!(["9.0.0.0/8", "0.0.0.0/0"])), None);
     assert_eq!(balancer(json!(["fd00::/8"])), None);
+    // What cannot be read closes, never opens.
+    assert_eq!(balancer(json!(["10.0.0.0/33"])), Some(vec![]));
+    assert_eq!(balancer(json!(["fd00::/8", "x"])), Some(vec![]));
+    assert_eq!(balancer(json!(["10.0.0.0/33", "9.0.0.0/8"])), Some(vec!["9.0.0.0/8".to_owned()]));
     let with_itself = Some(vec!["1.2.3.4/32".to_owned(), "192.168.0.0/16".to_owned()]);
     assert_eq!(balancer(json!(["192.168.0.0/16"])), with_itself);
 }

@@ -12,6 +12,8 @@ rows![
     internal_traffic_policy_local_never_leaves_the_node,
     endpoints_that_terminate_serve_when_no_other_is_left,
     external_and_load_balancer_addresses_answer_and_source_ranges_hold,
+    source_ranges_hold_for_an_address_that_is_also_in_external_ips,
+    source_ranges_that_cannot_be_read_admit_nobody,
     a_sticky_client_stays_until_its_endpoint_goes,
     a_sticky_client_is_forgotten_in_time,
 ];
@@ -157,6 +159,56 @@ fn external_and_load_balancer_addresses_answer_and_source_ranges_hold(mode: Mode
     }));
     node.apply();
     assert!(node.outside.tcp("198.51.100.2:80").is_ok());
+}
+
+/// A Service of type LoadBalancer at 198.51.100.2 with these fields, and an endpoint that waits for clients.
+fn balance(node: &mut Node, protocol: &str, fields: serde_json::Value) {
+    let balancer = with(cluster_ip(1, protocol, 80), json!({"type": "LoadBalancer"}));
+    let object = json!({
+        "metadata": {"namespace": "default", "name": "web"},
+        "spec": with(balancer, fields),
+        "status": {"loadBalancer": {"ingress": [{"ip": "198.51.100.2"}]}},
+    });
+    node.model.apply_service(&serde_json::from_value(object).unwrap());
+    node.model.take_problems();
+    node.ready("web", protocol, 8080, &[2]);
+    node.apply();
+}
+
+/// A connection that times out, or a datagram without an answer.
+fn is_silence<T>(outcome: &Result<T, ErrorKind>) -> bool {
+    matches!(outcome, Err(ErrorKind::TimedOut | ErrorKind::WouldBlock))
+}
+
+fn source_ranges_hold_for_an_address_that_is_also_in_external_ips(mode: Mode) {
+    for protocol in ["TCP", "UDP"] {
+        let mut node = Node::new(mode);
+        let client = node.pod("client", 10);
+        let _one = node.pod("one", 2).serving(protocol, 8080);
+        let ranges = ["192.0.2.0/24", "10.66.0.0/16"];
+        let external = ["198.51.100.2"];
+        let fields = json!({"externalIPs": external, "loadBalancerSourceRanges": ranges});
+        balance(&mut node, protocol, fields);
+        assert!(client.namespace.ask(protocol, "198.51.100.2:80").is_ok());
+        assert!(is_silence(&node.outside.ask(protocol, "198.51.100.2:80")));
+    }
+}
+
+fn source_ranges_that_cannot_be_read_admit_nobody(mode: Mode) {
+    for protocol in ["TCP", "UDP"] {
+        let mut node = Node::new(mode);
+        let client = node.pod("client", 10);
+        let _one = node.pod("one", 2).serving(protocol, 8080);
+        balance(&mut node, protocol, json!({"loadBalancerSourceRanges": ["10.0.0.0/33"]}));
+        for from in [&node.outside, &client.namespace] {
+            assert!(is_silence(&from.ask(protocol, "198.51.100.2:80")));
+        }
+        // One that can be read holds by itself.
+        let ranges = json!({"loadBalancerSourceRanges": ["10.0.0.0/33", "10.66.0.0/16"]});
+        balance(&mut node, protocol, ranges);
+        assert!(client.namespace.ask(protocol, "198.51.100.2:80").is_ok());
+        assert!(is_silence(&node.outside.ask(protocol, "198.51.100.2:80")));
+    }
 }
 
 fn a_sticky_client_stays_until_its_endpoint_goes(mode: Mode) {
