@@ -31,7 +31,7 @@ pub struct Kind {
     /// Whether `kubectl get all` shows it.
     pub in_all: bool,
     /// Reads an object as its type: the canonical form, and the unknown fields.
-    pub(crate) decode: fn(&Value) -> Result<Decoded, serde_json::Error>,
+    pub(crate) decode: fn(&Value) -> Result<Decoded, DecodeError>,
 }
 
 /// An object as its type understands it.
@@ -69,13 +69,20 @@ impl PartialEq for Kind {
     }
 }
 
-fn decode<T: DeserializeOwned + Serialize>(value: &Value) -> Result<Decoded, serde_json::Error> {
+fn decode<T: DeserializeOwned + Serialize>(value: &Value) -> Result<Decoded, DecodeError> {
     let mut unknown = Vec::new();
-    let typed: T = serde_ignored::deserialize(value, |path| {
+    let mut note = |path: serde_ignored::Path<'_>| {
         unknown.push(crate::decode::path_text(&path.to_string()));
-    })?;
-    Ok(Decoded { value: serde_json::to_value(&typed)?, unknown })
+    };
+    let typed: T =
+        serde_path_to_error::deserialize(serde_ignored::Deserializer::new(value, &mut note))?;
+    let value = serde_json::to_value(&typed)
+        .map_err(|e| DecodeError::new(serde_path_to_error::Track::new().path(), e))?;
+    Ok(Decoded { value, unknown })
 }
+
+/// The field that cannot be read, and why.
+pub(crate) type DecodeError = serde_path_to_error::Error<serde_json::Error>;
 
 /// Whether the kind has a status subresource and a generation, in the table below.
 struct Traits {

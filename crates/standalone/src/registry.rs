@@ -2,6 +2,7 @@
 //!
 //! [`Registry`] works on any kind as JSON; [`Api`] is the same for one type of `k8s-openapi`.
 
+pub(crate) mod bounded_patch;
 mod create;
 mod delete;
 mod meta;

@@ -122,9 +122,11 @@ impl Server {
     }
 
     async fn answer(self: Arc<Self>, request: Request<Incoming>, peer: Option<Identity>) -> Reply {
-        match self.handle(request, peer).await {
-            Ok(reply) => reply,
-            Err(error) => status_response(&error),
+        match keelson_supervise::caught("API request", self.handle(request, peer)).await {
+            Ok(Ok(reply)) => reply,
+            Ok(Err(error)) => status_response(&error),
+            // The panic's text may tell more of the process than a caller should know.
+            Err(_) => status_response(&ApiError::internal("internal error, see the server's log")),
         }
     }
 

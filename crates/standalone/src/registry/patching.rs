@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
-use super::{Part, PatchType, Registry, WriteOptions, meta};
+use super::{Part, PatchType, Registry, WriteOptions, bounded_patch, meta};
 use crate::error::ApiError;
 use crate::kinds::Kind;
 use crate::object::Object;
@@ -88,21 +88,12 @@ pub(crate) fn change(
     match how {
         PatchType::Merge => json_patch::merge(&mut value, patch),
         PatchType::Strategic => strategic::merge(&mut value, patch)?,
-        PatchType::Json => {
-            let operations: json_patch::Patch = serde_json::from_value(patch.clone())
-                .map_err(|e| ApiError::bad_request(format!("error decoding patch: {e}")))?;
-            json_patch::patch(&mut value, &operations).map_err(|e| {
-                ApiError::new(
-                    422,
-                    "Invalid",
-                    format!("the server rejected our request due to an error in our request: {e}"),
-                )
-            })?;
-        }
+        PatchType::Json => bounded_patch::apply(&mut value, patch.clone())?,
         PatchType::Apply => {
             value = apply::apply(current.kind, &value, patch, &options.manager, options.force)?;
         }
     }
+    bounded_patch::check_size(&value)?;
     Ok(value)
 }
 

@@ -1,5 +1,7 @@
 //! Request bodies in, responses out.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use http::header::{ACCEPT, CONTENT_TYPE, HeaderValue, WARNING};
 use http::{Request, Response, StatusCode};
@@ -12,6 +14,10 @@ use crate::error::ApiError;
 
 /// As much as etcd-backed servers take.
 const LARGEST: usize = 3 << 20;
+/// A client that sends its body more slowly than this is not served.
+const LONGEST: Duration = Duration::from_secs(60);
+/// The media type of RFC 6902, the only one whose body is a list.
+const JSON_PATCH: &str = "application/json-patch+json";
 
 /// The Accept header, empty when there is none.
 pub(super) fn accept<B>(request: &Request<B>) -> &str {
@@ -26,7 +32,10 @@ pub(super) fn media_type<B>(request: &Request<B>) -> String {
 }
 
 pub(super) async fn read(body: Incoming) -> Result<Bytes, ApiError> {
-    let collected = Limited::new(body, LARGEST).collect().await;
+    let collected = tokio::time::timeout(LONGEST, Limited::new(body, LARGEST).collect()).await;
+    let collected = collected.map_err(|_| {
+        ApiError::new(408, "Timeout", format!("the request's body took longer than {LONGEST:?}"))
+    })?;
     collected.map(http_body_util::Collected::to_bytes).map_err(|error| {
         if error.downcast_ref::<http_body_util::LengthLimitError>().is_some() {
             let text = format!("Request entity too large: limit is {LARGEST}");
@@ -37,8 +46,43 @@ pub(super) async fn read(body: Incoming) -> Result<Bytes, ApiError> {
     })
 }
 
-/// Reads a body in JSON or YAML.
+/// Reads a body in JSON, YAML or Kubernetes' protobuf: an object, or the list of a JSON patch.
+///
+/// # Errors
+/// 400 when the body is of another shape: everything that reads it later relies on that.
 pub(crate) fn parse(media: &str, bytes: &[u8]) -> Result<Value, ApiError> {
+    let value = decode(media, bytes)?;
+    let (expected, fits) = match media {
+        JSON_PATCH => ("a list of operations", value.is_array()),
+        // Null is no body, and becomes an object with the first field that is written.
+        _ => ("an object", value.is_object() || value.is_null()),
+    };
+    if !fits {
+        let text = format!("the body of the request is {}, expected {expected}", kind_of(&value));
+        return Err(ApiError::bad_request(text));
+    }
+    // Every kind has an object there, and much is read and written below it.
+    match value.get("metadata") {
+        None | Some(Value::Object(_) | Value::Null) => Ok(value),
+        Some(other) => Err(ApiError::bad_request(format!(
+            "metadata: expected an object, not {}",
+            kind_of(other)
+        ))),
+    }
+}
+
+fn kind_of(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
+}
+
+fn decode(media: &str, bytes: &[u8]) -> Result<Value, ApiError> {
     match media {
         "application/yaml" | "application/apply-patch+yaml" => {
             let text = std::str::from_utf8(bytes)

@@ -3,6 +3,7 @@
 
 mod client;
 mod durability;
+mod hostile;
 mod kubectl;
 mod plane;
 mod rest;

@@ -9,7 +9,7 @@ use crate::auth::Identity;
 use crate::auth::token::{Claims, ISSUER};
 use crate::error::ApiError;
 use crate::kinds;
-use crate::registry::{PatchType, Target};
+use crate::registry::{PatchType, Target, bounded_patch};
 use crate::server::{Reply, body};
 
 /// A token lives at least ten minutes, an hour unless asked otherwise, and at most a day.
@@ -38,12 +38,7 @@ impl Call<'_> {
                     self.server.registry.get(self.kind, self.namespace(), &self.path.name)?;
                 let mut scale = scale_of(&current.value());
                 match media.as_str() {
-                    "application/json-patch+json" => {
-                        let patch: json_patch::Patch = serde_json::from_value(sent()?)
-                            .map_err(|e| ApiError::bad_request(e.to_string()))?;
-                        json_patch::patch(&mut scale, &patch)
-                            .map_err(|e| ApiError::new(422, "Invalid", e.to_string()))?;
-                    }
+                    "application/json-patch+json" => bounded_patch::apply(&mut scale, sent()?)?,
                     _ => json_patch::merge(&mut scale, &sent()?),
                 }
                 self.set_scale(&scale).await
@@ -107,6 +102,9 @@ impl Call<'_> {
         let registry = &self.server.registry;
         let (namespace, name) = (self.namespace(), self.path.name.as_str());
         let account = registry.get(&kinds::SERVICE_ACCOUNT, namespace, name)?.value();
+        if !matches!(request.get("spec"), None | Some(Value::Object(_) | Value::Null)) {
+            return Err(ApiError::bad_request("spec: expected an object"));
+        }
         let spec = &request["spec"];
         let bound = &spec["boundObjectRef"];
         let pod = (bound["kind"] == "Pod").then(|| bound["name"].as_str().unwrap_or_default());
