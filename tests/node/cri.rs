@@ -164,9 +164,9 @@ impl Drop for Containerd {
         let pid = Pid::from_raw(self.process.id().cast_signed());
         kill(pid, Signal::SIGTERM).unwrap();
         self.process.wait().unwrap();
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-        let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
-        for point in points.filter(|p| Path::new(p).starts_with(self.folder.path())) {
+        let mounts = keelson_procfs::own_mounts().unwrap();
+        let points = mounts.iter().map(|mount| &mount.point);
+        for point in points.filter(|point| point.starts_with(self.folder.path())) {
             umount2(point, MntFlags::MNT_DETACH).ok();
         }
         drop(read(Command::new("ip").args(["netns", "delete", &self.name])));

@@ -94,16 +94,15 @@ fn conclude(left: Vec<String>) -> Result<()> {
 }
 
 fn mounts_with(name: &str) -> Vec<String> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let points = mounts.lines().filter_map(|l| l.split(' ').nth(4));
-    points.filter(|m| m.contains(name)).map(str::to_owned).collect()
+    let mounts = keelson_procfs::own_mounts().unwrap_or_default();
+    let points = mounts.iter().map(|mount| mount.point.to_string_lossy().into_owned());
+    points.filter(|point| point.contains(name)).collect()
 }
 
 fn cgroups(name: &str) -> Vec<PathBuf> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let hierarchies =
-        mounts.lines().filter(|l| l.contains(" - cgroup")).filter_map(|l| l.split(' ').nth(4));
-    hierarchies.map(|m| Path::new(m).join(name)).filter(|p| p.exists()).collect()
+    let mounts = keelson_procfs::own_mounts().unwrap_or_default();
+    let hierarchies = mounts.iter().filter(|mount| mount.kind.starts_with("cgroup"));
+    hierarchies.map(|mount| mount.point.join(name)).filter(|p| p.exists()).collect()
 }
 
 fn pod_folders(cgroup: &Path) -> Vec<PathBuf> {

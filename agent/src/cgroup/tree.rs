@@ -13,6 +13,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use k8s_openapi::api::core::v1::Pod;
+use keelson_procfs::Mount;
 
 use super::resources::{self, QosClass};
 use crate::pod::spec;
@@ -55,9 +56,9 @@ impl CgroupTree {
     /// When nothing is mounted that could hold cgroups.
     pub fn detect(root: &str) -> Result<Self, CgroupError> {
         const PATH: &str = "/proc/self/mountinfo";
-        let mounts = fs::read_to_string(PATH)
+        let mounts = keelson_procfs::own_mounts()
             .map_err(|source| CgroupError::Mounts { path: PATH, source })?;
-        let hierarchies = parse_mounts(&mounts);
+        let hierarchies = hierarchies(&mounts);
         if hierarchies.is_empty() {
             return Err(CgroupError::None);
         }
@@ -319,9 +320,10 @@ fn remove_tree(dir: &Path) -> io::Result<()> {
 }
 
 fn processes(dir: &Path) -> Vec<i32> {
-    let procs = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+    let procs = fs::read(dir.join("cgroup.procs")).unwrap_or_default();
+    let pids = keelson_procfs::numbers(&procs).filter_map(|pid| i32::try_from(pid).ok());
     // 0 is a process outside our PID namespace.
-    procs.lines().filter_map(|line| line.parse().ok()).filter(|pid| *pid > 1).collect()
+    pids.filter(|pid| *pid > 1).collect()
 }
 
 fn kill_processes(dir: &Path) {
@@ -333,8 +335,8 @@ fn kill_processes(dir: &Path) {
     }
 }
 
-pub(crate) fn parse_mounts(mountinfo: &str) -> Vec<Hierarchy> {
-    let mut found: Vec<Hierarchy> = mountinfo.lines().filter_map(parse_mount).collect();
+pub(crate) fn hierarchies(mounts: &[Mount]) -> Vec<Hierarchy> {
+    let mut found: Vec<Hierarchy> = mounts.iter().filter_map(hierarchy).collect();
     if found.iter().any(|h| h.controllers.iter().any(|c| c == "memory" || c == "cpu")) {
         found.iter_mut().filter(|h| h.unified).for_each(|h| h.managed = false);
     }
@@ -343,19 +345,16 @@ pub(crate) fn parse_mounts(mountinfo: &str) -> Vec<Hierarchy> {
     found
 }
 
-fn parse_mount(line: &str) -> Option<Hierarchy> {
-    let (left, right) = line.split_once(" - ")?;
-    let mount = PathBuf::from(left.split(' ').nth(4)?);
-    let mut fields = right.split(' ');
-    match fields.next()? {
+fn hierarchy(found: &Mount) -> Option<Hierarchy> {
+    let mount = found.point.clone();
+    match found.kind.as_str() {
         "cgroup2" => {
             Some(Hierarchy { mount, controllers: Vec::new(), unified: true, managed: true })
         }
         "cgroup" => {
-            let options = fields.nth(1)?;
             let skip = ["rw", "ro", "relatime", "noprefix", "clone_children"];
-            let controllers =
-                options.split(',').filter(|o| !skip.contains(o)).map(str::to_owned).collect();
+            let named = found.super_options.iter().filter(|o| !skip.contains(&o.as_str()));
+            let controllers = named.cloned().collect();
             Some(Hierarchy { mount, controllers, unified: false, managed: true })
         }
         _ => None,
@@ -373,12 +372,14 @@ mod tests {
 31 25 0:27 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory
 32 25 0:28 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw
 33 25 0:29 / /proc rw - proc proc rw";
-        let found = parse_mounts(text);
+        let read =
+            |text: &str| hierarchies(&keelson_procfs::mounts(text.as_bytes()).collect::<Vec<_>>());
+        let found = read(text);
         let managed: Vec<_> =
             found.iter().filter(|h| h.matters()).map(|h| h.controllers.join(",")).collect();
         assert_eq!(managed, ["cpu,cpuacct", "memory"]);
         assert_eq!(found.len(), 3);
-        let v2 = parse_mounts("32 25 0:28 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw");
+        let v2 = read("32 25 0:28 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw");
         assert!(v2[0].unified && v2[0].matters());
     }
 

@@ -3,12 +3,11 @@
 use std::path::Path;
 
 use super::text;
-use crate::cgroup::tree::parse_mounts;
+use crate::cgroup::tree::hierarchies;
 use crate::config::{AgentConfig, duration, kubelet, labels, quantity};
 use crate::node::cni_conf::plugin_types;
 use crate::pod::source::manifests;
 use crate::server::stats::{Hierarchies, busy_nanos};
-use crate::volume::teardown::unescape;
 
 /// `KubeletConfiguration`.
 pub fn kubelet_config(input: &[u8]) {
@@ -44,11 +43,14 @@ pub fn flag_values(input: &[u8]) {
     }
 }
 
-/// mountinfo, whose paths are chosen by whoever mounts, and other files of /proc.
+/// mountinfo, whose paths are chosen by whoever mounts, and other files of /proc and of images.
 pub fn proc_files(input: &[u8]) {
-    let text = text(input);
-    assert!(parse_mounts(&text).len() <= text.len());
-    let _hierarchies = Hierarchies::from_mounts(&text);
-    let _nanos = busy_nanos(&text);
-    assert!(unescape(&text).len() <= text.len());
+    let mounts: Vec<_> = keelson_procfs::mounts(input).collect();
+    assert!(mounts.iter().all(|mount| mount.point.as_os_str().len() <= input.len()));
+    assert!(hierarchies(&mounts).len() <= mounts.len());
+    let _hierarchies = Hierarchies::from_mounts(&mounts);
+    let _nanos = busy_nanos(&text(input));
+    keelson_procfs::users(input).for_each(drop);
+    keelson_procfs::groups(input).for_each(drop);
+    keelson_procfs::numbers(input).for_each(drop);
 }

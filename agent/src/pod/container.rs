@@ -116,7 +116,7 @@ fn mounts(
         mounts.push(Mount {
             host_path,
             container_path: absolute(&mount.mount_path),
-            read_only: mount.read_only.unwrap_or(false),
+            read_only: mount.read_only.unwrap_or(false) || written_by_agent(from.pod, &mount.name),
             propagation: match mount.mount_propagation.as_deref() {
                 Some("HostToContainer") => Propagation::HostToContainer,
                 Some("Bidirectional") => Propagation::Bidirectional,
@@ -125,6 +125,18 @@ fn mounts(
         });
     }
     Ok(mounts)
+}
+
+/// Volumes whose files the agent writes while containers run. A container must never write there, whatever its mount
+/// says: it could lead the agent, which is root on the node, to any file (CVE-2017-1002102).
+fn written_by_agent(pod: &Pod, name: &str) -> bool {
+    let volumes = spec::spec(pod).and_then(|spec| spec.volumes.as_deref()).unwrap_or_default();
+    volumes.iter().find(|volume| volume.name == name).is_some_and(|volume| {
+        volume.config_map.is_some()
+            || volume.secret.is_some()
+            || volume.downward_api.is_some()
+            || volume.projected.is_some()
+    })
 }
 
 fn absolute(path: &str) -> String {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
+use keelson_procfs::Mount;
 use serde_json::{Value, json};
 
 use super::containers::Containers;
@@ -34,25 +35,15 @@ pub struct Hierarchies {
 impl Hierarchies {
     /// Looks at what is mounted.
     pub fn detect() -> Self {
-        // A pod can give a mount a name that is no UTF-8; those of cgroups are plain.
-        let mounts = fs::read("/proc/self/mountinfo").unwrap_or_default();
-        Self::from_mounts(&String::from_utf8_lossy(&mounts))
+        Self::from_mounts(&keelson_procfs::own_mounts().unwrap_or_default())
     }
 
-    pub(crate) fn from_mounts(mountinfo: &str) -> Self {
+    pub(crate) fn from_mounts(mounts: &[Mount]) -> Self {
         let mut found = Self::default();
-        for line in mountinfo.lines() {
-            let Some((left, right)) = line.split_once(" - ") else { continue };
-            let mount = left.split(' ').nth(4).map(PathBuf::from);
-            let mut fields = right.split(' ');
-            let kind = fields.next().unwrap_or_default();
-            let has = |name: &str| {
-                right
-                    .rsplit(' ')
-                    .next()
-                    .is_some_and(|options| options.split(',').any(|option| option == name))
-            };
-            match kind {
+        for seen in mounts {
+            let mount = Some(seen.point.clone());
+            let has = |name: &str| seen.super_options.iter().any(|option| option == name);
+            match seen.kind.as_str() {
                 "cgroup2" if found.unified.is_none() => found.unified = mount,
                 "cgroup" if has("cpuacct") => found.cpuacct = found.cpuacct.or(mount),
                 "cgroup" if has("memory") => found.memory = found.memory.or(mount),
@@ -263,16 +254,22 @@ fn with_usage(mut object: Value, usage: Usage, now: &str) -> Value {
 mod tests {
     use super::*;
 
+    fn mounts(text: &[u8]) -> Vec<Mount> {
+        keelson_procfs::mounts(text).collect()
+    }
+
     #[test]
     fn hierarchies_of_both_versions() {
         let hybrid = "30 23 0:26 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n\
                       31 23 0:27 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu,cpuacct\n\
                       32 23 0:28 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n\
                       33 23 0:29 / /tmp rw - tmpfs memory rw\n";
-        let found = Hierarchies::from_mounts(hybrid);
+        let found = Hierarchies::from_mounts(&mounts(hybrid.as_bytes()));
         assert_eq!(found.cpuacct.unwrap(), Path::new("/sys/fs/cgroup/cpu"));
         assert_eq!(found.memory.unwrap(), Path::new("/sys/fs/cgroup/memory"));
-        let v2 = Hierarchies::from_mounts("30 23 0:26 / /sys/fs/cgroup rw - cgroup2 none rw\n");
+        let v2 = Hierarchies::from_mounts(&mounts(
+            b"30 23 0:26 / /sys/fs/cgroup rw - cgroup2 none rw\n",
+        ));
         assert_eq!(v2.unified.unwrap(), Path::new("/sys/fs/cgroup"));
     }
 

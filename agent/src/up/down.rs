@@ -65,12 +65,11 @@ pub fn run(layout: &Layout) -> Result<()> {
 
 /// Every folder that stands for `root` in a cgroup hierarchy of this machine.
 fn cgroup_folders(root: &str) -> Vec<PathBuf> {
-    let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let mut folders: Vec<PathBuf> = mountinfo
-        .lines()
-        .filter(|line| line.split(" - ").nth(1).is_some_and(|fs| fs.starts_with("cgroup")))
-        .filter_map(|line| line.split(' ').nth(4))
-        .map(|mount| PathBuf::from(mount).join(root.trim_start_matches('/')))
+    let mounts = keelson_procfs::own_mounts().unwrap_or_default();
+    let mut folders: Vec<PathBuf> = mounts
+        .into_iter()
+        .filter(|mount| mount.kind.starts_with("cgroup"))
+        .map(|mount| mount.point.join(root.trim_start_matches('/')))
         .filter(|folder| folder.is_dir())
         .collect();
     folders.sort();
@@ -79,11 +78,9 @@ fn cgroup_folders(root: &str) -> Vec<PathBuf> {
 }
 
 fn processes_below(cgroup: &Path) -> Vec<i32> {
-    let mut found: Vec<i32> = fs::read_to_string(cgroup.join("cgroup.procs"))
-        .unwrap_or_default()
-        .lines()
-        .filter_map(|pid| pid.parse().ok())
-        .collect();
+    let text = fs::read(cgroup.join("cgroup.procs")).unwrap_or_default();
+    let mut found: Vec<i32> =
+        keelson_procfs::numbers(&text).filter_map(|pid| i32::try_from(pid).ok()).collect();
     for entry in fs::read_dir(cgroup).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|t| t.is_dir()) {
             found.extend(processes_below(&entry.path()));
@@ -107,23 +104,12 @@ fn remove_cgroup(folder: &Path, left: &mut Vec<String>) {
 
 /// Mount points at or below `folders`, the deepest and newest first.
 fn mounts_below(folders: &[&Path]) -> Result<Vec<PathBuf>> {
-    let mountinfo =
-        fs::read_to_string("/proc/self/mountinfo").context("cannot read the list of mounts")?;
-    let mounts = mountinfo.lines().filter_map(|line| line.split(' ').nth(4)).map(unescape);
+    let mounts = keelson_procfs::own_mounts().context("cannot read the list of mounts")?;
+    let points = mounts.into_iter().map(|mount| mount.point);
     let mut below: Vec<PathBuf> =
-        mounts.filter(|mount| folders.iter().any(|folder| mount.starts_with(folder))).collect();
+        points.filter(|mount| folders.iter().any(|folder| mount.starts_with(folder))).collect();
     below.reverse();
     Ok(below)
-}
-
-/// mountinfo writes space, tab, newline and backslash as three octal digits (proc_pid_mountinfo(5)).
-fn unescape(field: &str) -> PathBuf {
-    let text = field
-        .replace(r"\040", " ")
-        .replace(r"\011", "\t")
-        .replace(r"\012", "\n")
-        .replace(r"\134", "\\");
-    PathBuf::from(text)
 }
 
 fn remove_netns(pin: &Path, left: &mut Vec<String>) {

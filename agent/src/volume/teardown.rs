@@ -50,13 +50,5 @@ fn mounts_below(dir: &Path) -> io::Result<Vec<PathBuf>> {
 }
 
 fn mount_points() -> io::Result<Vec<PathBuf>> {
-    let text = fs::read_to_string("/proc/self/mountinfo")?;
-    let point = |line: &str| line.split(' ').nth(4).map(|path| PathBuf::from(unescape(path)));
-    Ok(text.lines().filter_map(point).collect())
-}
-
-/// The kernel writes blanks, tabs, newlines and backslashes as octal.
-pub(crate) fn unescape(path: &str) -> String {
-    let escapes = [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")];
-    escapes.iter().fold(path.to_owned(), |text, (from, to)| text.replace(from, to))
+    Ok(keelson_procfs::own_mounts()?.into_iter().map(|mount| mount.point).collect())
 }

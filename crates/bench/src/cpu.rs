@@ -3,9 +3,10 @@
 //! Adding up /proc would lose the children of children that nobody waited for, and up to 10 ms per process.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result};
+use keelson_procfs::Mount;
 
 /// A cgroup whose only purpose is to count.
 #[derive(Debug)]
@@ -95,27 +96,18 @@ fn usage_usec(stat: &str) -> Option<f64> {
 }
 
 fn hierarchy() -> Result<(PathBuf, Version)> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").context("cannot list the mounts")?;
+    let mounts = keelson_procfs::own_mounts().context("cannot list the mounts")?;
     accounting(&mounts).context("no cgroup hierarchy is mounted that counts CPU time")
 }
 
 /// The mount that counts CPU time: cgroup v1's cpuacct where there is one, else cgroup v2, which always counts.
-fn accounting(mountinfo: &str) -> Option<(PathBuf, Version)> {
-    let mut second = None;
-    for line in mountinfo.lines() {
-        let Some((left, right)) = line.split_once(" - ") else { continue };
-        let Some(point) = left.split(' ').nth(4) else { continue };
-        let mut right = right.split(' ');
-        let (kind, options) = (right.next(), right.nth(1).unwrap_or(""));
-        match kind {
-            Some("cgroup") if options.split(',').any(|o| o == "cpuacct") => {
-                return Some((Path::new(point).to_owned(), Version::One));
-            }
-            Some("cgroup2") => second = Some((Path::new(point).to_owned(), Version::Two)),
-            _ => {}
-        }
-    }
-    second
+fn accounting(mounts: &[Mount]) -> Option<(PathBuf, Version)> {
+    let counts = |mount: &&Mount| mount.super_options.iter().any(|option| option == "cpuacct");
+    let first = mounts.iter().filter(|mount| mount.kind == "cgroup").find(counts);
+    let second = || mounts.iter().rfind(|mount| mount.kind == "cgroup2");
+    first
+        .map(|mount| (mount.point.clone(), Version::One))
+        .or_else(|| second().map(|mount| (mount.point.clone(), Version::Two)))
 }
 
 #[cfg(test)]
@@ -128,6 +120,8 @@ mod tests {
     #[test]
     fn version_one_counts_where_both_are_mounted() {
         let want = Some(("/sys/fs/cgroup/cpu,cpuacct".into(), Version::One));
+        let accounting =
+            |text: &str| accounting(&keelson_procfs::mounts(text.as_bytes()).collect::<Vec<_>>());
         assert_eq!(accounting(&format!("{V2}{V1}{V2}")), want);
         let want = Some(("/sys/fs/cgroup/unified".into(), Version::Two));
         assert_eq!(accounting(V2), want);

@@ -15,6 +15,7 @@ mod watching;
 use std::convert::Infallible;
 use std::net::TcpListener;
 use std::sync::Arc;
+use std::time::Duration;
 
 use http::{Request, Response, StatusCode};
 use http_body_util::BodyExt as _;
@@ -23,7 +24,9 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
+use keelson_listener::{Connection, Limits, Listener, Slot};
 use rustls_pki_types::CertificateDer;
+use tokio::sync::{Notify, Semaphore};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -37,6 +40,25 @@ use route::Route;
 
 pub(crate) use body::status_response;
 
+/// Connections of unknown callers, and of known ones.
+const CONNECTIONS: Limits = Limits { pending: 512, pending_of_peer: 256, established: 4096 };
+const HANDSHAKE: Duration = Duration::from_secs(10);
+/// The time until a request of a known caller.
+const UNKNOWN: Duration = Duration::from_secs(30);
+/// Requests at once on one HTTP/2 connection, as kube-apiserver has it.
+const STREAMS: u32 = 250;
+/// Bytes of headers of one request.
+const HEADERS: u32 = 64 << 10;
+/// A client that vanished is noticed by its missing answer to a ping.
+const PING_EVERY: Duration = Duration::from_secs(30);
+const PING_ANSWER: Duration = Duration::from_secs(15);
+/// Requests that are worked on at once, as kube-apiserver's --max-requests-inflight and
+/// --max-mutating-requests-inflight.
+const READS: usize = 400;
+const WRITES: usize = 200;
+const READING: [&http::Method; 3] =
+    [&http::Method::GET, &http::Method::HEAD, &http::Method::OPTIONS];
+
 pub(crate) type Body = UnsyncBoxBody<bytes::Bytes, Infallible>;
 pub(crate) type Reply = Response<Body>;
 
@@ -47,6 +69,17 @@ pub(crate) struct Server {
     pub(crate) kubelets: kubelet::Kubelets,
     pub(crate) stop: CancellationToken,
     pub(crate) tasks: TaskTracker,
+    reading: Semaphore,
+    writing: Semaphore,
+}
+
+/// Whose connection a request came by.
+#[derive(Clone)]
+struct Caller {
+    /// From a client certificate.
+    peer: Option<Identity>,
+    slot: Slot,
+    known: Arc<Notify>,
 }
 
 impl Server {
@@ -58,7 +91,8 @@ impl Server {
         tasks: TaskTracker,
     ) -> anyhow::Result<Self> {
         let kubelets = kubelet::Kubelets::new(authority)?;
-        Ok(Self { registry, tokens, kubelets, stop, tasks })
+        let (reading, writing) = (Semaphore::new(READS), Semaphore::new(WRITES));
+        Ok(Self { registry, tokens, kubelets, stop, tasks, reading, writing })
     }
 
     /// Serves on one listener until the stop signal.
@@ -68,31 +102,24 @@ impl Server {
         tls: Arc<rustls::ServerConfig>,
     ) -> anyhow::Result<()> {
         listener.set_nonblocking(true)?;
-        let listener = tokio::net::TcpListener::from_std(listener)?;
+        let socket = tokio::net::TcpListener::from_std(listener)?;
+        let listener = Listener::new("API", socket, CONNECTIONS);
         let acceptor = TlsAcceptor::from(tls);
-        loop {
-            let accepted = tokio::select! {
-                () = self.stop.cancelled() => return Ok(()),
-                accepted = listener.accept() => accepted,
-            };
-            match accepted {
-                Ok((stream, _)) => {
-                    let (server, acceptor) = (Arc::clone(&self), acceptor.clone());
-                    self.tasks.spawn(async move { server.connection(stream, acceptor).await });
-                }
-                // Out of file descriptors, mostly: others finish meanwhile.
-                Err(error) => {
-                    tracing::warn!(%error, "Cannot accept a connection");
-                    tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-                }
-            }
+        while let Some(accepted) = self.stop.run_until_cancelled(listener.accept()).await {
+            let (server, acceptor) = (Arc::clone(&self), acceptor.clone());
+            self.tasks.spawn(async move {
+                let slot = accepted.slot.clone();
+                let work = server.connection(accepted, acceptor);
+                // A panic is counted and logged already; an evicted connection just ends.
+                drop(slot.run(keelson_supervise::caught("API connection", work)).await);
+            });
         }
+        Ok(())
     }
 
-    async fn connection(self: Arc<Self>, stream: tokio::net::TcpStream, acceptor: TlsAcceptor) {
-        drop(stream.set_nodelay(true));
-        let handshake =
-            tokio::time::timeout(std::time::Duration::from_secs(10), acceptor.accept(stream));
+    async fn connection(self: Arc<Self>, accepted: Connection, acceptor: TlsAcceptor) {
+        let Connection { stream, slot, .. } = accepted;
+        let handshake = tokio::time::timeout(HANDSHAKE, acceptor.accept(stream));
         let stream = match handshake.await {
             Ok(Ok(stream)) => stream,
             Ok(Err(error)) => return tracing::debug!(%error, "TLS handshake failed"),
@@ -100,17 +127,27 @@ impl Server {
         };
         let peer = certified(stream.get_ref().1.peer_certificates());
         let stop = self.stop.clone();
+        let known = Arc::new(Notify::new());
+        let unknown_for_long = unknown_for_long(known.clone());
+        let caller = Caller { peer, slot, known };
         let service = service_fn(move |request| {
-            let (server, peer) = (Arc::clone(&self), peer.clone());
-            async move { Ok::<_, Infallible>(server.answer(request, peer).await) }
+            let (server, caller) = (Arc::clone(&self), caller.clone());
+            async move { Ok::<_, Infallible>(server.answer(request, &caller).await) }
         });
         let mut builder = auto::Builder::new(TokioExecutor::new());
         builder.http1().timer(TokioTimer::new());
-        builder.http2().timer(TokioTimer::new()).max_concurrent_streams(1000);
+        builder
+            .http2()
+            .timer(TokioTimer::new())
+            .max_concurrent_streams(STREAMS)
+            .max_header_list_size(HEADERS)
+            .keep_alive_interval(PING_EVERY)
+            .keep_alive_timeout(PING_ANSWER);
         let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
         tokio::pin!(connection);
         let finished = tokio::select! {
             finished = connection.as_mut() => finished,
+            () = unknown_for_long => return,
             () = stop.cancelled() => {
                 connection.as_mut().graceful_shutdown();
                 connection.await
@@ -121,8 +158,8 @@ impl Server {
         }
     }
 
-    async fn answer(self: Arc<Self>, request: Request<Incoming>, peer: Option<Identity>) -> Reply {
-        match keelson_supervise::caught("API request", self.handle(request, peer)).await {
+    async fn answer(self: Arc<Self>, request: Request<Incoming>, caller: &Caller) -> Reply {
+        match keelson_supervise::caught("API request", self.handle(request, caller)).await {
             Ok(Ok(reply)) => reply,
             Ok(Err(error)) => status_response(&error),
             // The panic's text may tell more of the process than a caller should know.
@@ -133,9 +170,13 @@ impl Server {
     async fn handle(
         self: Arc<Self>,
         request: Request<Incoming>,
-        peer: Option<Identity>,
+        caller: &Caller,
     ) -> Result<Reply, ApiError> {
-        let identity = self.identify(&request, peer)?;
+        let identity = self.identify(&request, caller.peer.clone())?;
+        if !identity.is_anonymous() {
+            caller.slot.establish().map_err(|full| too_many(&full.to_string()))?;
+            caller.known.notify_one();
+        }
         let path = request.uri().path().to_owned();
         let route = route::parse(&path);
         let verb = rest::verb(&request, &route);
@@ -159,6 +200,10 @@ impl Server {
                 ApiError::new(403, "Forbidden", text)
             });
         }
+        // Held until the answer begins: what streams after that, as watches do, does not count.
+        let running =
+            if READING.contains(&request.method()) { &self.reading } else { &self.writing };
+        let _running = running.try_acquire().map_err(|_| too_many("too many requests at once"))?;
         match route {
             Route::Resource(resource) => rest::handle(&self, request, &resource, &identity).await,
             Route::Other(path) => self.other(&request, &path),
@@ -174,9 +219,7 @@ impl Server {
             return Ok(peer);
         }
         let header = request.headers().get(http::header::AUTHORIZATION);
-        let Some(token) =
-            header.and_then(|h| h.to_str().ok()).and_then(|h| h.strip_prefix("Bearer "))
-        else {
+        let Some(token) = header.and_then(|h| h.to_str().ok()).and_then(bearer_token) else {
             return Ok(Identity::anonymous());
         };
         let unauthorized = || ApiError::new(401, "Unauthorized", "Unauthorized");
@@ -198,6 +241,26 @@ impl Server {
             }),
         }
     }
+}
+
+/// A caller who stays unknown holds a connection for so long only. Never ends when the caller becomes known before.
+async fn unknown_for_long(known: Arc<Notify>) {
+    if tokio::time::timeout(UNKNOWN, known.notified()).await.is_ok() {
+        std::future::pending().await
+    }
+}
+
+/// The token of an Authorization header; the scheme's case does not matter (RFC 9110).
+fn bearer_token(header: &str) -> Option<&str> {
+    let (scheme, token) = header.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then_some(token)
+}
+
+/// 429, as kube-apiserver answers when it has enough to do.
+fn too_many(why: &str) -> ApiError {
+    let mut error = ApiError::new(429, "TooManyRequests", why);
+    error.details = serde_json::json!({"retryAfterSeconds": 1});
+    error
 }
 
 fn is_health(path: &str) -> bool {

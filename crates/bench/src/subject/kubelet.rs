@@ -175,13 +175,12 @@ fn kubelet_config(node: &Node, folder: &Path) -> serde_json::Value {
 
 /// The kubelet does not make its `cgroupRoot` itself; it wants it in every hierarchy.
 fn make_cgroups(name: &str) -> Result<()> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").context("cannot list the mounts")?;
-    let hierarchies = mounts.lines().filter(|l| l.contains(" - cgroup"));
-    for mount in hierarchies.filter_map(|l| l.split(' ').nth(4)) {
-        let folder = Path::new(mount).join(name);
+    let mounts = keelson_procfs::own_mounts().context("cannot list the mounts")?;
+    for mount in mounts.iter().filter(|mount| mount.kind.starts_with("cgroup")) {
+        let folder = mount.point.join(name);
         fs::create_dir_all(&folder)
             .with_context(|| format!("cannot make the cgroup {}", folder.display()))?;
-        copy_cpuset(Path::new(mount), &folder);
+        copy_cpuset(&mount.point, &folder);
     }
     Ok(())
 }

@@ -114,7 +114,7 @@ impl<C: Controller> Worker<C> {
 
     async fn look_at(&self, key: C::Key) {
         let reconciled = keelson_supervise::caught(C::NAME, self.controller.reconcile(&key)).await;
-        let result = reconciled.unwrap_or_else(|panic| Err(ApiError::internal(&panic.to_string())));
+        let result = reconciled.unwrap_or_else(|panic| Err(ApiError::internal(panic.to_string())));
         let outcome = match &result {
             Ok(outcome) => *outcome,
             Err(_) => Outcome::Failed,

@@ -17,7 +17,7 @@ use tokio_rustls::TlsConnector;
 
 #[derive(Clone)]
 pub(crate) struct Client {
-    address: String,
+    pub(crate) address: String,
     tls: TlsConnector,
     token: Option<String>,
 }

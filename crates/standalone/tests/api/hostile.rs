@@ -49,3 +49,22 @@ async fn patches_that_would_become_huge_objects_are_refused() {
     }
     assert_eq!(client.get(&one).await.0, 200);
 }
+
+#[tokio::test]
+async fn silent_connections_shut_no_caller_out_and_are_closed() {
+    let plane = plane::start().await;
+    let client = &plane.client;
+    let mut silent = Vec::new();
+    for _ in 0..1000 {
+        silent.push(tokio::net::TcpStream::connect(&client.address).await.unwrap());
+    }
+    assert_eq!(client.get("/version").await.0, 200);
+    let mut closed = 0;
+    for stream in &mut silent[..700] {
+        let mut byte = [0];
+        let read = tokio::io::AsyncReadExt::read(stream, &mut byte).await;
+        closed += usize::from(!matches!(read, Ok(1..)));
+    }
+    assert_eq!(closed, 700, "the oldest gave way");
+    assert_eq!(client.get("/version").await.0, 200);
+}
