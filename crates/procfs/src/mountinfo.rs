@@ -96,7 +96,7 @@ mod tests {
 
     #[test]
     fn the_mounts_of_this_process_are_read() {
-        assert!(own_mounts().unwrap().iter().any(|mount| mount.point == "/proc"));
+        assert!(own_mounts().unwrap().iter().any(|mount| mount.point.ends_with("proc")));
     }
 
     proptest! {
