@@ -171,6 +171,8 @@ impl Engine {
     pub(crate) fn run(mut self) -> anyhow::Result<()> {
         self.start_from_last_known();
         loop {
+            let now = (self.clock)().steady;
+            self.progress.update(|state| state.last_beat = Some(now));
             let alarmed = self.wait()?;
             if !self.take_in((self.clock)()) {
                 self.last_known.write_now(&self.plans, &self.intake.backend_config());
@@ -255,9 +257,9 @@ impl Engine {
     fn timeout(&self, now: Now) -> PollTimeout {
         let retries = [self.retry_at, self.deaf_until].into_iter().flatten();
         match retries.chain(self.last_known.due()).min() {
-            None => PollTimeout::NONE,
+            None => PollTimeout::try_from(progress::BEAT).unwrap_or(PollTimeout::MAX),
             Some(at) => {
-                let rest = at.saturating_duration_since(now.steady);
+                let rest = at.saturating_duration_since(now.steady).min(progress::BEAT);
                 PollTimeout::try_from(rest + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
             }
         }

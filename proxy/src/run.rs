@@ -65,6 +65,7 @@ pub async fn run_with(
         drop(ended);
         result
     })?;
+    let watched = Arc::clone(&pages.progress);
     let (health, counters) = (Arc::clone(&pages), pages);
     tokio::select! {
         // Each arm ends the proxy, so nothing is lost by dropping the others.
@@ -74,12 +75,27 @@ pub async fn run_with(
         () = publish(client, &config.node_name, noticed) => {}
         () = health_checks::serve(wanted, context) => {}
         () = loopback6::serve(relayed) => {}
+        () = reassure_systemd(watched) => {}
         () = serve("healthz", config.healthz_address, move |path| health.health(path, Now::read())) => {}
         () = serve("metrics", config.metrics_address, move |path| counters.metrics(path)) => {}
     }
     mailbox.send(Wake::Stop);
     let joined = tokio::task::spawn_blocking(move || thread.join()).await?;
     joined.map_err(|_| anyhow::anyhow!("the proxy's engine panicked"))?
+}
+
+/// Tells systemd that the engine lives, where the unit has a watchdog. When the engine hangs systemd hears nothing more and
+/// starts the process again, which takes over what is in the kernel.
+async fn reassure_systemd(progress: Arc<Progress>) {
+    let Some(limit) = sd_notify::watchdog_enabled() else { return std::future::pending().await };
+    loop {
+        if !progress.get().is_stalled(Now::read())
+            && let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Watchdog])
+        {
+            tracing::warn!(%error, "Cannot tell systemd that the engine lives");
+        }
+        tokio::time::sleep(limit / 3).await;
+    }
 }
 
 pub(crate) async fn client(config: &ProxyConfig) -> anyhow::Result<Client> {

@@ -57,7 +57,7 @@ impl Pages {
         let alive = state.is_healthy(2 * self.sync_period, now);
         let healthy = match path {
             "/healthz" => alive && !state.node_leaving,
-            "/livez" => alive || !state.synced,
+            "/livez" => alive || (!state.synced && !state.is_stalled(now)),
             "/readyz" => alive,
             _ => return NOT_FOUND,
         };
@@ -78,7 +78,9 @@ impl Pages {
     pub(crate) fn metrics(&self, path: &str) -> Answer {
         const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
         match path {
-            "/metrics" => (StatusCode::OK, OPEN_METRICS, self.metrics.text(&self.traffic())),
+            "/metrics" => {
+                (StatusCode::OK, OPEN_METRICS, self.metrics.text(&(panics() + &self.traffic())))
+            }
             "/proxyMode" => (StatusCode::OK, TEXT, self.mode.kube_name().to_owned()),
             "/configz" => (StatusCode::OK, JSON, self.config_text.clone()),
             "/services" => match &self.counting {
@@ -101,6 +103,17 @@ impl Pages {
             }
         }
     }
+}
+
+/// What went wrong in this process without ending it.
+fn panics() -> String {
+    let mut text = "# HELP keelson_panics Panics, each of which ended one task.\n\
+                    # TYPE keelson_panics counter\n"
+        .to_owned();
+    for (task, count) in keelson_supervise::panics() {
+        text += &format!("keelson_panics_total{{task=\"{task}\"}} {count}\n");
+    }
+    text
 }
 
 /// What numbers and addresses in the kernel stand for.

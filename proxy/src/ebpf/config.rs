@@ -1,5 +1,7 @@
 //! Settings of this mode.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MsFlags, mount, umount};
@@ -125,7 +127,10 @@ impl EbpfConfig {
                 .map_err(|errno| fail(errno.into()))?;
             tracing::info!(path = BPFFS, "Mounted a BPF file system");
         }
-        std::fs::create_dir_all(&self.pins).map_err(fail)?;
+        // Maps and programs beneath are root's alone, whatever the umask was.
+        std::fs::create_dir_all(&self.pins)
+            .and_then(|()| std::fs::set_permissions(&self.pins, Permissions::from_mode(0o700)))
+            .map_err(fail)?;
         if is_bpffs(&self.pins) {
             return Ok(());
         }
