@@ -1,6 +1,6 @@
 //! Whose a socket is that has no address yet: programs know its network namespace, people the pod's address.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -13,6 +13,9 @@ use crate::ebpf::own_cookie;
 
 /// Namespaces that came meanwhile are looked for at most that often: it takes a thread for each.
 const AGAIN: Duration = Duration::from_secs(1);
+
+/// As many namespaces that ended may be remembered.
+const ENDED: usize = 1000;
 
 /// Network namespaces by their cookie.
 pub(super) struct Sockets {
@@ -46,13 +49,16 @@ impl Sockets {
 
     fn look(&mut self) {
         let folders: Vec<&Path> = self.folders.iter().map(PathBuf::as_path).collect();
+        let mut existing = HashSet::new();
         for netns in netns::existing(&folders) {
             // One that ends meanwhile is nobody's any more.
-            if let Ok(cookie) = own_cookie(&netns)
-                && !self.addresses.contains_key(&cookie)
-            {
-                self.addresses.insert(cookie, addresses(&netns));
-            }
+            let Ok(cookie) = own_cookie(&netns) else { continue };
+            existing.insert(cookie);
+            self.addresses.entry(cookie).or_insert_with(|| addresses(&netns));
+        }
+        // Those that ended are kept for their last events, but not for ever.
+        if self.addresses.len() > existing.len() + ENDED {
+            self.addresses.retain(|cookie, _| existing.contains(cookie));
         }
     }
 }
