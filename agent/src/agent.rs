@@ -8,6 +8,7 @@
 //! ```
 //! Stopping the agent stops none of the pods: the next one adopts them.
 
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -108,13 +109,27 @@ fn describe(error: &dyn std::error::Error) -> String {
 /// # Errors
 /// When one cannot be made; it is named.
 pub fn ensure_folders(config: &AgentConfig) -> anyhow::Result<()> {
-    let logs = &config.pod_logs_dir;
-    for folder in [&config.root_dir, &config.run_dir, logs, &config.runtime.cni_conf_dir] {
-        std::fs::create_dir_all(folder).with_context(|| {
-            format!("cannot create {}; hint: keelson agent needs root", folder.display())
-        })?;
+    let failed = |folder: &Path| {
+        format!("cannot create {}; hint: keelson agent needs root", folder.display())
+    };
+    for folder in [&config.pod_logs_dir, &config.runtime.cni_conf_dir] {
+        std::fs::create_dir_all(folder).with_context(|| failed(folder))?;
+    }
+    // What pods have there is nothing for other users of the machine.
+    for folder in [&config.root_dir, &config.root_dir.join("pods"), &config.run_dir] {
+        close_to_others(folder).with_context(|| failed(folder))?;
     }
     Ok(())
+}
+
+/// Makes a folder that only root and its group may enter; takes rights away from one that is there.
+fn close_to_others(folder: &Path) -> std::io::Result<()> {
+    std::fs::DirBuilder::new().recursive(true).mode(0o750).create(folder)?;
+    let mode = std::fs::metadata(folder)?.permissions().mode() & 0o7777;
+    if mode & !0o750 == 0 {
+        return Ok(());
+    }
+    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(mode & 0o750))
 }
 
 /// A client for the API server, or `None` when the agent works without one.

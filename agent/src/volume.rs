@@ -10,7 +10,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use k8s_openapi::api::core::v1::{EmptyDirVolumeSource, HostPathVolumeSource, Pod, Volume};
@@ -85,6 +85,12 @@ impl PodVolumes {
         let files = content::files(pod, volume, context)
             .map_err(|source| VolumeError::Content { volume: volume.name.clone(), source })?;
         make_dir(&volume.name, &path, 0o755)?;
+        keep_in_memory(&path).map_err(|source| VolumeError::Io {
+            volume: volume.name.clone(),
+            step: "mount a tmpfs on",
+            path: path.clone(),
+            source,
+        })?;
         let fs_group = fs_group(pod);
         atomic::publish(&path, &files, fs_group).map_err(|e| VolumeError::Io {
             volume: volume.name.clone(),
@@ -206,6 +212,21 @@ fn mount_tmpfs(path: &Path, size: Option<i64>) -> io::Result<()> {
     };
     mount(Some("tmpfs"), path, Some("tmpfs"), MsFlags::empty(), Some(options.as_str()))
         .map_err(io::Error::from)
+}
+
+/// Mounts a tmpfs on the folder of a volume whose content comes from the API: Secrets and tokens must not reach a disk,
+/// where a backup or the next owner of the disk finds them. After a reboot the content is written again.
+fn keep_in_memory(path: &Path) -> io::Result<()> {
+    use nix::mount::{MsFlags, mount};
+    let above = path.parent().unwrap_or(path);
+    let mounted = std::fs::metadata(path)?.dev() != std::fs::metadata(above)?.dev();
+    // A version before tmpfs made it, and running containers have that folder: their tokens must go on being renewed.
+    let in_use = std::fs::read_dir(path)?.next().is_some();
+    if mounted || in_use || !nix::unistd::geteuid().is_root() {
+        return Ok(());
+    }
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    mount(Some("tmpfs"), path, Some("tmpfs"), flags, Some("mode=755")).map_err(io::Error::from)
 }
 
 fn make_dir(volume: &str, path: &Path, mode: u32) -> Result<(), VolumeError> {

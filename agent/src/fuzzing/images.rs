@@ -77,7 +77,7 @@ pub fn image_users(input: &[u8]) {
             run_as_non_root: first.len() % 2 == 0,
             ..ContainerSecurity::default()
         };
-        let found = from_files(user, &security, rest, rest);
+        let found = from_files(user, &security, rest.as_bytes(), rest.as_bytes());
         if let Ok(found) = found {
             assert!(!security.run_as_non_root || found.uid != 0, "root despite runAsNonRoot");
         }

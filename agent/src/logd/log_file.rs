@@ -1,10 +1,15 @@
 //! A log file that is rotated by size. The writer rotates itself, so nothing is lost between two files.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use jiff::Timestamp;
+use jiff::civil::DateTime;
+use jiff::tz::TimeZone;
+use jiff::{SignedDuration, Timestamp};
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+use nix::sys::stat::Mode;
 
 use super::LogSpec;
 
@@ -46,8 +51,13 @@ impl LogFile {
     }
 
     fn open(&mut self) -> io::Result<&mut File> {
+        // A log that a cleaner removed begins again: what went to the removed file would be lost.
+        let removed = |file: &File| file.metadata().is_ok_and(|found| found.nlink() == 0);
+        if self.file.as_ref().is_some_and(removed) {
+            self.file = None;
+        }
         if self.file.is_none() {
-            let file = OpenOptions::new().append(true).create(true).open(&self.spec.path)?;
+            let file = create(&self.spec.path)?;
             self.size = file.metadata()?.len();
             self.file = Some(file);
         }
@@ -55,20 +65,39 @@ impl LogFile {
     }
 
     fn rotate(&mut self) -> io::Result<()> {
-        // To the nanosecond, so that the names of one second sort by time, too.
-        let stamp = Timestamp::now().strftime("%Y%m%d-%H%M%S.%9f");
-        let rotated = with_suffix(&self.spec.path, &stamp.to_string());
-        fs::rename(&self.spec.path, &rotated)?;
+        let now = Timestamp::now().to_zoned(TimeZone::UTC).datetime();
+        let newest = self.rotated()?.last().and_then(|path| stamp_of(path));
+        let stamp = stamp(now, newest).strftime(STAMP).to_string();
+        let rotated = with_suffix(&self.spec.path, &stamp);
+        match fs::rename(&self.spec.path, &rotated) {
+            // Somebody removed it: a new one begins.
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
         self.file = None;
         self.size = 0;
-        self.remove_oldest()
+        if let Err(error) = self.remove_oldest() {
+            // The lines that wait to be written are worth more.
+            tracing::warn!(path = %self.spec.path.display(), %error, "Cannot remove an old log file");
+        }
+        Ok(())
     }
 
     /// `max_files` counts the current file, too.
     fn remove_oldest(&self) -> io::Result<()> {
+        let rotated = self.rotated()?;
+        let keep = (self.spec.max_files.max(2) - 1) as usize;
+        for old in rotated.iter().take(rotated.len().saturating_sub(keep)) {
+            fs::remove_file(old)?;
+        }
+        Ok(())
+    }
+
+    /// The rotated files, oldest first.
+    fn rotated(&self) -> io::Result<Vec<PathBuf>> {
         let (Some(folder), Some(name)) = (self.spec.path.parent(), self.spec.path.file_name())
         else {
-            return Ok(());
+            return Ok(Vec::new());
         };
         let prefix = format!("{}.", name.to_string_lossy());
         let mut rotated: Vec<PathBuf> = fs::read_dir(folder)?
@@ -78,12 +107,50 @@ impl LogFile {
             .collect();
         // The names sort by time.
         rotated.sort();
-        let keep = (self.spec.max_files.max(2) - 1) as usize;
-        for old in rotated.iter().take(rotated.len().saturating_sub(keep)) {
-            fs::remove_file(old)?;
-        }
-        Ok(())
+        Ok(rotated)
     }
+}
+
+/// The end of a rotated file's name: to the nanosecond, so that the names of one second sort by time, too.
+const STAMP: &str = "%Y%m%d-%H%M%S.%9f";
+
+/// The time in a rotated file's name.
+fn stamp_of(path: &Path) -> Option<DateTime> {
+    let name = path.file_name()?.to_str()?.trim_end_matches(".gz");
+    let (rest, fraction) = name.rsplit_once('.')?;
+    let (_, seconds) = rest.rsplit_once('.')?;
+    DateTime::strptime("%Y%m%d-%H%M%S.%f", format!("{seconds}.{fraction}")).ok()
+}
+
+/// The time for the next name: later than the newest that is there, also when the clock stepped back. Else the newest
+/// file would be taken for the oldest, and removed.
+fn stamp(now: DateTime, newest: Option<DateTime>) -> DateTime {
+    match newest {
+        Some(newest) if newest >= now => {
+            newest.checked_add(SignedDuration::from_nanos(1)).unwrap_or(now)
+        }
+        _ => now,
+    }
+}
+
+/// Opens a log to append to. A pod may have all logs mounted (hostPath), so that no link below their folder is followed:
+/// `<all logs>/<pod>/<container>/<run>.log`.
+fn create(path: &Path) -> io::Result<File> {
+    let root = path.ancestors().nth(3).unwrap_or(Path::new("/"));
+    let below = path.strip_prefix(root).unwrap_or(path);
+    let folder = File::open(root)?;
+    let how = OpenHow::new()
+        .flags(
+            OFlag::O_WRONLY
+                | OFlag::O_APPEND
+                | OFlag::O_CREAT
+                | OFlag::O_CLOEXEC
+                | OFlag::O_NONBLOCK,
+        )
+        .mode(Mode::from_bits_truncate(0o640))
+        .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
+    let file = File::from(openat2(&folder, below, how)?);
+    if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("not a regular file")) }
 }
 
 fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
@@ -113,5 +180,54 @@ mod tests {
         files.rotate_left(1);
         let text: String = files.iter().map(|f| fs::read_to_string(f).unwrap()).collect();
         assert_eq!(text, "line 4\nline 5\nline 6\nline 7\nline 8\nline 9\n");
+    }
+
+    fn log(dir: &tempfile::TempDir) -> (LogFile, PathBuf) {
+        let path = dir.path().join("pod/main/0.log");
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        (LogFile::new(LogSpec { path: path.clone(), max_bytes: 20, max_files: 3 }), path)
+    }
+
+    #[test]
+    fn a_log_that_was_removed_begins_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut log, path) = log(&dir);
+        log.append(b"line 1 of the log\n");
+        fs::remove_file(&path).unwrap();
+        for number in 2..=9 {
+            log.append(format!("line {number} of the log\n").as_bytes());
+        }
+        assert_eq!(fs::read_to_string(&path).unwrap(), "line 9 of the log\n");
+    }
+
+    #[test]
+    fn a_link_in_the_place_of_a_log_or_of_its_folder_is_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (log_file, path) = log(&dir);
+        drop(log_file);
+        let elsewhere = dir.path().join("elsewhere");
+        fs::write(&elsewhere, "").unwrap();
+        fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink(&elsewhere, &path).unwrap();
+        let (mut log_file, _) = log(&dir);
+        log_file.append(b"planted\n");
+        fs::remove_dir_all(dir.path().join("pod/main")).unwrap();
+        fs::create_dir(dir.path().join("target")).unwrap();
+        std::os::unix::fs::symlink("../target", dir.path().join("pod/main")).unwrap();
+        log_file.append(b"planted\n");
+        assert_eq!(fs::read_to_string(&elsewhere).unwrap(), "");
+        assert_eq!(fs::read_dir(dir.path().join("target")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_clock_that_steps_back_does_not_make_the_newest_file_the_oldest() {
+        let time = |text: &str| text.parse::<DateTime>().unwrap();
+        let (earlier, later) = (time("2026-01-01T00:00:00"), time("2026-01-02T00:00:00.000000007"));
+        assert_eq!(stamp(later, Some(earlier)), later);
+        assert_eq!(stamp(earlier, Some(later)), time("2026-01-02T00:00:00.000000008"));
+        let name = format!("/l/0.log.{}", later.strftime(STAMP));
+        assert_eq!(stamp_of(Path::new(&name)), Some(later));
+        assert_eq!(stamp_of(Path::new(&(name + ".gz"))), Some(later));
+        assert_eq!(stamp_of(Path::new("/l/0.log")), None);
     }
 }

@@ -1,10 +1,13 @@
 //! Users and groups of an image, read from its layers without mounting them.
 
+use std::borrow::Cow;
 use std::fs::File;
-use std::io::Read;
-use std::path::PathBuf;
+use std::io::{self, Read};
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
 
 use containerd_client::types::Mount;
+use keelson_procfs::{groups, users};
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::sys::stat::Mode;
 
@@ -33,21 +36,34 @@ impl RootFs {
         RootFs { layers }
     }
 
-    /// The file of the topmost layer that has it. Links in an image cannot lead out of it.
-    fn read(&self, path: &str) -> Option<String> {
-        self.layers.iter().find_map(|layer| {
-            let root = File::open(layer).ok()?;
-            let how = OpenHow::new()
-                .flags(OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)
-                .mode(Mode::empty())
-                .resolve(ResolveFlag::RESOLVE_IN_ROOT);
-            let file = File::from(openat2(&root, path, how).ok()?);
-            let mut text = String::new();
-            file.metadata().ok().filter(std::fs::Metadata::is_file)?;
-            file.take(MAX_FILE).read_to_string(&mut text).ok()?;
-            Some(text)
-        })
+    /// The file of the topmost layer that has it. Links in an image cannot lead out of it, and a name that is there but is
+    /// no regular file ends the search: a whiteout hides what is below, and nothing else is opened, since opening a
+    /// device or a pipe can do things.
+    fn read(&self, path: &str) -> Vec<u8> {
+        let found = self.layers.iter().find_map(|layer| look_up(layer, path));
+        let Some(found) = found else { return Vec::new() };
+        read_regular(&found).unwrap_or_default()
     }
+}
+
+/// A descriptor that stands for the file and does not open it.
+fn look_up(layer: &Path, path: &str) -> Option<File> {
+    let root = File::open(layer).ok()?;
+    let how = OpenHow::new()
+        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
+        .mode(Mode::empty())
+        .resolve(ResolveFlag::RESOLVE_IN_ROOT);
+    openat2(&root, path, how).ok().map(File::from)
+}
+
+/// The content of a regular file, up to a limit; of anything else nothing.
+fn read_regular(found: &File) -> io::Result<Vec<u8>> {
+    let mut content = Vec::new();
+    if found.metadata()?.is_file() {
+        let file = File::open(format!("/proc/self/fd/{}", found.as_raw_fd()))?;
+        file.take(MAX_FILE).read_to_end(&mut content)?;
+    }
+    Ok(content)
 }
 
 /// Who a container's process is.
@@ -68,8 +84,7 @@ pub(crate) fn resolve(
     security: &ContainerSecurity,
     root: &RootFs,
 ) -> Result<User, RuntimeError> {
-    let passwd = root.read("etc/passwd").unwrap_or_default();
-    let group = root.read("etc/group").unwrap_or_default();
+    let (passwd, group) = (root.read("etc/passwd"), root.read("etc/group"));
     let mut user = from_files(image_user, security, &passwd, &group)?;
     for extra in &security.supplemental_groups {
         user.groups.push(id(*extra, "supplementalGroups")?);
@@ -83,8 +98,8 @@ pub(crate) fn resolve(
 pub(crate) fn from_files(
     image_user: &str,
     security: &ContainerSecurity,
-    passwd: &str,
-    group: &str,
+    passwd: &[u8],
+    group: &[u8],
 ) -> Result<User, RuntimeError> {
     let (user_part, group_part) = image_user.split_once(':').unwrap_or((image_user, ""));
     let wanted = match security.run_as_user {
@@ -97,11 +112,14 @@ pub(crate) fn from_files(
             "container has runAsNonRoot and image has non-numeric user ({wanted}), cannot verify user is non-root"
         )));
     }
-    let entry = passwd.lines().map(|line| line.split(':').collect::<Vec<_>>()).find(|fields| {
-        fields.len() > 5 && if numeric { fields[2] == wanted.as_str() } else { fields[0] == wanted }
+    let uid: Option<u32> = wanted.parse().ok();
+    let entry = users(passwd).find(|user| match uid {
+        Some(uid) => user.uid == uid,
+        None if numeric => user.uid == 0,
+        None => user.name == wanted.as_bytes(),
     });
     let uid = match (&entry, numeric) {
-        (Some(fields), _) => parse(fields[2], "uid")?,
+        (Some(user), _) => user.uid,
         (None, true) => wanted.parse().unwrap_or(0),
         (None, false) => {
             return Err(RuntimeError::invalid(format!(
@@ -116,47 +134,28 @@ pub(crate) fn from_files(
     }
     let gid = match (security.run_as_group, group_part, &entry) {
         (Some(gid), _, _) => id(gid, "runAsGroup")?,
-        (None, "", Some(fields)) if security.run_as_user.is_none() || fields.len() > 3 => {
-            parse(fields[3], "gid")?
-        }
+        (None, "", Some(user)) => user.gid,
         (None, "", _) => 0,
         (None, name, _) if security.run_as_user.is_none() => group_id(name, group)?,
         (None, _, _) => 0,
     };
-    let name = entry.as_ref().map(|fields| fields[0]).unwrap_or_default();
-    let groups = if name.is_empty() { Vec::new() } else { groups_of(name, group) };
-    let home = entry.as_ref().map_or("/", |fields| fields[5]).to_owned();
-    Ok(User { uid, gid, groups, home })
+    let groups = entry.as_ref().map(|user| groups_of(user.name, group)).unwrap_or_default();
+    let home = entry.as_ref().map_or(Cow::Borrowed("/"), |user| String::from_utf8_lossy(user.home));
+    Ok(User { uid, gid, groups, home: home.into_owned() })
 }
 
-fn groups_of(user: &str, group: &str) -> Vec<u32> {
-    group
-        .lines()
-        .map(|line| line.split(':').collect::<Vec<_>>())
-        .filter(|fields| fields.len() > 3 && fields[3].split(',').any(|member| member == user))
-        .filter_map(|fields| fields[2].parse().ok())
-        .collect()
+fn groups_of(user: &[u8], group: &[u8]) -> Vec<u32> {
+    groups(group).filter(|group| group.members.contains(&user)).map(|group| group.gid).collect()
 }
 
-fn group_id(name: &str, group: &str) -> Result<u32, RuntimeError> {
+fn group_id(name: &str, group: &[u8]) -> Result<u32, RuntimeError> {
     if let Ok(gid) = name.parse() {
         return Ok(gid);
     }
-    let entry = group
-        .lines()
-        .map(|l| l.split(':').collect::<Vec<_>>())
-        .find(|f| f.len() > 2 && f[0] == name);
-    match entry {
-        Some(fields) => parse(fields[2], "gid"),
-        None => Err(RuntimeError::invalid(format!(
-            "unable to find group {name} in the image's /etc/group"
-        ))),
-    }
-}
-
-fn parse(text: &str, what: &str) -> Result<u32, RuntimeError> {
-    text.parse()
-        .map_err(|_| RuntimeError::invalid(format!("{what} {text:?} in the image is not a number")))
+    let entry = groups(group).find(|group| group.name == name.as_bytes());
+    entry.map(|group| group.gid).ok_or_else(|| {
+        RuntimeError::invalid(format!("unable to find group {name} in the image's /etc/group"))
+    })
 }
 
 fn id(value: i64, what: &str) -> Result<u32, RuntimeError> {
@@ -184,8 +183,8 @@ pub(crate) fn signal_number(name: &str) -> u32 {
 mod tests {
     use super::*;
 
-    const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nweb:x:1000:1001:web:/home/web:/bin/sh\n";
-    const GROUP: &str = "root:x:0:\nstaff:x:50:web,other\nweb:x:1001:\n";
+    const PASSWD: &[u8] = b"root:x:0:0:root:/root:/bin/sh\nweb:x:1000:1001:web:/home/web:/bin/sh\n";
+    const GROUP: &[u8] = b"root:x:0:\nstaff:x:50:web,other\nweb:x:1001:\n";
 
     fn check(image_user: &str, security: &ContainerSecurity, want: (u32, u32, &[u32])) {
         let user = from_files(image_user, security, PASSWD, GROUP).unwrap();
@@ -230,6 +229,25 @@ mod tests {
                 .contains("non-numeric")
         );
         check("1000", &strict, (1000, 1001, &[50]));
+    }
+
+    #[test]
+    fn a_pipe_or_a_whiteout_in_the_place_of_passwd_is_not_opened_and_hides_lower_layers() {
+        let dir = tempfile::tempdir().unwrap();
+        let layers: Vec<PathBuf> = ["top", "low"].map(|name| dir.path().join(name)).into();
+        for layer in &layers {
+            std::fs::create_dir_all(layer.join("etc")).unwrap();
+        }
+        std::fs::write(layers[1].join("etc/passwd"), PASSWD).unwrap();
+        let root = RootFs { layers: layers.clone() };
+        assert_eq!(root.read("etc/passwd"), PASSWD);
+        // Opening it would wait for a writer for ever.
+        nix::unistd::mkfifo(&layers[0].join("etc/passwd"), Mode::S_IRWXU).unwrap();
+        assert_eq!(root.read("etc/passwd"), b"");
+        std::fs::remove_file(layers[0].join("etc/passwd")).unwrap();
+        std::os::unix::fs::symlink("/etc/other", layers[0].join("etc/passwd")).unwrap();
+        std::fs::write(layers[0].join("etc/other"), "a:x:1:2:::\n").unwrap();
+        assert_eq!(root.read("etc/passwd"), b"a:x:1:2:::\n", "links stay in the layer");
     }
 
     #[test]

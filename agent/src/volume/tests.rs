@@ -42,6 +42,27 @@ impl Lab {
     }
 }
 
+impl Drop for Lab {
+    fn drop(&mut self) {
+        // Volumes are mounted where the tests run as root.
+        teardown::remove_pod_dir(&PodVolumes::new(self.dir.path(), "u1").pod_dir).unwrap();
+    }
+}
+
+#[test]
+fn secrets_live_in_memory_where_root_runs_the_agent() {
+    let mut lab = Lab::new();
+    lab.objects
+        .secrets
+        .insert("s".into(), Some(Arc::new(Keys::from([("k".into(), b"v".to_vec())]))));
+    let dir = lab.ensure(json!({ "name": "v", "secret": { "secretName": "s" } })).unwrap();
+    let again = lab.ensure(json!({ "name": "v", "secret": { "secretName": "s" } })).unwrap();
+    assert_eq!((fs::read(dir.join("k")).unwrap(), &dir), (b"v".to_vec(), &again));
+    let mounts = keelson_procfs::own_mounts().unwrap();
+    let own = mounts.iter().filter(|mount| mount.point == dir && mount.kind == "tmpfs");
+    assert_eq!(own.count(), usize::from(nix::unistd::geteuid().is_root()));
+}
+
 fn names(dir: &Path) -> Vec<String> {
     let entries = fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
     let mut names: Vec<_> = entries.filter(|n| !n.starts_with("..")).collect();

@@ -95,6 +95,14 @@ impl Listener {
     }
 }
 
+/// From now on a peer that is there but does not read, as `kubectl logs | less`, keeps its connection. For callers that
+/// are known: until then, such a peer is ended after a minute.
+pub fn allow_slow_reader(stream: &TcpStream) {
+    if let Err(error) = SockRef::from(stream).set_tcp_user_timeout(None) {
+        tracing::debug!(%error, "Cannot set a socket option");
+    }
+}
+
 fn prepare(stream: &TcpStream) -> io::Result<()> {
     // Small answers must not wait for more.
     stream.set_nodelay(true)?;

@@ -10,5 +10,5 @@
 mod accept;
 mod pool;
 
-pub use accept::{Connection, Listener};
+pub use accept::{Connection, Listener, allow_slow_reader};
 pub use pool::{Full, Limits, Slot, group};

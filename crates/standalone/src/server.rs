@@ -126,6 +126,8 @@ impl Server {
             Err(_) => return,
         };
         let peer = certified(stream.get_ref().1.peer_certificates());
+        // Watches and logs are read as slowly as their reader likes; pings and keep-alive notice one that vanished.
+        keelson_listener::allow_slow_reader(stream.get_ref().0);
         let stop = self.stop.clone();
         let known = Arc::new(Notify::new());
         let unknown_for_long = unknown_for_long(known.clone());
