@@ -11,16 +11,17 @@
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
+use keelson_supervise::Heartbeats;
 use kube::Client;
 use kube::client::ConfigExt;
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::config::AgentConfig;
 use crate::node::addresses::node_addresses;
@@ -44,6 +45,7 @@ pub struct NodeParts {
     pub probe: Arc<dyn RuntimeProbe>,
     pub containers: Arc<dyn Containers>,
     pub shared: NodeShared,
+    pub heartbeats: Heartbeats,
 }
 
 /// Runs a node agent until `shutdown`; its pods run on.
@@ -69,13 +71,14 @@ pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> anyhow::Re
         probe: Arc::new(start::ContainerdProbe(runtime.clone())),
         containers: Arc::new(containers),
         shared: shared.clone(),
+        heartbeats: pods.heartbeats.clone(),
     };
     let images = image_gc::ImageCollector::new(&config, runtime.clone(), pods.events.clone()).run();
-    tokio::spawn(stop.clone().run_until_cancelled_owned(images));
+    supervised("image garbage collection", &stop, images);
     let tidy = crate::memory::give_back_after_bursts(runtime.events());
-    tokio::spawn(stop.clone().run_until_cancelled_owned(tidy));
+    supervised("memory", &stop, tidy);
     let wake = start::wake_on_resync(runtime, shared.wake);
-    tokio::spawn(stop.clone().run_until_cancelled_owned(wake));
+    supervised("wake on resync", &stop, wake);
     let pods = async {
         let ended = crate::pod::run(pods, stop.clone()).await;
         stop.cancel();
@@ -88,6 +91,22 @@ pub async fn run(config: AgentConfig, shutdown: CancellationToken) -> anyhow::Re
     };
     let (pods, node) = tokio::join!(pods, node);
     node.and(pods)
+}
+
+/// Starts a task that runs until `stop`. Its panic ends the agent, which is started again: half an agent would only look
+/// alive.
+fn supervised(
+    name: &'static str,
+    stop: &CancellationToken,
+    work: impl Future<Output = ()> + Send + 'static,
+) {
+    let stop = stop.clone();
+    let work = keelson_supervise::caught(name, work);
+    tokio::spawn(async move {
+        if let Some(Err(_)) = stop.run_until_cancelled(work).await {
+            stop.cancel();
+        }
+    });
 }
 
 /// An error with its causes in one line.
@@ -183,6 +202,7 @@ pub async fn serve_node(
     parts: NodeParts,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
+    let heartbeats = parts.heartbeats.clone();
     let tasks = TaskTracker::new();
     let addresses = node_addresses(&config.node_ips);
     let (cert_dir, name) = (config.cert_dir(), &config.node_name);
@@ -202,7 +222,7 @@ pub async fn serve_node(
         None => warn!("No --kubeconfig: only static pods run here, and no Node is registered"),
     }
     info!(node = config.node_name, port = config.server.port, "Agent is ready");
-    tell_systemd(&tasks, &shutdown);
+    tell_systemd(&tasks, &shutdown, heartbeats);
     shutdown.cancelled().await;
     info!(node = config.node_name, "Agent stops; its pods run on");
     tasks.close();
@@ -226,7 +246,7 @@ fn routes(
             debugging_handlers: config.server.debugging_handlers,
             configz: configz(config),
         },
-        health: Box::new(|| None),
+        health: health(&parts.heartbeats),
         metrics: Metrics::new(config.node_name.clone(), parts.containers.clone()),
         sessions: tasks.clone(),
         cancel: shutdown.clone(),
@@ -266,8 +286,15 @@ fn configz(config: &AgentConfig) -> serde_json::Value {
     }})
 }
 
+/// What is wrong with the agent, for health checks. A runtime or an API server that is away is not: a new agent would
+/// not mend it, and the Node says so.
+fn health(heartbeats: &Heartbeats) -> Box<dyn Fn() -> Option<String> + Send + Sync> {
+    let heartbeats = heartbeats.clone();
+    Box::new(move || heartbeats.stalled(Instant::now()).first().map(ToString::to_string))
+}
+
 /// Says READY, and goes on to say that the agent lives where systemd asked for that.
-fn tell_systemd(tasks: &TaskTracker, shutdown: &CancellationToken) {
+fn tell_systemd(tasks: &TaskTracker, shutdown: &CancellationToken, heartbeats: Heartbeats) {
     use sd_notify::NotifyState;
     if let Err(error) = sd_notify::notify(&[NotifyState::Ready]) {
         debug!(%error, "Cannot notify systemd");
@@ -279,6 +306,12 @@ fn tell_systemd(tasks: &TaskTracker, shutdown: &CancellationToken) {
             let mut ticks = tokio::time::interval(limit / 2);
             loop {
                 ticks.tick().await;
+                // Without a sign of life systemd starts the agent again, which is what a part that hangs needs.
+                let stalled = heartbeats.stalled(Instant::now());
+                if let Some(part) = stalled.first() {
+                    error!(%part, "A part of the agent hangs");
+                    continue;
+                }
                 if let Err(error) = sd_notify::notify(&[NotifyState::Watchdog]) {
                     debug!(%error, "Cannot notify systemd's watchdog");
                 }

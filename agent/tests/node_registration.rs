@@ -22,6 +22,7 @@ use keelson_agent::agent::{self, NodeParts};
 use keelson_agent::config::AgentConfig;
 use keelson_agent::node::{NodeImage, NodeShared, RuntimeProbe};
 use keelson_standalone::{ControlPlane, StandaloneConfig};
+use keelson_supervise::Heartbeats;
 use kube::api::{Patch, PatchParams};
 use kube::runtime::watcher;
 use kube::{Api, Client};
@@ -113,6 +114,7 @@ fn start(config: AgentConfig, client: &Client, probe: watch::Receiver<bool>) -> 
     agent::ensure_folders(&config).unwrap();
     let shutdown = CancellationToken::new();
     let parts = NodeParts {
+        heartbeats: Heartbeats::default(),
         probe: Arc::new(Probe(probe)),
         containers: fixture::containers(Path::new("/nonexistent")),
         shared: NodeShared::default(),

@@ -16,6 +16,7 @@ use keelson_agent::config::CgroupDriver;
 use keelson_agent::events::EventRecorder;
 use keelson_agent::pod::{self, PodRegistry, Pods, PodsConfig};
 use keelson_agent::runtime::{Runtime, RuntimeOptions};
+use keelson_supervise::Heartbeats;
 use keelson_tests::image;
 use kube::api::{Api, DeleteParams, PostParams, WatchEvent, WatchParams};
 use serde_json::json;
@@ -287,7 +288,14 @@ async fn start_agent(dir: &Path, client: kube::Client, archive: Option<&Path>) -
         cgroup_root: std::env::var("PODS_CGROUP").unwrap(),
         ..PodsConfig::default()
     };
-    let pods = Pods { config, runtime, client: Some(client), events, registry: registry.clone() };
+    let pods = Pods {
+        config,
+        runtime,
+        client: Some(client),
+        events,
+        registry: registry.clone(),
+        heartbeats: Heartbeats::default(),
+    };
     let token = cancel.clone();
     let task = tokio::spawn(async move { pod::run(pods, token).await.unwrap() });
     Agent { cancel, task, registry }

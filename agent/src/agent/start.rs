@@ -95,6 +95,7 @@ pub(super) fn pods(
         None => EventRecorder::log_only(&config.node_name),
     };
     Ok(Pods {
+        heartbeats: keelson_supervise::Heartbeats::default(),
         config: PodsConfig {
             node_name: config.node_name.clone(),
             node_ips: node_addresses(&config.node_ips),

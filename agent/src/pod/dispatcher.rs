@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Pod;
+use keelson_supervise::Heartbeat;
 use tokio::sync::{broadcast, mpsc, watch};
 use tokio::task::JoinSet;
 
@@ -38,6 +39,13 @@ pub(super) struct Dispatcher {
     mirrors_stale: bool,
 }
 
+/// How often the dispatcher shows that it gets on.
+const BEAT: Duration = Duration::from_secs(10);
+/// The time for all mirror pods together.
+const MIRROR_LIMIT: Duration = Duration::from_secs(30);
+/// A dispatcher that is silent for so long hangs: health checks fail, and the watchdog has the agent restarted.
+pub(super) const SILENCE: Duration = Duration::from_secs(120);
+
 impl Dispatcher {
     pub(super) fn new(node: Arc<Node>, sources: HashSet<SourceKind>) -> Self {
         Self {
@@ -51,7 +59,8 @@ impl Dispatcher {
         }
     }
 
-    pub(super) async fn run(mut self, mut updates: mpsc::Receiver<Update>) {
+    pub(super) async fn run(mut self, mut updates: mpsc::Receiver<Update>, heartbeat: Heartbeat) {
+        let mut beat = tokio::time::interval(BEAT);
         let mut events = self.node.runtime.events();
         let cancel = self.node.cancel.clone();
         let mut resync = tokio::time::interval(RESYNC);
@@ -66,15 +75,25 @@ impl Dispatcher {
                 Some(ended) = self.running.join_next(), if !self.running.is_empty() => {
                     if let Ok(uid) = ended { self.ended(&uid) }
                 }
+                _ = beat.tick() => heartbeat.beat(),
                 _ = resync.tick() => self.ring_all(),
-                _ = mirror_retry.tick(), if self.mirrors_stale => self.reconcile_mirrors().await,
+                _ = mirror_retry.tick(), if self.mirrors_stale => self.mirrors_in_time().await,
             }
             if self.mirrors_stale && self.synced() {
-                self.reconcile_mirrors().await;
+                self.mirrors_in_time().await;
             }
         }
+        heartbeat.retire();
         // Workers see the same token; wait so that no step is cut in half.
         while self.running.join_next().await.is_some() {}
+    }
+
+    /// An API server that hangs must not hold up the pods.
+    async fn mirrors_in_time(&mut self) {
+        if tokio::time::timeout(MIRROR_LIMIT, self.reconcile_mirrors()).await.is_err() {
+            tracing::warn!(limit = ?MIRROR_LIMIT, "Mirror pods not written in time, will retry");
+            self.mirrors_stale = true;
+        }
     }
 
     fn synced(&self) -> bool {
@@ -108,7 +127,7 @@ impl Dispatcher {
             let known: HashSet<String> = self.workers.keys().cloned().collect();
             self.node.registry.set_synced(known.clone());
             // What runs and is wanted by nobody: only now can that be known.
-            tokio::spawn(orphans::remove(self.node.clone(), known));
+            keelson_supervise::spawn("pod cleanup", orphans::remove(self.node.clone(), known));
         }
     }
 
@@ -146,10 +165,11 @@ impl Dispatcher {
         let mirror = self.mirrors.get(&spec::key(&pod)).cloned();
         let (desired, receiver) = watch::channel(Desired { pod, gone: false, mirror });
         let bell = Arc::new(Bell::default());
-        let worker = Worker::new(self.node.clone(), receiver, bell.clone());
-        let name = uid.clone();
+        let (node, rung, name) = (self.node.clone(), bell.clone(), uid.clone());
         self.running.spawn(async move {
-            worker.run().await;
+            // A worker observes everything when it starts: one that panicked is simply started again.
+            let work = || Worker::new(node.clone(), receiver.clone(), rung.clone()).run();
+            keelson_supervise::restarting("pod worker", work).await;
             name
         });
         self.workers.insert(uid, Handle { desired, bell, source });

@@ -3,12 +3,13 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
+use keelson_supervise::Heartbeats;
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use super::admission::Ledger;
 use super::config::PodsConfig;
-use super::dispatcher::Dispatcher;
+use super::dispatcher::{self, Dispatcher};
 use super::objects::ObjectCache;
 use super::registry::PodRegistry;
 use super::services::ServiceLinks;
@@ -26,6 +27,7 @@ pub struct Pods {
     pub client: Option<kube::Client>,
     pub events: EventRecorder,
     pub registry: PodRegistry,
+    pub heartbeats: Heartbeats,
 }
 
 /// Runs the pods of this node until `cancel`; then everything is left running for the next agent.
@@ -33,7 +35,7 @@ pub struct Pods {
 /// # Errors
 /// When this machine has no cgroups.
 pub async fn run(pods: Pods, cancel: CancellationToken) -> Result<(), CgroupError> {
-    let Pods { config, runtime, client, events, registry } = pods;
+    let Pods { config, runtime, client, events, registry, heartbeats } = pods;
     let cgroups = CgroupTree::detect(&config.cgroup_root)?;
     let (updates, receiver) = mpsc::channel(64);
     let mut sources = HashSet::new();
@@ -63,11 +65,18 @@ pub async fn run(pods: Pods, cancel: CancellationToken) -> Result<(), CgroupErro
         cgroups,
         registry,
     });
-    Dispatcher::new(node, sources).run(receiver).await;
+    let heartbeat = heartbeats.register("pod dispatcher", dispatcher::SILENCE);
+    Dispatcher::new(node, sources).run(receiver, heartbeat).await;
     Ok(())
 }
 
+/// A source that ended by a panic would leave the node deaf: the agent ends with it, and is started again.
 fn spawn(work: impl Future<Output = ()> + Send + 'static, cancel: &CancellationToken) {
     let cancel = cancel.clone();
-    tokio::spawn(async move { cancel.run_until_cancelled(work).await });
+    let work = keelson_supervise::caught("pod source", work);
+    tokio::spawn(async move {
+        if let Some(Err(_)) = cancel.run_until_cancelled(work).await {
+            cancel.cancel();
+        }
+    });
 }

@@ -91,7 +91,8 @@ impl Log {
         }
     }
 
-    /// Goes on with the file that came after the one that was read to its end, if there is one.
+    /// Goes on with the file that came after the one that was read to its end, if there is one. True when there is
+    /// more to read.
     pub(crate) fn open_next(&mut self) -> io::Result<bool> {
         for _ in 0..ATTEMPTS {
             match self.try_next() {
@@ -104,12 +105,16 @@ impl Log {
     }
 
     fn try_next(&mut self) -> io::Result<bool> {
-        let own = match &self.source {
+        let own = match &mut self.source {
             Source::Plain(file) => {
                 let current = self.folder.open(self.folder.log())?.metadata()?;
                 let read = file.metadata()?;
                 if (read.dev(), read.ino()) == (current.dev(), current.ino()) {
                     return Ok(false);
+                }
+                // Written after the end was reached and before the rotation: the file has more, and only now all.
+                if read.len() > file.stream_position()? {
+                    return Ok(true);
                 }
                 name_of(file)?
             }
