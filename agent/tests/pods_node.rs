@@ -121,8 +121,8 @@ fn run(program: &str, args: &[&str]) {
 }
 
 fn mounts_below(dir: &Path) -> Vec<PathBuf> {
-    let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
-    let points = table.lines().filter_map(|line| line.split(' ').nth(4).map(PathBuf::from));
+    let mounts = keelson_procfs::own_mounts().unwrap();
+    let points = mounts.into_iter().map(|mount| mount.point);
     points.filter(|point| point.starts_with(dir)).collect()
 }
 

@@ -40,20 +40,25 @@ impl RootFs {
     /// no regular file ends the search: a whiteout hides what is below, and nothing else is opened, since opening a
     /// device or a pipe can do things.
     fn read(&self, path: &str) -> Vec<u8> {
-        let found = self.layers.iter().find_map(|layer| look_up(layer, path));
-        let Some(found) = found else { return Vec::new() };
-        read_regular(&found).unwrap_or_default()
+        let found = self.layers.iter().map(|layer| look_up(layer, path)).find(|found| {
+            // A file or a whiteout in the place of a folder hides what is below, too.
+            !matches!(found, Err(error) if error.kind() == io::ErrorKind::NotFound)
+        });
+        match found {
+            Some(Ok(found)) => read_regular(&found).unwrap_or_default(),
+            _ => Vec::new(),
+        }
     }
 }
 
 /// A descriptor that stands for the file and does not open it.
-fn look_up(layer: &Path, path: &str) -> Option<File> {
-    let root = File::open(layer).ok()?;
+fn look_up(layer: &Path, path: &str) -> io::Result<File> {
+    let root = File::open(layer)?;
     let how = OpenHow::new()
         .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
         .mode(Mode::empty())
         .resolve(ResolveFlag::RESOLVE_IN_ROOT);
-    openat2(&root, path, how).ok().map(File::from)
+    Ok(openat2(&root, path, how)?.into())
 }
 
 /// The content of a regular file, up to a limit; of anything else nothing.

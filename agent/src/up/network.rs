@@ -8,6 +8,7 @@
 //! (RFC 2544, and an ULA), and exist in these two namespaces only.
 
 use std::fs;
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -18,6 +19,7 @@ use keelson_netlink::netns::Netns;
 use keelson_netlink::nft::{Batch, Nft, Table};
 use keelson_netlink::route::{Route, Rtnl, VethEnd, VethPair};
 use keelson_netlink::sysctl;
+use nix::mount::{MsFlags, mount};
 
 use super::layout::Layout;
 
@@ -75,10 +77,24 @@ fn ensure_netns(path: &Path) -> Result<Netns> {
     if let Some(folder) = path.parent() {
         fs::create_dir_all(folder)
             .with_context(|| format!("cannot create {}", folder.display()))?;
+        share(folder).with_context(|| format!("cannot mount {}", folder.display()))?;
     }
     // A file without a namespace mounted on it is what a crash or a reboot leaves.
     keelson_netlink::netns::delete(path)?;
     Ok(Netns::create(path)?)
+}
+
+/// Makes the folder of network namespaces a shared mount, as `ip netns add` does when it is first used. Done later by
+/// `ip netns`, that would hide the pins which are there already, and nothing could unmount them.
+fn share(folder: &Path) -> io::Result<()> {
+    let none: Option<&str> = None;
+    let shared = || mount(none, folder, none, MsFlags::MS_SHARED | MsFlags::MS_REC, none);
+    if shared().is_ok() {
+        return Ok(());
+    }
+    // It was no mount point yet.
+    mount(Some(folder), folder, none, MsFlags::MS_BIND | MsFlags::MS_REC, none)?;
+    Ok(shared()?)
 }
 
 fn configure(

@@ -58,7 +58,7 @@ pub fn is_safe(path: &str) -> bool {
 /// # Errors
 /// The first step that failed. Readers then still see the old content as a whole.
 pub fn publish(dir: &Path, files: &Files, fs_group: Option<u32>) -> Result<(), AtomicError> {
-    let old = fs::read_link(dir.join(DATA)).ok();
+    let old = fs::read_link(dir.join(DATA)).ok().filter(|old| is_version(old));
     if let Some(old) = &old
         && shows(&dir.join(old), files)
     {
@@ -66,9 +66,16 @@ pub fn publish(dir: &Path, files: &Files, fs_group: Option<u32>) -> Result<(), A
     }
     let stamp = version_name(dir);
     let version = dir.join(&stamp);
-    write_version(&version, files)?;
-    if let Some(group) = fs_group {
-        ownership::apply(&version, group, true).map_err(failed("set the group of", &version))?;
+    let written = write_version(&version, files).and_then(|()| match fs_group {
+        Some(group) => {
+            ownership::apply(&version, group, true).map_err(failed("set the group of", &version))
+        }
+        None => Ok(()),
+    });
+    if let Err(error) = written {
+        // A copy of a Secret must not stay behind, and a full disk must not fill further with each retry.
+        drop(fs::remove_dir_all(&version));
+        return Err(error);
     }
     let temp = dir.join(DATA_TEMP);
     remove_if_there(&temp).map_err(failed("remove", &temp))?;
@@ -76,6 +83,16 @@ pub fn publish(dir: &Path, files: &Files, fs_group: Option<u32>) -> Result<(), A
     fs::rename(&temp, dir.join(DATA)).map_err(failed("switch", dir))?;
     link_files(dir, files)?;
     remove_stale(dir, &stamp, files)
+}
+
+/// Whether `..data` names a version of ours. Anything else was put there by somebody else, and is not looked at.
+fn is_version(target: &Path) -> bool {
+    let mut parts = target.components();
+    let name = match (parts.next(), parts.next()) {
+        (Some(Component::Normal(name)), None) => name.to_string_lossy(),
+        _ => return false,
+    };
+    name.starts_with("..2") && name != DATA
 }
 
 fn write_version(version: &Path, files: &Files) -> Result<(), AtomicError> {

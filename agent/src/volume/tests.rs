@@ -166,3 +166,31 @@ fn sub_paths_cannot_leave_the_volume() {
     }
     assert!(!target.exists());
 }
+
+#[test]
+fn a_data_link_to_anywhere_else_is_not_followed() {
+    let mut lab = Lab::new();
+    let volume = || json!({ "name": "v", "configMap": { "name": "cm" } });
+    lab.config_map("cm", &[("a", "1")]);
+    let dir = lab.ensure(volume()).unwrap();
+    let elsewhere = tempfile::tempdir().unwrap();
+    fs::write(elsewhere.path().join("a"), "1").unwrap();
+    for target in [elsewhere.path(), Path::new("/"), Path::new("../.."), Path::new("..data")] {
+        fs::remove_file(dir.join("..data")).unwrap();
+        std::os::unix::fs::symlink(target, dir.join("..data")).unwrap();
+        lab.ensure(volume()).unwrap();
+        let data = fs::read_link(dir.join("..data")).unwrap();
+        assert!(data.to_string_lossy().starts_with("..2"), "{data:?}");
+        assert_eq!(fs::read_to_string(dir.join("a")).unwrap(), "1");
+    }
+}
+
+#[test]
+fn a_publish_that_fails_leaves_no_copy_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = |data: &str| atomic::File { mode: 0o644, data: data.into() };
+    // A file cannot also be a folder: the second name fails after the first was written.
+    let files = atomic::Files::from([("a".into(), file("secret")), ("a/b".into(), file("x"))]);
+    assert!(atomic::publish(dir.path(), &files, None).is_err());
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
