@@ -8,6 +8,7 @@ pub mod garbage;
 pub(crate) mod import;
 pub(crate) mod pull;
 mod reference;
+mod registry;
 mod remove;
 pub(crate) mod unpack;
 

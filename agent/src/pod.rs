@@ -27,6 +27,7 @@ mod objects;
 mod orphans;
 pub mod plan;
 mod prober;
+mod pull_slots;
 mod registry;
 mod run;
 mod services;

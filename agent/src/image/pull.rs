@@ -2,17 +2,14 @@
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::time::Duration;
 
 use containerd_client::types::Descriptor;
-use futures_util::{StreamExt, TryStreamExt};
-use oci_client::client::{ClientConfig, ClientProtocol};
-use oci_client::manifest::OciDescriptor;
-use oci_client::secrets::RegistryAuth;
-use oci_client::{Client, RegistryOperation};
+use futures_util::TryStreamExt;
 use sha2::{Digest, Sha256};
+use tokio_util::sync::CancellationToken;
 
 use super::content::{self, BlobRef, Manifest};
+use super::registry::Registry;
 use super::{ImageStore, Reference};
 use crate::runtime::types::ImageRef;
 use crate::runtime::{RuntimeError, lease};
@@ -20,18 +17,14 @@ use crate::runtime::{RuntimeError, lease};
 /// Layers of one image that are fetched side by side.
 const PARALLEL_LAYERS: usize = 3;
 
-/// A registry that does not answer must not hold up everybody who wants the same image.
-const CONNECT_LIMIT: Duration = Duration::from_secs(30);
+/// Images have a few dozen; more than these are not an image but an attack on the file system that stacks them.
+const MOST_LAYERS: usize = 512;
 
-/// Between two pieces of a blob.
-const READ_LIMIT: Duration = Duration::from_secs(60);
-
-const ACCEPTED: &[&str] = &[
-    "application/vnd.oci.image.index.v1+json",
-    "application/vnd.docker.distribution.manifest.list.v2+json",
-    "application/vnd.oci.image.manifest.v1+json",
-    "application/vnd.docker.distribution.manifest.v2+json",
-];
+/// The kinds of manifests, as one header.
+const ACCEPTED: &str = "application/vnd.oci.image.index.v1+json, \
+    application/vnd.docker.distribution.manifest.list.v2+json, \
+    application/vnd.oci.image.manifest.v1+json, \
+    application/vnd.docker.distribution.manifest.v2+json";
 
 /// Who we are to a registry.
 #[derive(Clone, PartialEq, Eq)]
@@ -69,13 +62,11 @@ pub(super) async fn image(
     reference: &Reference,
     credentials: &[RegistryCredentials],
 ) -> Result<ImageRef, RuntimeError> {
-    let mut tries: Vec<RegistryAuth> = credentials
-        .iter()
-        .filter(|c| c.fit(reference))
-        .map(|c| RegistryAuth::Basic(c.username.clone(), c.password.clone()))
-        .collect();
+    let fitting = credentials.iter().filter(|c| c.fit(reference));
+    let mut tries: Vec<Option<(String, String)>> =
+        fitting.map(|c| Some((c.username.clone(), c.password.clone()))).collect();
     if tries.is_empty() {
-        tries.push(RegistryAuth::Anonymous);
+        tries.push(None);
     }
     let lease = lease::create(&store.connection, "pull").await?;
     let leased = ImageStore { connection: store.connection.under_lease(&lease), ..store.clone() };
@@ -93,9 +84,12 @@ pub(super) async fn image(
 async fn elsewhere(
     store: ImageStore,
     reference: Reference,
-    tries: Vec<RegistryAuth>,
+    tries: Vec<Option<(String, String)>>,
 ) -> Result<ImageRef, RuntimeError> {
     let (sender, receiver) = tokio::sync::oneshot::channel();
+    // When the pod goes, so does its pull, with its thread and connections.
+    let cancel = CancellationToken::new();
+    let (cancelled, _gives_up) = (cancel.clone(), cancel.drop_guard());
     let work = move || {
         if let Some(netns) = &store.pull_netns {
             keelson_netlink::netns::enter(netns)
@@ -105,7 +99,10 @@ async fn elsewhere(
             .enable_all()
             .build()
             .map_err(RuntimeError::system("start a thread for", "image pull"))?;
-        runtime.block_on(fetch_with(&store, &reference, &tries))
+        let fetch = cancelled.run_until_cancelled(fetch_with(&store, &reference, tries));
+        runtime
+            .block_on(fetch)
+            .unwrap_or_else(|| Err(RuntimeError::invalid("the pull was given up")))
     };
     std::thread::Builder::new()
         .name("image-pull".into())
@@ -117,20 +114,11 @@ async fn elsewhere(
 async fn fetch_with(
     store: &ImageStore,
     reference: &Reference,
-    tries: &[RegistryAuth],
+    tries: Vec<Option<(String, String)>>,
 ) -> Result<ImageRef, RuntimeError> {
     let mut last = RuntimeError::Image { message: "there are no credentials to try".into() };
-    for auth in tries {
-        let client = client(store, reference);
-        let name = oci_reference(reference)?;
-        match client.auth(&name, auth, RegistryOperation::Pull).await {
-            Ok(_) => {}
-            Err(error) => {
-                last = failed(&error);
-                continue;
-            }
-        }
-        match fetch(store, reference, &client, auth).await {
+    for login in tries {
+        match fetch(store, reference, login).await {
             Ok(image) => return Ok(image),
             Err(error) => last = error,
         }
@@ -141,28 +129,33 @@ async fn fetch_with(
 async fn fetch(
     store: &ImageStore,
     reference: &Reference,
-    client: &Client,
-    auth: &RegistryAuth,
+    login: Option<(String, String)>,
 ) -> Result<ImageRef, RuntimeError> {
-    let name = oci_reference(reference)?;
-    let (mut text, mut digest) =
-        client.pull_manifest_raw(&name, auth, ACCEPTED).await.map_err(|e| failed(&e))?;
+    let host = reference.registry();
+    let plain = is_local(host) || is_plain_by_config(&store.certs_dir, host);
+    let registry = Registry::new(host, reference.path(), plain, login).map_err(|e| failed(&e))?;
+    let wanted = reference.digest().or(reference.tag()).unwrap_or("latest");
+    let mut text = registry.manifest(wanted, ACCEPTED).await.map_err(|e| failed(&e))?;
+    let mut digest = reference.digest().map_or_else(|| digest_of(&text), str::to_owned);
     check_digest(&text, &digest)?;
     let asked = digest.clone();
     let mut manifest: Manifest = content::parse("manifest", &digest, &text)?;
     if manifest.config.is_none() {
         let chosen = select_platform(&manifest.manifests, &reference.to_string())?;
         digest.clone_from(&chosen.digest);
-        let by_digest = name.clone_with_digest(digest.clone());
-        text =
-            client.pull_manifest_raw(&by_digest, auth, ACCEPTED).await.map_err(|e| failed(&e))?.0;
+        text = registry.manifest(&digest, ACCEPTED).await.map_err(|e| failed(&e))?;
         check_digest(&text, &digest)?;
         manifest = content::parse("manifest", &digest, &text)?;
+    }
+    if manifest.layers.len() > MOST_LAYERS {
+        let message =
+            format!("the image has {} layers, at most {MOST_LAYERS}", manifest.layers.len());
+        return Err(RuntimeError::Image { message });
     }
     let config = manifest.config.iter();
     futures_util::stream::iter(config.chain(&manifest.layers).map(Ok))
         .try_for_each_concurrent(PARALLEL_LAYERS, |blob| {
-            fetch_blob(store, client, &name, reference, blob)
+            fetch_blob(store, &registry, reference, blob)
         })
         .await?;
     let target = Descriptor {
@@ -179,26 +172,17 @@ async fn fetch(
 
 async fn fetch_blob(
     store: &ImageStore,
-    client: &Client,
-    name: &oci_client::Reference,
+    registry: &Registry,
     reference: &Reference,
     blob: &BlobRef,
 ) -> Result<(), RuntimeError> {
     if content::has(&store.connection, &blob.digest).await {
         return Ok(());
     }
-    let descriptor = OciDescriptor {
-        media_type: blob.media_type.clone(),
-        digest: blob.digest.clone(),
-        size: blob.size,
-        ..OciDescriptor::default()
-    };
-    let stream = client.pull_blob_stream(name, &descriptor).await.map_err(|e| failed(&e))?;
-    let digest = blob.digest.clone();
-    let parts = stream.stream.map(move |part| match part {
-        Ok(bytes) => Ok(bytes.to_vec()),
-        Err(error) => Err(format!("layer {digest}: {error}")),
-    });
+    let size = u64::try_from(blob.size).map_err(|_| RuntimeError::Image {
+        message: format!("blob {} has the size {}", blob.digest, blob.size),
+    })?;
+    let parts = registry.blob(&blob.digest, size).await.map_err(|e| failed(&e))?;
     let source = format!("containerd.io/distribution.source.{}", reference.registry());
     let labels = HashMap::from([(source, reference.path().to_owned())]);
     content::write(&store.connection, &blob.descriptor(), labels, parts).await
@@ -235,9 +219,13 @@ pub(crate) fn select_platform<'a>(
     })
 }
 
-fn check_digest(text: &[u8], digest: &str) -> Result<(), RuntimeError> {
+fn digest_of(text: &[u8]) -> String {
     let hex: String = Sha256::digest(text).iter().map(|b| format!("{b:02x}")).collect();
-    if digest == format!("sha256:{hex}") {
+    format!("sha256:{hex}")
+}
+
+fn check_digest(text: &[u8], digest: &str) -> Result<(), RuntimeError> {
+    if digest == digest_of(text) {
         return Ok(());
     }
     Err(RuntimeError::Image {
@@ -248,18 +236,6 @@ fn check_digest(text: &[u8], digest: &str) -> Result<(), RuntimeError> {
 fn media_type(manifest: &[u8]) -> String {
     let value: serde_json::Value = serde_json::from_slice(manifest).unwrap_or_default();
     value["mediaType"].as_str().unwrap_or("application/vnd.oci.image.manifest.v1+json").to_owned()
-}
-
-fn client(store: &ImageStore, reference: &Reference) -> Client {
-    let plain = is_local(reference.registry())
-        || is_plain_by_config(&store.certs_dir, reference.registry());
-    let protocol = if plain { ClientProtocol::Http } else { ClientProtocol::Https };
-    Client::new(ClientConfig {
-        protocol,
-        connect_timeout: Some(CONNECT_LIMIT),
-        read_timeout: Some(READ_LIMIT),
-        ..ClientConfig::default()
-    })
 }
 
 /// A registry on this very machine is reached without TLS, as every container engine has it.
@@ -282,17 +258,6 @@ pub(crate) fn names_plain(text: &str, registry: &str) -> bool {
     lines
         .filter(|line| line.starts_with("server") || line.starts_with("[host."))
         .any(|line| line.contains(&format!("\"http://{registry}\"")))
-}
-
-fn oci_reference(reference: &Reference) -> Result<oci_client::Reference, RuntimeError> {
-    let (registry, path) = (reference.registry().to_owned(), reference.path().to_owned());
-    let (tag, digest) = (reference.tag().map(str::to_owned), reference.digest().map(str::to_owned));
-    Ok(match (tag, digest) {
-        (_, Some(digest)) => oci_client::Reference::with_digest(registry, path, digest),
-        (tag, None) => {
-            oci_client::Reference::with_tag(registry, path, tag.unwrap_or_else(|| "latest".into()))
-        }
-    })
 }
 
 fn failed(error: &(dyn std::error::Error + 'static)) -> RuntimeError {

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use http_body_util::{BodyExt, Full};
+use http_body_util::{BodyExt, Full, Limited};
 use hyper::Request;
 use hyper::body::Bytes;
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -10,6 +10,11 @@ use tokio::net::TcpStream;
 
 /// `grpc.health.v1.HealthCheckResponse.SERVING`.
 const SERVING: u8 = 1;
+
+/// An answer has seven bytes. What comes beyond this is not read: a pod could send without end.
+const ANSWER: usize = 4 << 10;
+const WINDOW: u32 = 64 << 10;
+const HEADERS: u32 = 16 << 10;
 
 /// Asks `grpc.health.v1.Health/Check`.
 ///
@@ -19,7 +24,11 @@ pub(super) async fn check(ip: IpAddr, port: u16, service: &str) -> Result<(), St
     let stream =
         TcpStream::connect((ip, port)).await.map_err(|e| format!("dial tcp {ip}:{port}: {e}"))?;
     let io = TokioIo::new(stream);
-    let (mut sender, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), io)
+    let (mut sender, connection) = hyper::client::conn::http2::Builder::new(TokioExecutor::new())
+        .initial_stream_window_size(WINDOW)
+        .initial_connection_window_size(WINDOW)
+        .max_header_list_size(HEADERS)
+        .handshake(io)
         .await
         .map_err(|e| e.to_string())?;
     tokio::spawn(async move {
@@ -34,7 +43,8 @@ pub(super) async fn check(ip: IpAddr, port: u16, service: &str) -> Result<(), St
         .body(Full::new(Bytes::from(message(service))))
         .map_err(|e| e.to_string())?;
     let response = sender.send_request(request).await.map_err(|e| e.to_string())?;
-    let body = response.into_body().collect().await.map_err(|e| e.to_string())?;
+    let body = Limited::new(response.into_body(), ANSWER).collect();
+    let body = body.await.map_err(|e| format!("the answer is no health check: {e}"))?;
     let trailers = body.trailers().cloned().unwrap_or_default();
     let code = trailers.get("grpc-status").and_then(|c| c.to_str().ok()).unwrap_or("0").to_owned();
     if code != "0" {

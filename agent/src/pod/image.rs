@@ -141,8 +141,8 @@ async fn pull(node: &Node, pod: &Pod, image: &str, field: &str) -> Result<ImageR
         "Pulling",
         format!("Pulling image \"{image}\""),
     );
-    // Closed only when the agent ends.
-    let _slot = node.pulls.acquire().await.map_err(|error| error.to_string())?;
+    let host = Reference::parse(image).map(|image| image.registry().to_owned()).unwrap_or_default();
+    let _slot = node.pulls.take(&host).await;
     let pulled = node.runtime.pull_image(image, &credentials).await.map_err(|e| chain(&e))?;
     let message =
         format!("Successfully pulled image \"{image}\" in {:.3}s", started.elapsed().as_secs_f64());

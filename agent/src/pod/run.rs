@@ -4,13 +4,14 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use keelson_supervise::Heartbeats;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::admission::Ledger;
 use super::config::PodsConfig;
 use super::dispatcher::{self, Dispatcher};
 use super::objects::ObjectCache;
+use super::pull_slots::PullSlots;
 use super::registry::PodRegistry;
 use super::services::ServiceLinks;
 use super::shared::Node;
@@ -50,8 +51,7 @@ pub async fn run(pods: Pods, cancel: CancellationToken) -> Result<(), CgroupErro
     }
     // The receiver must not end while a source may still speak: the last sender stays here.
     let _keep_open = updates;
-    let pulls =
-        Semaphore::new(usize::try_from(config.max_parallel_image_pulls.max(1)).unwrap_or(1));
+    let pulls = PullSlots::new(config.max_parallel_image_pulls);
     let node = Arc::new(Node {
         objects: ObjectCache::new(client.clone()),
         services: ServiceLinks::start(client.clone(), cancel.clone()),

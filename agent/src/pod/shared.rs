@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use super::admission::Ledger;
 use super::config::PodsConfig;
 use super::objects::ObjectCache;
+use super::pull_slots::PullSlots;
 use super::registry::PodRegistry;
 use super::services::ServiceLinks;
 use crate::cgroup::CgroupTree;
@@ -25,8 +25,8 @@ pub(super) struct Node {
     pub cgroups: CgroupTree,
     pub registry: PodRegistry,
     pub ledger: Ledger,
-    /// One permit per image that may be fetched at the same time.
-    pub pulls: Semaphore,
+    /// Images that are fetched at the same time.
+    pub pulls: PullSlots,
     pub cancel: CancellationToken,
 }
 
