@@ -41,8 +41,9 @@ impl Hostile {
         hostile
     }
 
-    fn image(&self, name: &str) -> String {
-        format!("localhost:{}/{name}:1", self.port)
+    /// The same server is two registries to the node, by its two names: the slow images wait for each other.
+    fn image(&self, host: &str, name: &str) -> String {
+        format!("{host}:{}/{name}:1", self.port)
     }
 }
 
@@ -138,11 +139,15 @@ impl<'a> Pulls<'a> {
     pub(crate) fn start(node: &Node, hostile: &'a Hostile) -> Pulls<'a> {
         let mut manifest = String::new();
         for number in 0..SLOW_PULLS {
-            let image = hostile.image(&format!("slow{number}"));
+            let image = hostile.image("localhost", &format!("slow{number}"));
             manifest += &pod(&format!("slow{number}"), &image, "");
         }
         for name in ["endless", "token", "error"] {
-            manifest += &pod(&format!("pull-{name}"), &hostile.image(&format!("{name}/x")), "");
+            manifest += &pod(
+                &format!("pull-{name}"),
+                &hostile.image("127.0.0.1", &format!("{name}/x")),
+                "",
+            );
         }
         node.apply(&manifest).unwrap();
         let folder = tempfile::tempdir().unwrap();

@@ -68,10 +68,7 @@ pub(super) async fn image(
     if tries.is_empty() {
         tries.push(None);
     }
-    let lease = lease::create(&store.connection, "pull").await?;
-    let leased = ImageStore { connection: store.connection.under_lease(&lease), ..store.clone() };
-    let result = elsewhere(leased, reference.clone(), tries).await;
-    lease::delete(&store.connection, &lease).await;
+    let result = elsewhere(store.clone(), reference.clone(), tries).await;
     result.map_err(|error| match error {
         RuntimeError::Image { message } => RuntimeError::Image {
             message: format!("failed to pull image {:?}: {message}", reference.to_string()),
@@ -99,16 +96,29 @@ async fn elsewhere(
             .enable_all()
             .build()
             .map_err(RuntimeError::system("start a thread for", "image pull"))?;
-        let fetch = cancelled.run_until_cancelled(fetch_with(&store, &reference, tries));
-        runtime
-            .block_on(fetch)
-            .unwrap_or_else(|| Err(RuntimeError::invalid("the pull was given up")))
+        runtime.block_on(under_lease(&store, &reference, tries, &cancelled))
     };
     std::thread::Builder::new()
         .name("image-pull".into())
         .spawn(move || sender.send(work()))
         .map_err(RuntimeError::system("start a thread for", "image pull"))?;
     receiver.await.map_err(|_| RuntimeError::invalid("the pull ended unexpectedly"))?
+}
+
+/// What is fetched is kept from containerd's garbage collection until it belongs to an image. The lease goes in any case,
+/// also when the pull is given up.
+async fn under_lease(
+    store: &ImageStore,
+    reference: &Reference,
+    tries: Vec<Option<(String, String)>>,
+    cancelled: &CancellationToken,
+) -> Result<ImageRef, RuntimeError> {
+    let lease = lease::create(&store.connection, "pull").await?;
+    let leased = ImageStore { connection: store.connection.under_lease(&lease), ..store.clone() };
+    let fetch = cancelled.run_until_cancelled(fetch_with(&leased, reference, tries));
+    let result = fetch.await;
+    lease::delete(&store.connection, &lease).await;
+    result.unwrap_or_else(|| Err(RuntimeError::invalid("the pull was given up")))
 }
 
 async fn fetch_with(
