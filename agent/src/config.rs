@@ -185,6 +185,8 @@ pub struct PodDefaults {
     pub max_restart_period: Duration,
     /// Pods of these runtime classes want their sockets left alone by the service proxy.
     pub socket_exempt_runtime_classes: Vec<String>,
+    /// Sysctls beyond the safe ones that pods may set; a `*` at the end stands for any rest.
+    pub allowed_unsafe_sysctls: Vec<String>,
     /// Processes per pod; `None` is no limit.
     pub pids_limit: Option<i64>,
     /// How many images are pulled at the same time.
@@ -294,6 +296,7 @@ impl Default for PodDefaults {
             log_max_files: 5,
             max_restart_period: Duration::from_secs(300),
             socket_exempt_runtime_classes: Vec::new(),
+            allowed_unsafe_sysctls: Vec::new(),
             pids_limit: None,
             max_parallel_image_pulls: 8,
         }

@@ -22,6 +22,7 @@ pub(crate) mod grpc;
 mod hook;
 mod http;
 pub(crate) mod image;
+mod isolation;
 mod mirror;
 mod objects;
 mod orphans;

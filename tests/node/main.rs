@@ -6,6 +6,7 @@ mod bad_input;
 mod cri;
 mod image_gc;
 mod images;
+mod isolation;
 mod kills;
 mod kubectl;
 mod pods;

@@ -118,6 +118,8 @@ fn sysctls_are_the_pods_own_and_those_of_the_node_are_refused() {
     };
     node.apply(&pod("tuned", &with("net.ipv4.ip_local_port_range", "20000 30000"))).unwrap();
     node.apply(&pod("greedy", &with("kernel.core_pattern", "/x"))).unwrap();
+    node.apply(&pod("unsafe", &with("net.core.somaxconn", "4096"))).unwrap();
+    node.wait_for("pod/unsafe", "jsonpath={.status.reason}=SysctlForbidden").unwrap();
     node.wait_for("pod/tuned", "condition=Ready").unwrap();
     let path = "/proc/sys/net/ipv4/ip_local_port_range";
     let inside = node.kubectl(&["exec", "tuned", "-c", "one", "--", "cat", path]).unwrap();

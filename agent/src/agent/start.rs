@@ -109,6 +109,7 @@ pub(super) fn pods(
             cluster_domain: pods.cluster_domain.clone(),
             resolv_conf: pods.resolv_conf.clone(),
             socket_exempt_runtime_classes: pods.socket_exempt_runtime_classes.clone(),
+            allowed_unsafe_sysctls: pods.allowed_unsafe_sysctls.clone(),
             pids_limit: pods.pids_limit,
             max_restart_period: pods.max_restart_period,
             max_parallel_image_pulls: pods.max_parallel_image_pulls,

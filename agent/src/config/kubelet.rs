@@ -216,6 +216,13 @@ fn read_pods(config: &mut AgentConfig, file: &mut Section) -> Result<(), BadValu
             .collect::<Result<_, _>>()?;
     }
     file.set(&mut pods.cluster_domain, Section::string, "clusterDomain")?;
+    if let Some(names) = file.list("allowedUnsafeSysctls")? {
+        let read = |name: &Value| {
+            let text = name.as_str().map(|text| text.replace('/', "."));
+            text.ok_or_else(|| file.bad("allowedUnsafeSysctls", name, "names of sysctls"))
+        };
+        pods.allowed_unsafe_sysctls = names.iter().map(read).collect::<Result<_, _>>()?;
+    }
     if let Some(path) = file.string("resolvConf")? {
         pods.resolv_conf = PathBuf::from(path);
     }

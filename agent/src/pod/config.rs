@@ -31,6 +31,8 @@ pub struct PodsConfig {
     pub resolv_conf: PathBuf,
     /// Pods of these runtime classes want their sockets left alone by the service proxy.
     pub socket_exempt_runtime_classes: Vec<String>,
+    /// Sysctls beyond the safe ones that pods may set; a `*` at the end stands for any rest.
+    pub allowed_unsafe_sysctls: Vec<String>,
     /// Processes per pod; `None` is no limit.
     pub pids_limit: Option<i64>,
     /// The longest CrashLoopBackOff.
@@ -53,6 +55,7 @@ impl Default for PodsConfig {
             cluster_domain: "cluster.local".into(),
             resolv_conf: PathBuf::from("/etc/resolv.conf"),
             socket_exempt_runtime_classes: Vec::new(),
+            allowed_unsafe_sysctls: Vec::new(),
             pids_limit: None,
             max_restart_period: Duration::from_secs(300),
             max_parallel_image_pulls: 4,

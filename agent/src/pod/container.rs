@@ -211,6 +211,7 @@ fn security(pod: &Pod, container: &Container) -> ContainerSecurity {
         run_as_group: own.run_as_group.or(pod_level.run_as_group),
         run_as_non_root: own.run_as_non_root.or(pod_level.run_as_non_root).unwrap_or(false),
         supplemental_groups: groups(&pod_level),
+        strict_groups: pod_level.supplemental_groups_policy.as_deref() == Some("Strict"),
         add_capabilities: capabilities.add.unwrap_or_default(),
         drop_capabilities: capabilities.drop.unwrap_or_default(),
         read_only_root_fs: own.read_only_root_filesystem.unwrap_or(false),

@@ -12,6 +12,7 @@ use super::backoff::CrashBackoff;
 use super::bell::Bell;
 use super::container::field_path;
 use super::image::PullBackoff;
+use super::isolation::{self, Kernel};
 use super::plan::{self, Action, Hold, Holds, Plan, View, Waiting};
 use super::prober::Prober;
 use super::shared::Node;
@@ -199,6 +200,12 @@ impl Worker {
         })
     }
 
+    fn may_run(&self, pod: &Pod) -> Result<(), Ending> {
+        let config = &self.node.config;
+        isolation::check(pod, Kernel::detect(), &config.allowed_unsafe_sysctls)?;
+        self.node.ledger.admit(pod, &config.node_name, &config.allocatable)
+    }
+
     /// Books the pod's resources; a pod that does not fit is failed and never started.
     fn admit(&mut self, desired: &Desired) {
         if self.admitted {
@@ -213,9 +220,7 @@ impl Worker {
         let runs = self.observed.as_ref().is_some_and(|o| !o.sandboxes.is_empty());
         if runs {
             self.node.ledger.adopt(pod);
-        } else if let Err(ending) =
-            self.node.ledger.admit(pod, &self.node.config.node_name, &self.node.config.allocatable)
-        {
+        } else if let Err(ending) = self.may_run(pod) {
             self.node.events.pod(pod, Severity::Warning, &ending.reason, ending.message.clone());
             self.ending = Some(ending);
             return;

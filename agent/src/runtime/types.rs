@@ -134,6 +134,8 @@ pub struct ContainerSecurity {
     pub run_as_group: Option<i64>,
     pub run_as_non_root: bool,
     pub supplemental_groups: Vec<i64>,
+    /// `supplementalGroupsPolicy: Strict`: the groups that the image gives its user do not count.
+    pub strict_groups: bool,
     pub add_capabilities: Vec<String>,
     pub drop_capabilities: Vec<String>,
     pub read_only_root_fs: bool,

@@ -144,7 +144,8 @@ pub(crate) fn from_files(
         (None, name, _) if security.run_as_user.is_none() => group_id(name, group)?,
         (None, _, _) => 0,
     };
-    let groups = entry.as_ref().map(|user| groups_of(user.name, group)).unwrap_or_default();
+    let counting = entry.as_ref().filter(|_| !security.strict_groups);
+    let groups = counting.map(|user| groups_of(user.name, group)).unwrap_or_default();
     let home = entry.as_ref().map_or(Cow::Borrowed("/"), |user| String::from_utf8_lossy(user.home));
     Ok(User { uid, gid, groups, home: home.into_owned() })
 }
@@ -206,6 +207,8 @@ mod tests {
         check("", &plain, (0, 0, &[]));
         check("web", &plain, (1000, 1001, &[50]));
         check("1000", &plain, (1000, 1001, &[50]));
+        let strict = ContainerSecurity { strict_groups: true, ..Default::default() };
+        check("web", &strict, (1000, 1001, &[]));
         check("web:staff", &plain, (1000, 50, &[50]));
         check("4242", &plain, (4242, 0, &[]));
         check("4242:7", &plain, (4242, 7, &[]));

@@ -45,7 +45,7 @@ impl Section {
         self.fields.remove(field).filter(|value| !value.is_null() && value.as_str() != Some(""))
     }
 
-    fn bad(&self, field: &str, found: &Value, expected: &'static str) -> BadValue {
+    pub(super) fn bad(&self, field: &str, found: &Value, expected: &'static str) -> BadValue {
         BadValue::new(self.name(field), found, expected)
     }
 

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use futures_util::future::join_all;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{Container, Pod};
+use k8s_openapi::api::node::v1::RuntimeClass;
 
 use super::{Desired, Env, Variables, Worker, retry_at};
 use crate::dns::{self, ClusterDns};
@@ -424,11 +425,30 @@ async fn start_one(
     }
 }
 
+/// A pod that asks for another runtime, such as one with virtual machines, must not run in plain runc. A class that
+/// cannot be read is as one that is not there.
+async fn check_runtime_class(node: &Node, pod: &Pod) -> Result<(), String> {
+    let name = spec::spec(pod).and_then(|spec| spec.runtime_class_name.as_deref());
+    let Some(name) = name.filter(|name| !name.is_empty()) else { return Ok(()) };
+    let failed =
+        |why: &str| format!("failed to get sandbox runtime: RuntimeClass \"{name}\" {why}");
+    let Some(client) = node.client.clone() else {
+        return Err(failed("cannot be read without an API server"));
+    };
+    let classes: kube::Api<RuntimeClass> = kube::Api::all(client);
+    let class = classes.get(name).await.map_err(|error| failed(&format!("not read: {error}")))?;
+    match class.handler.as_str() {
+        "" | "runc" => Ok(()),
+        other => Err(failed(&format!("has the handler {other}: no runtime for it is configured"))),
+    }
+}
+
 async fn run_sandbox(
     node: Arc<Node>,
     pod: Arc<Pod>,
     attempt: u32,
 ) -> Result<ObservedSandbox, String> {
+    check_runtime_class(&node, &pod).await?;
     let cgroup =
         node.cgroups.ensure_pod(&pod, node.config.pids_limit).map_err(|e| image::chain(&e))?;
     let domain = &node.config.cluster_domain;
