@@ -92,6 +92,7 @@ const CAP_SYS_RESOURCE: u32 = 24;
 const MASKED: &[&str] = &[
     "/proc/acpi",
     "/proc/asound",
+    "/proc/interrupts",
     "/proc/kcore",
     "/proc/keys",
     "/proc/latency_stats",
