@@ -79,13 +79,24 @@ async fn run(run_dir: &Path) -> Result<()> {
         tokio::select! {
             _ = stop.recv() => break,
             accepted = listener.accept() => {
-                let (stream, _) = accepted?;
-                spawn_local(serve_client(run_dir.to_owned(), stream, Rc::clone(&open)));
+                match accepted {
+                    Ok((stream, _)) => {
+                        spawn_local(serve_client(run_dir.to_owned(), stream, Rc::clone(&open)));
+                    }
+                    // Most likely no file descriptor is free. All containers' output goes through here: it goes on.
+                    Err(error) => {
+                        tracing::warn!(%error, "Cannot accept a connection");
+                        tokio::time::sleep(ACCEPT_PAUSE).await;
+                    }
+                }
             }
         }
     }
     Ok(fs::remove_file(&path)?)
 }
+
+/// The wait after an error that does not pass at once.
+const ACCEPT_PAUSE: std::time::Duration = std::time::Duration::from_millis(100);
 
 /// Another one holds the lock and is about to listen.
 async fn wait_for_other(path: &Path) {

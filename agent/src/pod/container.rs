@@ -9,6 +9,7 @@ use k8s_openapi::api::core::v1::{
     SecurityContext, VolumeMount,
 };
 
+use super::isolation::{self, Kernel};
 use super::spec::{self, ContainerKind};
 use crate::cgroup::resources;
 use crate::env::{self, expand};
@@ -48,6 +49,8 @@ pub(super) fn config(from: &Ingredients) -> Result<ContainerConfig, String> {
     let file = format!("{}.log", from.attempt);
     let mut resources = resources::container_resources(from.pod, container, from.memory_capacity);
     if from.kind == ContainerKind::Ephemeral {
+        // It comes after its pod was admitted.
+        isolation::check_container(container, Kernel::detect()).map_err(|ending| ending.message)?;
         resources.cpu_shares = None;
     }
     Ok(ContainerConfig {
@@ -217,7 +220,8 @@ fn security(pod: &Pod, container: &Container) -> ContainerSecurity {
         read_only_root_fs: own.read_only_root_filesystem.unwrap_or(false),
         no_new_privs: no_new_privs(&own, privileged),
         seccomp: if privileged { None } else { seccomp.and_then(seccomp_name) },
-        unmasked_proc: own.proc_mount.as_deref() == Some("Unmasked"),
+        // Without a user namespace it would give the node away.
+        unmasked_proc: privileged && own.proc_mount.as_deref() == Some("Unmasked"),
     }
 }
 

@@ -77,7 +77,15 @@ pub fn sync_parent(path: &Path) -> Result<(), DurableError> {
 }
 
 fn write_temp(temp: &Path, content: &[u8], mode: u32) -> io::Result<()> {
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(temp)?;
+    let create = || OpenOptions::new().write(true).create_new(true).mode(mode).open(temp);
+    let mut file = match create() {
+        // A process with the same id lost power while it wrote: the first process of a container, or one early at boot.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            fs::remove_file(temp)?;
+            create()?
+        }
+        created => created?,
+    };
     file.set_permissions(fs::Permissions::from_mode(mode))?;
     file.write_all(content)?;
     file.sync_all()
@@ -101,6 +109,16 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), b"new");
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_a_process_of_the_same_id_left_is_no_obstacle() {
+        let dir = tempfile::tempdir().unwrap();
+        let temp = dir.path().join("temp");
+        fs::write(&temp, "half").unwrap();
+        write_temp(&temp, b"whole", 0o600).unwrap();
+        assert_eq!(fs::read(&temp).unwrap(), b"whole");
+        assert_eq!(fs::metadata(&temp).unwrap().permissions().mode() & 0o777, 0o600);
     }
 
     #[test]

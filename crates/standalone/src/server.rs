@@ -175,6 +175,11 @@ impl Server {
         caller: &Caller,
     ) -> Result<Reply, ApiError> {
         let identity = self.identify(&request, caller.peer.clone())?;
+        // To answer as somebody else and do it as the caller would be wrong either way.
+        if request.headers().keys().any(|name| name.as_str().starts_with("impersonate-")) {
+            let text = format!("this server knows no impersonation: user \"{}\"", identity.user);
+            return Err(ApiError::new(403, "Forbidden", text));
+        }
         if !identity.is_anonymous() {
             caller.slot.establish().map_err(|full| too_many(&full.to_string()))?;
             caller.known.notify_one();

@@ -68,3 +68,13 @@ async fn silent_connections_shut_no_caller_out_and_are_closed() {
     assert_eq!(closed, 700, "the oldest gave way");
     assert_eq!(client.get("/version").await.0, 200);
 }
+
+#[tokio::test]
+async fn nothing_is_done_as_the_caller_that_was_asked_for_as_another_user() {
+    let plane = plane::start().await;
+    let client = &plane.client;
+    let headers = [("impersonate-user", "nobody")];
+    let path = "/api/v1/namespaces/default/configmaps";
+    let (status, _) = client.try_json("GET", path, &headers, None).await.unwrap();
+    assert_eq!(status, 403);
+}
