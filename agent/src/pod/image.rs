@@ -19,6 +19,8 @@ use crate::runtime::types::ImageRef;
 
 const INITIAL: Duration = Duration::from_secs(10);
 const MAX: Duration = Duration::from_secs(300);
+/// Bytes of an error.
+const LONGEST_TEXT: usize = 1024;
 
 /// When a container's image may be fetched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -143,11 +145,21 @@ async fn pull(node: &Node, pod: &Pod, image: &str, field: &str) -> Result<ImageR
     );
     let host = Reference::parse(image).map(|image| image.registry().to_owned()).unwrap_or_default();
     let _slot = node.pulls.take(&host).await;
-    let pulled = node.runtime.pull_image(image, &credentials).await.map_err(|e| chain(&e))?;
+    let pulled =
+        node.runtime.pull_image(image, &credentials).await.map_err(|e| shortened(chain(&e)))?;
     let message =
         format!("Successfully pulled image \"{image}\" in {:.3}s", started.elapsed().as_secs_f64());
     node.events.container(pod, field, Severity::Normal, "Pulled", message);
     Ok(pulled)
+}
+
+/// A registry chooses parts of the text, which goes into the pod's status: the API server must be able to take that.
+fn shortened(mut text: String) -> String {
+    if text.len() > LONGEST_TEXT {
+        text.truncate(text.floor_char_boundary(LONGEST_TEXT));
+        text.push('…');
+    }
+    text
 }
 
 /// An error with its causes, in one line.
@@ -214,7 +226,7 @@ async fn credentials(node: &Node, pod: &Pod) -> Vec<crate::image::RegistryCreden
 
 #[derive(Debug, Deserialize)]
 struct DockerConfig {
-    auths: BTreeMap<String, DockerAuth>,
+    auths: BTreeMap<String, serde_json::Value>,
 }
 
 #[derive(Deserialize)]
@@ -260,7 +272,8 @@ pub(crate) fn parse_secret(keys: &Keys) -> Vec<Login> {
     auths
         .unwrap_or_default()
         .into_iter()
-        .filter_map(|(registry, auth)| login(&registry, auth))
+        // One entry that cannot be read takes none of the others away.
+        .filter_map(|(registry, auth)| login(&registry, serde_json::from_value(auth).ok()?))
         .collect()
 }
 
@@ -304,6 +317,15 @@ mod tests {
         assert_eq!((&*one.registry, &*one.username, &*one.password), ("reg.example/v1", "u", "p"));
         let logins = parse_secret(&[(".dockercfg".to_owned(), old.to_vec())].into());
         assert_eq!(logins[0].username, "u2");
+        let mixed = br#"{"auths":{"a":{"auth":null},"b":7,"c":{"auth":"dTpw"}}}"#;
+        let logins = parse_secret(&[(".dockerconfigjson".to_owned(), mixed.to_vec())].into());
+        assert_eq!(logins.iter().map(|l| &*l.registry).collect::<Vec<_>>(), ["c"]);
+    }
+
+    #[test]
+    fn a_registrys_long_text_is_cut_at_a_character() {
+        assert_eq!(shortened("short".into()), "short");
+        assert_eq!(shortened("ä".repeat(5000)).len(), LONGEST_TEXT + '…'.len_utf8());
     }
 
     #[test]
